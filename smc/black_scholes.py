@@ -1,0 +1,148 @@
+"""Black-Scholes in closed form: the oracle that everything simulated or learnt is measured against.
+
+Every function takes contracts in any form that `contract_array` accepts and returns float64 arrays.
+T = 0 and v = 0 are the deterministic limits, where the payoff is known today.
+
+Source: Black and Scholes (1973), Merton (1973) for the dividend yield; the notation is Hull's
+(Options, Futures and Other Derivatives, ch. 17 and 19).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr, ndtri
+
+from smc.contracts import ContractsLike, contract_array
+
+__all__ = ["Greeks", "OptionKind", "cvar", "greeks", "payoff_bin_averages", "payoff_quantile", "price"]
+
+OptionKind = Literal["put", "call"]
+Array = npt.NDArray[np.float64]
+
+
+class Greeks(NamedTuple):
+    """Sensitivities, each of shape (n,).
+
+    Units: delta per unit of spot; gamma per unit of spot squared; vega per 1.00 of volatility;
+    theta per year of calendar time; rho per 1.00 of interest rate.
+    """
+
+    delta: Array
+    gamma: Array
+    vega: Array
+    theta: Array
+    rho: Array
+
+
+class _Terms(NamedTuple):
+    X0: Array
+    K: Array
+    T: Array
+    r: Array
+    d: Array
+    v: Array
+    w: Array  # v sqrt(T): total volatility
+    forward: Array
+    discount: Array
+    d1: Array
+    d2: Array
+
+
+def price(contracts: ContractsLike, kind: OptionKind = "put") -> Array:
+    """Present value. Shapes: n contracts -> (n,)."""
+    t = _terms(contracts)
+    sign = _sign(kind)
+    return sign * t.discount * (t.forward * ndtr(sign * t.d1) - t.K * ndtr(sign * t.d2))
+
+
+def greeks(contracts: ContractsLike, kind: OptionKind = "put") -> Greeks:
+    """Delta, gamma, vega, theta and rho. Shapes: n contracts -> five of (n,)."""
+    t = _terms(contracts)
+    sign = _sign(kind)
+    dividend = np.exp(-t.d * t.T)
+    # At w = 0 the density vanishes except exactly at the kink, where no derivative exists: 0 there.
+    density = np.where(t.w > 0, np.exp(-0.5 * np.square(t.d1)) / np.sqrt(2 * np.pi), 0.0)
+    root_t = np.sqrt(t.T)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gamma = np.where(t.w > 0, dividend * density / (t.X0 * t.w), 0.0)
+        decay = np.where(t.T > 0, t.X0 * dividend * density * t.v / (2 * root_t), 0.0)
+    spot_leg = t.X0 * dividend * ndtr(sign * t.d1)
+    strike_leg = t.K * t.discount * ndtr(sign * t.d2)
+    return Greeks(
+        delta=sign * dividend * ndtr(sign * t.d1),
+        gamma=gamma,
+        vega=t.X0 * dividend * density * root_t,
+        theta=-decay + sign * (t.d * spot_leg - t.r * strike_leg),
+        rho=sign * t.T * strike_leg,
+    )
+
+
+def payoff_quantile(contracts: ContractsLike, u: npt.ArrayLike, kind: OptionKind = "put") -> Array:
+    """Quantile function of the discounted payoff at levels u in [0, 1].
+
+    Shapes: n contracts, (m,) levels -> (n, m).
+    """
+    t = _terms(contracts)
+    levels = np.atleast_1d(np.asarray(u, dtype=np.float64))
+    z = ndtri(1 - levels if kind == "put" else levels)
+    with np.errstate(over="ignore", invalid="ignore"):
+        stretch = np.where(t.w[:, None] > 0, t.w[:, None] * z, 0.0)
+        terminal = t.forward[:, None] * np.exp(stretch - 0.5 * t.w[:, None] ** 2)
+    return t.discount[:, None] * np.maximum(_sign(kind) * (terminal - t.K[:, None]), 0.0)
+
+
+def payoff_bin_averages(contracts: ContractsLike, bins: int) -> Array:
+    """Means of the discounted put payoff's quantile function over `bins` equal slices of [0, 1].
+
+    Shapes: n contracts -> (n, bins), ascending; the row mean is the put price.
+    """
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    return _put_quantile_integral(contracts, edges[:-1], edges[1:]) * bins
+
+
+def cvar(contracts: ContractsLike, u: float, kind: OptionKind = "put") -> Array:
+    """Mean of the discounted payoff over its worst 1 - u of outcomes for the seller. Shapes: -> (n,)."""
+    if kind == "put":
+        return _put_quantile_integral(contracts, np.array([u]), np.array([1.0]))[:, 0] / (1 - u)
+    t = _terms(contracts)
+    # Upper tail of the call: z above both the tail's start and the strike.
+    start = np.maximum(ndtri(u), -t.d2)
+    with np.errstate(invalid="ignore"):
+        tail = t.forward * ndtr(-(start - t.w)) - t.K * ndtr(-start)
+    certain = np.maximum(t.forward - t.K, 0.0) * (1 - u)
+    return t.discount * np.where(t.w > 0, tail, certain) / (1 - u)
+
+
+def _put_quantile_integral(contracts: ContractsLike, lower: Array, upper: Array) -> Array:
+    t = _terms(contracts)
+    # Quantile u of the put is reached at z = ndtri(1 - u) of the terminal price, and the payoff is
+    # positive for z below -d2.
+    strike = -t.d2[:, None]
+    low = np.minimum(ndtri(1 - upper)[None, :], strike)
+    high = np.minimum(ndtri(1 - lower)[None, :], strike)
+    w = t.w[:, None]
+    with np.errstate(invalid="ignore"):
+        cash = t.K[:, None] * (ndtr(high) - ndtr(low))
+        asset = t.forward[:, None] * (ndtr(high - w) - ndtr(low - w))
+    certain = np.maximum(t.K - t.forward, 0.0)[:, None] * (upper - lower)[None, :]
+    return np.asarray(t.discount[:, None] * np.where(w > 0, np.maximum(cash - asset, 0.0), certain))
+
+
+def _terms(contracts: ContractsLike) -> _Terms:
+    X0, K, T, r, d, v = contract_array(contracts).T
+    w = v * np.sqrt(T)
+    forward = X0 * np.exp((r - d) * T)
+    m = np.log(forward / K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        d1 = m / w + 0.5 * w
+    # The limit w -> 0: certain exercise, certain lapse, or exactly at the money.
+    d1 = np.where(w > 0, d1, np.where(m > 0, np.inf, np.where(m < 0, -np.inf, 0.0)))
+    d2 = np.where(w > 0, d1 - w, d1)
+    return _Terms(X0, K, T, r, d, v, w, forward, np.exp(-r * T), d1, d2)
+
+
+def _sign(kind: OptionKind) -> float:
+    return 1.0 if kind == "call" else -1.0

@@ -1,0 +1,208 @@
+"""A checkpoint: a pricer's whole state as one safetensors file, and back. No pickle anywhere.
+
+Tensors are named `model.*`, `adam.exp_avg.*`, `adam.exp_avg_sq.*`, `scaling.*`, `rng.cpu`, `rng.cuda.N`;
+everything else is JSON in the file's metadata. The bytes depend on the state alone, so equal states have
+equal content hashes.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata as packages
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from smc.contracts import BoundSpec
+from smc.cvnn import CVNNConfig, build_cvnn
+from smc.errors import ConfigError, Corrupt
+from smc.gbm import BlackScholesConfig
+from smc.pricer_config import AdamState, GbmCVNNPricerConfig, TrainingPlan
+from smc.scaling import Scaling
+
+__all__ = ["CheckpointMetadata", "Snapshot", "decode", "encode", "restore"]
+
+_METADATA_KEY = "spectralmc"
+
+
+class CheckpointMetadata(BaseModel):
+    """What a checkpoint says beside its tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1] = 1
+    simulation: BlackScholesConfig
+    domain: dict[str, BoundSpec]
+    network: CVNNConfig | None = Field(description="None for a model that build_cvnn did not make")
+    model_class: str
+    global_step: int = Field(ge=0)
+    sobol_skip: int = Field(ge=0)
+    adam_step: int = Field(ge=0)
+    plan: TrainingPlan | None
+    libraries: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Detached tensors and metadata of one step; nothing that training does later can change it."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: CheckpointMetadata
+
+    @classmethod
+    def of(cls, config: GbmCVNNPricerConfig) -> Snapshot:
+        """A copy of this state, tensors cloned where they live."""
+        tensors = {f"model.{name}": value for name, value in config.cvnn.state_dict().items()}
+        adam = config.optimizer_state
+        if adam is not None:
+            tensors |= {f"adam.exp_avg.{name}": value for name, value in adam.exp_avg.items()}
+            tensors |= {f"adam.exp_avg_sq.{name}": value for name, value in adam.exp_avg_sq.items()}
+        if config.scaling is not None:
+            tensors |= {f"scaling.{name}": value for name, value in vars(config.scaling).items()}
+        if config.torch_cpu_rng_state is not None:
+            tensors["rng.cpu"] = _bytes_tensor(config.torch_cpu_rng_state)
+        for index, state in enumerate(config.torch_cuda_rng_states):
+            tensors[f"rng.cuda.{index}"] = _bytes_tensor(state)
+        network = getattr(config.cvnn, "config", None)
+        metadata = CheckpointMetadata(
+            simulation=config.cfg,
+            domain=dict(config.domain_bounds),
+            network=network if isinstance(network, CVNNConfig) else None,
+            model_class=f"{type(config.cvnn).__module__}.{type(config.cvnn).__qualname__}",
+            global_step=config.global_step,
+            sobol_skip=config.sobol_skip,
+            adam_step=adam.step if adam is not None else 0,
+            plan=config.plan,
+            libraries=_libraries(),
+        )
+        return cls({name: value.detach().clone() for name, value in tensors.items()}, metadata)
+
+
+def encode(snapshot: Snapshot) -> bytes:
+    """The checkpoint file. Equal snapshots give equal bytes."""
+    on_cpu = {name: value.cpu().contiguous() for name, value in snapshot.tensors.items()}
+    text = orjson.dumps(snapshot.metadata.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS).decode()
+    # One metadata key: safetensors keeps several in no fixed order, and the hash is over the bytes.
+    return safetensors.torch.save(on_cpu, metadata={_METADATA_KEY: text})
+
+
+def decode(data: bytes) -> Snapshot:
+    """The snapshot in a checkpoint file.
+
+    Raises: Corrupt if these bytes are not a checkpoint of this format.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header["__metadata__"][_METADATA_KEY]
+        metadata = CheckpointMetadata.model_validate_json(text)
+    except ValidationError as error:
+        raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"not a checkpoint: {error!r}") from None
+    return Snapshot(tensors, metadata)
+
+
+def restore(
+    snapshot: Snapshot,
+    model_template: nn.Module | None = None,
+    config_template: GbmCVNNPricerConfig | None = None,
+) -> GbmCVNNPricerConfig:
+    """The state in a snapshot, ready for `GbmCVNNPricer(...)`.
+
+    `model_template` gives the architecture and the device; it is not changed. Without it the network is
+    built from the checkpoint, on the CPU. `config_template` must describe the same simulation and domain.
+    Raises: ConfigError naming the first thing that does not fit.
+    """
+    metadata, tensors = snapshot.metadata, snapshot.tensors
+    model = _model(metadata, model_template)
+    _load(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    if config_template is not None:
+        _check_same(metadata, config_template)
+    device = next(model.parameters()).device
+    exp_avg = _named(tensors, "adam.exp_avg.", device)
+    exp_avg_sq = _named(tensors, "adam.exp_avg_sq.", device)
+    scaling = _named(tensors, "scaling.", device)
+    cuda_states = sorted((n for n in tensors if n.startswith("rng.cuda.")), key=lambda n: int(n[9:]))
+    return GbmCVNNPricerConfig(
+        cfg=metadata.simulation,
+        domain_bounds=metadata.domain,
+        cvnn=model,
+        optimizer_state=AdamState(metadata.adam_step, exp_avg, exp_avg_sq) if exp_avg else None,
+        global_step=metadata.global_step,
+        sobol_skip=metadata.sobol_skip,
+        torch_cpu_rng_state=_tensor_bytes(tensors["rng.cpu"]) if "rng.cpu" in tensors else None,
+        torch_cuda_rng_states=[_tensor_bytes(tensors[name]) for name in cuda_states],
+        scaling=Scaling(**scaling) if scaling else None,
+        plan=metadata.plan,
+    )
+
+
+def _model(metadata: CheckpointMetadata, template: nn.Module | None) -> nn.Module:
+    if template is not None:
+        return copy.deepcopy(template)
+    if metadata.network is None:
+        raise ConfigError(
+            f"the checkpoint's model is a {metadata.model_class}, which build_cvnn did not make: "
+            "pass one as model_template"
+        )
+    return build_cvnn(metadata.simulation.sim_params, metadata.network)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    for name in sorted(set(own) | set(state)):
+        here, there = own.get(name), state.get(name)
+        if here is None or there is None:
+            where = "the checkpoint" if here is None else "model_template"
+            raise ConfigError(f"model_template does not fit the checkpoint: {name!r} is only in {where}")
+        if here.shape != there.shape or here.dtype != there.dtype:
+            raise ConfigError(
+                f"model_template does not fit the checkpoint: {name!r} is {tuple(here.shape)} {here.dtype} "
+                f"in the template and {tuple(there.shape)} {there.dtype} in the checkpoint"
+            )
+    model.load_state_dict(state)
+
+
+def _check_same(metadata: CheckpointMetadata, template: GbmCVNNPricerConfig) -> None:
+    def flat(config: BlackScholesConfig) -> dict[str, Any]:
+        values = config.model_dump(mode="json")
+        simulation = values.pop("sim_params")
+        return {**values, **{f"sim_params.{name}": value for name, value in simulation.items()}}
+
+    ours, theirs = flat(template.cfg), flat(metadata.simulation)
+    for name in ours:
+        if name != "sim_params.skip" and ours[name] != theirs[name]:
+            raise ConfigError(
+                f"config_template.cfg.{name} is {ours[name]!r}, the checkpoint was trained with {theirs[name]!r}"
+            )
+    if template.domain_bounds and dict(template.domain_bounds) != metadata.domain:
+        raise ConfigError("config_template.domain_bounds differ from those the checkpoint was trained with")
+
+
+def _named(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+
+
+def _tensor_bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
+
+
+@lru_cache(maxsize=1)
+def _libraries() -> dict[str, str]:
+    versions = {name: packages.version(name) for name in ("numpy", "scipy", "safetensors")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **versions}

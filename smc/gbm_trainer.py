@@ -1,0 +1,520 @@
+"""The pricer: a network trained on simulated payoff spectra, and asked for prices and distributions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smc import prediction
+from smc.arrays import require_device
+from smc.black_scholes import Greeks, OptionKind
+from smc.checkpoint import Snapshot
+from smc.commits import DEFAULT_MESSAGE, BackgroundCommits, CommitOutcome, CommitRequest, CommitTarget, check_template
+from smc.contracts import ContractsLike, resolve_domain
+from smc.cvnn import FEATURES
+from smc.errors import ConfigError, NumericsError
+from smc.gbm import BlackScholes
+from smc.pricer_config import AdamState, GbmCVNNPricerConfig, TrainingConfig, TrainingPlan
+from smc.replay import Examples, ReplayBuffer
+from smc.scaling import Scaling, features, intrinsic, unit_of_price
+from smc.sobol_sampler import SobolSampler
+from smc.spectrum import PayoffDistribution, bin_weights, quantile_spectrum
+from smc.spool import CommitRecord
+
+__all__ = [
+    "GbmCVNNPricer",
+    "GbmCVNNPricerConfig",
+    "Progress",
+    "StepReport",
+    "TrainingConfig",
+    "TrainingResult",
+]
+
+logger = logging.getLogger("smc.training")
+
+# Contracts that the output scaling is measured on, the first of the training stream.
+_SCALING_CONTRACTS = 512
+# Weight of bin 0, the price, against its share of the Wasserstein distance.
+_PRICE_WEIGHT = 10.0
+# On a GPU the loss is read back, checked and reported once in this many steps: reading it is a stall.
+_GPU_REPORT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training logger is told. `batch` counts from 1 within the call of `train()`."""
+
+    step: int
+    batch: int
+    loss: float
+    learning_rate: float
+    contracts: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, as of the last completed step."""
+
+    step: int
+    end: int
+    loss: float | None
+    training: bool
+    commits_pending: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`."""
+
+    batches: int
+    global_step: int
+    loss: float
+    seconds: float
+    contracts: int
+    stopped: bool
+    commits: tuple[CommitOutcome, ...] = ()
+
+    def commits_that(self, status: str) -> tuple[CommitOutcome, ...]:
+        """The commits that ended 'committed', 'replaced' or 'failed'."""
+        return tuple(outcome for outcome in self.commits if outcome.status == status)
+
+
+class GbmCVNNPricer:
+    """Learns the discounted put payoff's quantile spectrum over a domain of contracts.
+
+    Lives where its model's parameters live. `snapshot`, `stop` and `progress` may be called from other
+    threads while `train` runs; everything else belongs to the thread that trains.
+
+    Raises: ConfigError if the model cannot serve, or its device cannot be used.
+    """
+
+    def __init__(self, config: GbmCVNNPricerConfig) -> None:
+        self._cfg = config.cfg
+        self._params = config.cfg.sim_params
+        self.domain = resolve_domain(config.domain_bounds)
+        self.model = config.cvnn
+        self.device = _check_model(self.model, self._params.bins, self._params.dtype.torch)
+        self._engine = BlackScholes(
+            config.cfg.model_copy(update={"sim_params": self._params.model_copy(update={"skip": 0})}), self.device
+        )
+        self._sampler = SobolSampler(self.domain, seed=self._params.mc_seed, skip=config.sobol_skip)
+        self._simulated = self._params.skip
+        self._step = config.global_step
+        self._plan = config.plan
+        self._scaling = config.scaling.to(self.device) if config.scaling else None
+        self._resumed_from = config.resumed_from
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
+        if config.optimizer_state is not None:
+            _load_adam(self._optimizer, self.model, config.optimizer_state)
+        self._cpu_rng = config.torch_cpu_rng_state or torch.get_rng_state().numpy().tobytes()
+        self._cuda_rng = list(config.torch_cuda_rng_states)
+        if not self._cuda_rng and self.device.type == "cuda":
+            self._cuda_rng = _cuda_rng_states()
+        weights = bin_weights(self._params.network_size)
+        weights[0] *= _PRICE_WEIGHT
+        self._weights = weights.to(self.device, self._params.dtype.torch)
+        self._replay: ReplayBuffer | None = None
+        self._lock = threading.Lock()
+        self._active: int | None = None  # the thread that trains
+        self._requests: queue.SimpleQueue[Future[GbmCVNNPricerConfig]] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._progress = Progress(self._step, self._step, None, training=False)
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        config: TrainingConfig,
+        *,
+        logger: Callable[[StepReport], None] | None = None,
+        blockchain_store: CommitTarget | None = None,
+        auto_commit: bool = False,
+        commit_interval: int | None = None,
+        commit_message_template: str = DEFAULT_MESSAGE,
+        experiment: str = "",
+    ) -> TrainingResult:
+        """Train for `config.num_batches` more batches, committing as asked; return when all is settled.
+
+        `auto_commit` commits the final state, `commit_interval=n` every n batches as well. A commit never
+        holds up a step and never ends training: one that fails is logged, counted in the result, and
+        its snapshot kept in the spool. Works the same inside a running event loop, which it blocks.
+
+        Raises: ConfigError (a ValueError) for arguments that do not go together, before training starts;
+        NumericsError when the loss is no longer finite, after the commits before it are settled.
+        """
+        _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
+        check_template(commit_message_template)
+        fresh = self._fresh_per_batch(config)
+        with self._training_thread(), self._own_rng():
+            self._prepare(fresh)
+            plan = self._enter_plan(config)
+            first, end = self._step, self._step + config.num_batches
+            commits = _Commits(self, blockchain_store, commit_message_template, experiment) if auto_commit else None
+            started = time.perf_counter()
+            loss = torch.zeros(())
+            contracts = self._simulated
+            try:
+                while self._step < end and not self._stop.is_set():
+                    self._serve_requests()
+                    rate = _learning_rate(plan, self._step)
+                    loss = self._update(self._next_batch(config, fresh), rate)
+                    self._step += 1
+                    batch = self._step - first
+                    if self._device_is_read(batch, config):
+                        value = self._finite(loss)
+                        self._progress = Progress(
+                            self._step, end, value, True, commits.pending if commits else 0
+                        )
+                        if logger is not None:
+                            seconds = time.perf_counter() - started
+                            logger(StepReport(self._step, batch, value, rate, self._simulated, seconds))
+                    if commits and commit_interval and batch % commit_interval == 0 and self._step < end:
+                        commits.submit(self._finite(loss), batch)
+                batch = self._step - first
+                if commits and batch:
+                    commits.submit(self._finite(loss), batch, final=True)
+            finally:
+                outcomes = commits.close() if commits else ()
+            return TrainingResult(
+                batches=self._step - first,
+                global_step=self._step,
+                loss=self._finite(loss),
+                seconds=time.perf_counter() - started,
+                contracts=self._simulated - contracts,
+                stopped=self._step < end,
+                commits=outcomes,
+            )
+
+    def stop(self) -> None:
+        """Ask `train` to end after the step it is in; it still makes its final commit."""
+        self._stop.set()
+
+    @property
+    def progress(self) -> Progress:
+        """Where training is."""
+        return self._progress
+
+    def snapshot(self) -> GbmCVNNPricerConfig:
+        """The whole state, copied: `GbmCVNNPricer(pricer.snapshot())` goes on exactly from here.
+
+        From another thread during training it is taken between two steps.
+        """
+        with self._lock:
+            if self._active not in (None, threading.get_ident()):
+                request: Future[GbmCVNNPricerConfig] = Future()
+                self._requests.put(request)
+            else:
+                return self._copy()
+        return request.result()
+
+    # --- prediction -----------------------------------------------------------------------------------
+
+    def predict_price(
+        self, contracts: ContractsLike, kind: OptionKind = "put", *, outside: prediction.Outside = "refuse"
+    ) -> np.ndarray:
+        """Present values, calls by parity, held within the no-arbitrage bounds.
+
+        Shapes: n contracts -> (n,) float64. T = 0 and v = 0 are exact, without the network.
+        Raises: ConfigError for a contract outside the trained domain, unless outside='warn'.
+        """
+        return prediction.price(self._predictor(), contracts, kind, outside)
+
+    def predict_distribution(
+        self, contracts: ContractsLike, *, outside: prediction.Outside = "refuse"
+    ) -> PayoffDistribution:
+        """Distribution of the discounted put payoff. Shapes: n contracts -> levels (n, N)."""
+        return prediction.distribution(self._predictor(), contracts, outside)
+
+    def predict_greeks(
+        self, contracts: ContractsLike, kind: OptionKind = "put", *, outside: prediction.Outside = "refuse"
+    ) -> Greeks:
+        """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
+        return prediction.greeks(self._predictor(), contracts, kind, outside)
+
+    def _predictor(self) -> prediction.Predictor:
+        if self._scaling is None:
+            self._scaling = self._measure_scaling()
+        return prediction.Predictor(self.model, self._scaling, self.domain, self._params.network_size)
+
+    # --- one training step ----------------------------------------------------------------------------
+
+    def _next_batch(self, config: TrainingConfig, fresh: int) -> Examples:
+        first = self._simulated
+        new = self._simulate(self._sampler.sample(fresh), first)
+        self._simulated += fresh
+        if fresh == config.batch_size:
+            return new
+        assert self._replay is not None
+        self._replay.insert(new, first)
+        old = self._replay.draw(config.batch_size - fresh, self._step)
+        return Examples(*(torch.cat(pair) for pair in zip(new, old, strict=True)))
+
+    def _simulate(self, contracts: np.ndarray, first: int) -> Examples:
+        payoffs = self._engine.discounted_puts(contracts, offset=first)
+        spectrum = quantile_spectrum(payoffs, self._params.network_size)
+        table = torch.from_numpy(contracts).to(self.device)
+        dtype = self._params.dtype.torch
+        unit = unit_of_price(table).to(dtype)[:, None]
+        real, imag = spectrum.real / unit, spectrum.imag / unit
+        real[:, 0] -= intrinsic(table).to(dtype)
+        return Examples(features(table, self.domain).to(dtype), real, imag)
+
+    def _update(self, batch: Examples, rate: float) -> Tensor:
+        assert self._scaling is not None
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        out_real, out_imag = self.model(batch.inputs, torch.zeros_like(batch.inputs))
+        real, imag = self._scaling.restore(out_real, out_imag)
+        squared = (real - batch.real).square() + (imag - batch.imag).square()
+        loss = (squared @ self._weights).mean()
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    # --- state ----------------------------------------------------------------------------------------
+
+    def _prepare(self, fresh: int) -> None:
+        if self._scaling is None:
+            self._scaling = self._measure_scaling()
+        if self._replay is None:
+            self._replay = ReplayBuffer(self._params.buffer_size, self._params.mc_seed)
+            # What the buffer held is simulated again: it is a function of the counters alone.
+            missing = min(self._params.buffer_size, self._simulated, self._sampler.skip)
+            sampler = SobolSampler(self.domain, seed=self._params.mc_seed, skip=self._sampler.skip - missing)
+            first = self._simulated - missing
+            while first < self._simulated:
+                count = min(256, self._simulated - first)
+                self._replay.insert(self._simulate(sampler.sample(count), first), first)
+                first += count
+
+    def _measure_scaling(self) -> Scaling:
+        sampler = SobolSampler(self.domain, seed=self._params.mc_seed)
+        examples = self._simulate(sampler.sample(_SCALING_CONTRACTS), 0)
+        return Scaling.of(examples.real, examples.imag)
+
+    def _enter_plan(self, config: TrainingConfig) -> TrainingPlan:
+        if self._plan is None or not self._plan.covers(self._step, config):
+            self._plan = TrainingPlan(config=config, start=self._step)
+        return self._plan
+
+    def _fresh_per_batch(self, config: TrainingConfig) -> int:
+        if config.fresh_per_batch is not None:
+            return config.fresh_per_batch
+        if self.device.type == "cuda":
+            return config.batch_size
+        return min(config.batch_size, max(4, config.batch_size // 8))
+
+    def _device_is_read(self, batch: int, config: TrainingConfig) -> bool:
+        return self.device.type == "cpu" or batch % _GPU_REPORT_EVERY == 0 or batch == config.num_batches
+
+    def _finite(self, loss: Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"the loss is {value} at step {self._step}: nothing from here on is committed; "
+                "lower learning_rate, or resume from the last version"
+            )
+        return value
+
+    def _copy(self) -> GbmCVNNPricerConfig:
+        state = self._state()
+        adam = state.optimizer_state
+        if adam is not None:
+            adam = AdamState(adam.step, _cloned(adam.exp_avg), _cloned(adam.exp_avg_sq))
+        return replace(state, cvnn=copy.deepcopy(self.model), optimizer_state=adam)
+
+    def _state(self) -> GbmCVNNPricerConfig:
+        """The state by reference: the next step changes what it points to."""
+        if self._active is not None:
+            self._cpu_rng, self._cuda_rng = torch.get_rng_state().numpy().tobytes(), self._cuda_states()
+        params = self._params.model_copy(update={"skip": self._simulated})
+        return GbmCVNNPricerConfig(
+            cfg=self._cfg.model_copy(update={"sim_params": params}),
+            domain_bounds=self.domain,
+            cvnn=self.model,
+            optimizer_state=_adam_state(self._optimizer, self.model),
+            global_step=self._step,
+            sobol_skip=self._sampler.skip,
+            torch_cpu_rng_state=self._cpu_rng,
+            torch_cuda_rng_states=self._cuda_rng,
+            scaling=self._scaling,
+            plan=self._plan,
+            resumed_from=self._resumed_from,
+        )
+
+    def _cuda_states(self) -> list[bytes]:
+        return _cuda_rng_states() if self.device.type == "cuda" else self._cuda_rng
+
+    def _serve_requests(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request = self._requests.get_nowait()
+                request.set_result(self._copy())
+
+    @contextlib.contextmanager
+    def _training_thread(self) -> Iterator[None]:
+        with self._lock:
+            if self._active is not None:
+                raise ConfigError("this pricer is already training, on another thread")
+            self._active = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active = None
+                self._serve_requests()
+            self._stop.clear()
+            self._progress = replace(self._progress, training=False, commits_pending=0)
+
+    @contextlib.contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        # torch's generators are global; a pricer keeps its own state so that two in a process do not mix.
+        outer_cpu = torch.get_rng_state()
+        outer_cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        torch.set_rng_state(torch.frombuffer(bytearray(self._cpu_rng), dtype=torch.uint8))
+        for index, state in enumerate(self._cuda_rng[: len(outer_cuda)]):
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), index)
+        try:
+            yield
+        finally:
+            self._cpu_rng, self._cuda_rng = torch.get_rng_state().numpy().tobytes(), self._cuda_states()
+            torch.set_rng_state(outer_cpu)
+            if outer_cuda:
+                torch.cuda.set_rng_state_all(outer_cuda)
+
+
+class _Commits:
+    """The commits of one call of `train()`."""
+
+    def __init__(
+        self, pricer: GbmCVNNPricer, target: CommitTarget | None, template: str, experiment: str
+    ) -> None:
+        assert target is not None
+        self._pricer, self._target, self._template = pricer, target, template
+        self._experiment = experiment
+        self._sink = BackgroundCommits(target)
+        self._futures: list[Future[CommitOutcome]] = []
+
+    @property
+    def pending(self) -> int:
+        return sum(not future.done() for future in self._futures[-16:])
+
+    def submit(self, loss: float, batch: int, *, final: bool = False) -> None:
+        state = self._pricer._state()
+        record = CommitRecord(
+            ledger=self._target.uri,
+            message=self._template.format(step=state.global_step, loss=loss, batch=batch),
+            step=state.global_step,
+            loss=loss,
+            experiment=self._experiment,
+            resumed_from=state.resumed_from,
+        )
+        self._futures.append(self._sink.submit(CommitRequest(Snapshot.of(state), record, final)))
+
+    def close(self) -> tuple[CommitOutcome, ...]:
+        self._sink.close()
+        return tuple(future.result() for future in self._futures)
+
+
+def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, interval: int | None) -> None:
+    if target is None and (auto_commit or interval is not None):
+        raise ConfigError("auto_commit or commit_interval requires blockchain_store")
+    if interval is not None and not auto_commit:
+        raise ConfigError("commit_interval requires auto_commit=True")
+    if interval is not None and (not isinstance(interval, int) or interval < 1):
+        raise ConfigError(f"commit_interval must be a whole number of batches, at least 1, got {interval!r}")
+
+
+def _check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device:
+    wanted = (
+        f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {FEATURES}) and must "
+        f"return two of shape (batch, {bins}); smc.cvnn.build_cvnn(sim_params) makes one"
+    )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ConfigError(f"{type(model).__name__} has no parameters to train: {wanted}")
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise ConfigError(f"the model's parameters are on several devices: {', '.join(devices)}; move it to one")
+    device = require_device(devices[0])
+    wrong = next((p.dtype for p in parameters if p.dtype != dtype), None)
+    if wrong is not None:
+        raise ConfigError(f"the model's parameters are {wrong}, the simulation is {dtype}: use one of them for both")
+    probe = torch.zeros(2, FEATURES, dtype=dtype, device=device)
+    training = model.training
+    try:
+        inspect.signature(model.forward).bind(probe, probe)
+        with torch.no_grad():
+            out = model.eval()(probe, probe)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{type(model).__name__} cannot serve ({str(error).splitlines()[0]}): {wanted}") from None
+    finally:
+        model.train(training)
+    shapes = [tuple(part.shape) for part in out] if isinstance(out, tuple | list) else [tuple(out.shape)]
+    if shapes != [(2, bins), (2, bins)]:
+        raise ConfigError(f"{type(model).__name__} cannot serve (it returned {shapes} for a batch of 2): {wanted}")
+    return device
+
+
+def _learning_rate(plan: TrainingPlan, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero at the plan's end; or constant."""
+    config, done = plan.config, step - plan.start
+    if config.schedule == "constant":
+        return config.learning_rate
+    warmup = min(config.warmup, config.num_batches // 10)
+    if done < warmup:
+        return config.learning_rate * (done + 1) / warmup
+    share = (done - warmup) / max(1, config.num_batches - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _adam_state(optimizer: torch.optim.Adam, model: nn.Module) -> AdamState | None:
+    state = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
+    if not state:
+        return None
+    steps = int(next(iter(state.values()))["step"])
+    return AdamState(
+        steps,
+        {name: values["exp_avg"] for name, values in state.items()},
+        {name: values["exp_avg_sq"] for name, values in state.items()},
+    )
+
+
+def _load_adam(optimizer: torch.optim.Adam, model: nn.Module, adam: AdamState) -> None:
+    for name, parameter in model.named_parameters():
+        if name not in adam.exp_avg:
+            continue
+        if adam.exp_avg[name].shape != parameter.shape:
+            raise ConfigError(
+                f"optimizer_state: moment of {name!r} has shape {tuple(adam.exp_avg[name].shape)}, "
+                f"the parameter has {tuple(parameter.shape)}"
+            )
+        step_device = parameter.device if parameter.device.type == "cuda" else None
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(adam.step), dtype=torch.float32, device=step_device),
+            "exp_avg": adam.exp_avg[name].to(parameter.device, copy=True),
+            "exp_avg_sq": adam.exp_avg_sq[name].to(parameter.device, copy=True),
+        }
+
+
+def _cuda_rng_states() -> list[bytes]:
+    return [state.cpu().numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+
+
+def _cloned(tensors: object) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in dict(tensors).items()}  # type: ignore[call-overload]

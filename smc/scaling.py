@@ -1,0 +1,92 @@
+"""What the network sees and says: features of a contract, and spectra on a scale of order one.
+
+A put divided by K df w, after a smooth intrinsic value is taken off bin 0, varies over the domain by a
+factor of a few instead of a thousand; each bin is then standardised. Raw inputs and outputs cost three
+orders of magnitude in accuracy (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from smc.contracts import BoundSpec
+
+__all__ = ["Scaling", "features", "intrinsic", "unit_of_price"]
+
+# Of the Bachelier at-the-money shape: softplus(1.7 x) / 1.7 follows E max(x + Z, 0) within 0.02.
+_SHARPNESS = 1.7
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Per-bin mean and standard deviation of scaled spectra, measured on the first training contracts.
+
+    Shapes: each (bins,). Part of every checkpoint: a model means nothing without it.
+    """
+
+    mean_real: Tensor
+    mean_imag: Tensor
+    spread: Tensor
+
+    @classmethod
+    def of(cls, real: Tensor, imag: Tensor) -> Scaling:
+        """Measured on scaled spectra. Shapes: two of (n, bins)."""
+        variance = real.var(dim=0) + imag.var(dim=0)
+        spread = variance.sqrt()
+        # A bin that does not vary (the imaginary part of bin 0 never does) is still divided by something.
+        floor = spread.max() * 1e-6 + torch.finfo(spread.dtype).tiny
+        return cls(real.mean(dim=0), imag.mean(dim=0), spread.clamp(min=float(floor)))
+
+    def to(self, device: torch.device) -> Scaling:
+        """The same on another device."""
+        return Scaling(self.mean_real.to(device), self.mean_imag.to(device), self.spread.to(device))
+
+    def standardise(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled spectra to network outputs. Shapes: two of (n, bins) -> same."""
+        return (real - self.mean_real) / self.spread, (imag - self.mean_imag) / self.spread
+
+    def restore(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        """Network outputs to scaled spectra: the inverse of `standardise`."""
+        return real * self.spread + self.mean_real, imag * self.spread + self.mean_imag
+
+
+def features(contracts: Tensor, domain: Mapping[str, BoundSpec]) -> Tensor:
+    """m = ln(F / K), w = v sqrt(T), tanh(m / w), ln w, and T, r, d standardised over the domain.
+
+    Shapes: (n, 6) -> (n, 7).
+    """
+    m, w = _moneyness(contracts)
+    standard = [_standardised(contracts[:, column], domain[name]) for column, name in _STANDARDISED]
+    return torch.stack([m, w, torch.tanh(m / w), torch.log(w), *standard], dim=1)
+
+
+def unit_of_price(contracts: Tensor) -> Tensor:
+    """K df w, the scale of a put. Shapes: (n, 6) -> (n,). Units: currency."""
+    _, w = _moneyness(contracts)
+    return contracts[:, 1] * torch.exp(-contracts[:, 3] * contracts[:, 2]) * w
+
+
+def intrinsic(contracts: Tensor) -> Tensor:
+    """Smooth intrinsic value of the put in units of `unit_of_price`. Shapes: (n, 6) -> (n,)."""
+    m, w = _moneyness(contracts)
+    return functional.softplus(-_SHARPNESS * torch.expm1(m) / w) / _SHARPNESS
+
+
+_STANDARDISED = ((2, "T"), (3, "r"), (4, "d"))
+
+
+def _moneyness(contracts: Tensor) -> tuple[Tensor, Tensor]:
+    X0, K, T, r, d, v = contracts.unbind(dim=1)
+    return torch.log(X0 / K) + (r - d) * T, v * torch.sqrt(T)
+
+
+def _standardised(values: Tensor, bound: BoundSpec) -> Tensor:
+    # Standard deviation of a uniform variable: its width over sqrt(12).
+    middle, width = (bound.lower + bound.upper) / 2, bound.upper - bound.lower
+    return (values - middle) * (float(np.sqrt(12.0)) / width)

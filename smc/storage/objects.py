@@ -1,0 +1,92 @@
+"""The seam between the ledger and whatever stores its objects: six operations, one exception tree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Protocol
+
+from smc.errors import Conflict, NotFound
+
+__all__ = ["MemoryObjectStore", "ObjectInfo", "ObjectStore"]
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a store says of an object without sending it."""
+
+    key: str
+    size: int
+    modified: datetime
+
+
+class ObjectStore(Protocol):
+    """Keys are relative to the ledger's prefix. Any operation may raise Unavailable or ConfigError.
+
+    After Unavailable it is unknown whether a write took effect.
+    """
+
+    async def get(self, key: str) -> bytes:
+        """The object's bytes. Raises: NotFound."""
+        ...
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Write or overwrite."""
+        ...
+
+    async def create(self, key: str, data: bytes) -> None:
+        """Write only if there is nothing (`If-None-Match: *`). Raises: Conflict if there is."""
+        ...
+
+    async def stat(self, key: str) -> ObjectInfo:
+        """Size and time. Raises: NotFound."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Remove; no error if it is not there."""
+        ...
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """Every object whose key starts with `prefix`, in key order."""
+        ...
+
+
+class MemoryObjectStore:
+    """Objects in a dict, for tests and dry runs. Shared by every event loop that uses it."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, tuple[bytes, datetime]] = {}
+
+    async def get(self, key: str) -> bytes:
+        await asyncio.sleep(0)
+        try:
+            return self.objects[key][0]
+        except KeyError:
+            raise NotFound(f"no object {key}") from None
+
+    async def put(self, key: str, data: bytes) -> None:
+        await asyncio.sleep(0)
+        self.objects[key] = (bytes(data), datetime.now(UTC))
+
+    async def create(self, key: str, data: bytes) -> None:
+        await asyncio.sleep(0)
+        value = (bytes(data), datetime.now(UTC))
+        if self.objects.setdefault(key, value) is not value:
+            raise Conflict(f"object {key} exists")
+
+    async def stat(self, key: str) -> ObjectInfo:
+        data = await self.get(key)
+        return ObjectInfo(key, len(data), self.objects[key][1])
+
+    async def delete(self, key: str) -> None:
+        await asyncio.sleep(0)
+        self.objects.pop(key, None)
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        await asyncio.sleep(0)
+        for key in sorted(self.objects):
+            if key.startswith(prefix):
+                data, modified = self.objects[key]
+                yield ObjectInfo(key, len(data), modified)

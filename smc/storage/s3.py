@@ -1,0 +1,201 @@
+"""Objects on S3 through aiobotocore. The only module that knows what S3's errors are called."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, NoReturn
+
+import aiohttp
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
+from botocore.exceptions import (
+    ConnectionError as BotoConnectionError,
+)
+
+from smc.errors import AccessDenied, ConfigError, Conflict, NotFound, Unavailable
+from smc.storage.objects import ObjectInfo
+
+__all__ = ["S3ObjectStore", "parse_uri"]
+
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_DENIED = {
+    "AccessDenied",
+    "AllAccessDisabled",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "401",
+    "403",
+    "Unauthorized",
+    "Forbidden",
+}
+
+
+def parse_uri(uri: str) -> tuple[str, str]:
+    """Bucket and prefix of `bucket`, `s3://bucket` or `s3://bucket/some/prefix`.
+
+    Raises: ConfigError for anything else.
+    """
+    path = uri.removeprefix("s3://")
+    bucket, _, prefix = path.partition("/")
+    if (prefix and path == uri) or not _BUCKET.match(bucket):
+        raise ConfigError(f"{uri!r} is neither a bucket's name nor s3://bucket/prefix")
+    prefix = prefix.strip("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+        raise ConfigError(f"{uri!r}: a prefix is made of names separated by single slashes")
+    return bucket, f"{prefix}/" if prefix else ""
+
+
+class S3ObjectStore:
+    """One bucket, under one prefix, on the event loop that entered it.
+
+    Endpoint, region and credentials come from botocore's standard environment and profiles. botocore
+    does not retry: the ledger does, because it knows what a repeated request means.
+    """
+
+    def __init__(self, bucket: str, prefix: str = "", *, endpoint_url: str | None = None) -> None:
+        self._bucket, self._prefix, self._endpoint_url = bucket, prefix, endpoint_url
+        self._context: Any = None
+        self._client: Any = None
+
+    async def __aenter__(self) -> S3ObjectStore:
+        config = AioConfig(
+            connect_timeout=5,
+            read_timeout=60,
+            max_pool_connections=64,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            self._context = get_session().create_client("s3", endpoint_url=self._endpoint_url, config=config)
+            self._client = await self._context.__aenter__()
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigError(f"S3 client for bucket {self._bucket}: {error}") from None
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._context.__aexit__(kind, error, trace)
+        self._client = None
+
+    async def get(self, key: str) -> bytes:
+        try:
+            response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+            async with response["Body"] as body:
+                data = bytes(await body.read())
+        except _FAILURES as error:
+            self._translate(error, key)
+        if len(data) != response["ContentLength"]:
+            raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
+        return data
+
+    async def put(self, key: str, data: bytes) -> None:
+        try:
+            await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
+        except _FAILURES as error:
+            self._translate(error, key)
+
+    async def create(self, key: str, data: bytes) -> None:
+        try:
+            await self._client.put_object(
+                Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*"
+            )
+        except _FAILURES as error:
+            self._translate(error, key)
+
+    async def stat(self, key: str) -> ObjectInfo:
+        try:
+            response = await self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+        except _FAILURES as error:
+            if isinstance(error, ClientError) and _code(error) in ("404", "NotFound", "NoSuchKey"):
+                # HEAD has no body to tell a missing key from a missing bucket.
+                await self.check_bucket()
+            self._translate(error, key)
+        return ObjectInfo(key, response["ContentLength"], response["LastModified"])
+
+    async def delete(self, key: str) -> None:
+        try:
+            await self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+        except _FAILURES as error:
+            self._translate(error, key)
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        token: dict[str, str] = {}
+        while True:
+            try:
+                page = await self._client.list_objects_v2(
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, **token
+                )
+            except _FAILURES as error:
+                self._translate(error, prefix)
+            for item in page.get("Contents", []):
+                key = item["Key"].removeprefix(self._prefix)
+                yield ObjectInfo(key, item["Size"], item["LastModified"])
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    async def check_bucket(self) -> None:
+        """Raises: ConfigError if the bucket is not there, AccessDenied if it is not ours."""
+        try:
+            await self._client.head_bucket(Bucket=self._bucket)
+        except ClientError as error:
+            if _code(error) in ("404", "NoSuchBucket", "NotFound"):
+                raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
+            self._translate(error, "")
+        except _FAILURES as error:
+            self._translate(error, "")
+
+    def _endpoint(self) -> str:
+        return str(self._client.meta.endpoint_url)
+
+    def _where(self, key: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{key}"
+
+    def _translate(self, error: Exception, key: str) -> NoReturn:
+        where = self._where(key)
+        if isinstance(error, ClientError):
+            code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            detail = error.response.get("Error", {}).get("Message") or code
+            if code == "NoSuchBucket":
+                raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
+            if code in ("NoSuchKey", "404", "NotFound") or status == 404:
+                raise NotFound(f"{where} does not exist") from None
+            if code == "PreconditionFailed" or status == 412:
+                raise Conflict(f"{where} exists already") from None
+            if code in _DENIED or status in (401, 403):
+                raise AccessDenied(f"{where}: access denied by {self._endpoint()} ({code}: {detail})") from None
+            if status in (408, 409, 429) or status >= 500 or code in ("SlowDown", "RequestTimeout"):
+                raise Unavailable(f"{where}: {code} ({detail})") from None
+            raise ConfigError(f"{where}: {self._endpoint()} refused the request ({code}: {detail})") from None
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            raise AccessDenied(f"{where}: {error}; set AWS_ACCESS_KEY_ID and the rest, or AWS_PROFILE") from None
+        if isinstance(error, ParamValidationError):
+            raise ConfigError(f"{where}: {error}") from None
+        if isinstance(error, _TRANSIENT):
+            text = str(error).removeprefix("Connection was closed before we received a valid response from ")
+            raise Unavailable(f"{where}: {text or type(error).__name__}") from None
+        raise ConfigError(f"{where}: {error}") from None
+
+
+_TRANSIENT = (BotoConnectionError, HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
+_FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))

@@ -1,0 +1,272 @@
+"""The model store: versions of models in one ledger, and the checkpoints they name."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+
+from torch import nn
+
+from smc.checkpoint import Snapshot, decode, encode, restore
+from smc.errors import ConfigError, Corrupt, NotFound, Unavailable
+from smc.pricer_config import GbmCVNNPricerConfig
+from smc.spool import CommitRecord, Spool
+from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
+from smc.storage.ledger import RETRY_DELAYS, Ledger
+from smc.storage.objects import ObjectStore
+from smc.storage.s3 import S3ObjectStore, parse_uri
+from smc.storage.verify import Verification, verify_ledger
+
+__all__ = ["AsyncBlockchainModelStore", "commit_snapshot", "load_snapshot_from_checkpoint", "recover"]
+
+logger = logging.getLogger("smc.storage")
+
+
+class AsyncBlockchainModelStore:
+    """Model versions in a tamper-evident, ordered ledger under `bucket` or `s3://bucket/prefix`.
+
+    Endpoint, region and credentials are botocore's: `AWS_ENDPOINT_URL`, `AWS_PROFILE` and the rest.
+    Use it as `async with`; nothing is asked of the server before the first call.
+
+    Every method may raise Unavailable (after retries), ConfigError (bucket, credentials) and Corrupt.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        endpoint_url: str | None = None,
+        objects: ObjectStore | None = None,
+        retry_delays: Sequence[float] = RETRY_DELAYS,
+    ) -> None:
+        self._bucket, self._prefix = parse_uri(bucket)
+        self._endpoint_url, self._given, self._retry_delays = endpoint_url, objects, tuple(retry_delays)
+        self._exit: AsyncExitStack | None = None
+        self._objects: ObjectStore | None = None
+        self._ledger: Ledger | None = None
+
+    @property
+    def uri(self) -> str:
+        """Where the ledger is: s3://bucket/prefix."""
+        return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+
+    async def __aenter__(self) -> AsyncBlockchainModelStore:
+        self._exit = AsyncExitStack()
+        if self._given is not None:
+            self._objects = self._given
+        else:
+            self._objects = await self._exit.enter_async_context(
+                S3ObjectStore(self._bucket, self._prefix, endpoint_url=self._endpoint_url)
+            )
+        self._ledger = Ledger(self._objects, retry_delays=self._retry_delays)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._exit is not None and self._ledger is not None
+        await self._ledger.close()
+        await self._exit.aclose()
+        self._exit = self._objects = self._ledger = None
+
+    def another(self) -> AsyncBlockchainModelStore:
+        """The same ledger, unopened: for another thread or event loop."""
+        return AsyncBlockchainModelStore(
+            f"s3://{self._bucket}/{self._prefix}".rstrip("/"),
+            endpoint_url=self._endpoint_url,
+            objects=self._given,
+            retry_delays=self._retry_delays,
+        )
+
+    @asynccontextmanager
+    async def committer(self) -> AsyncIterator[StoreCommitter]:
+        """A connection of its own for background commits, on the loop that enters it."""
+        async with self.another() as own:
+            yield StoreCommitter(own)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The append pipeline underneath. Raises: ConfigError outside `async with`."""
+        if self._ledger is None:
+            raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
+        return self._ledger
+
+    @property
+    def objects(self) -> ObjectStore:
+        """The object store underneath."""
+        if self._objects is None:
+            raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
+        return self._objects
+
+    async def get_head(self) -> ModelVersion | None:
+        """The newest version, or None in an empty ledger."""
+        entry = await self.ledger.newest_version()
+        return entry.version if entry else None
+
+    async def get_version(self, version_id: str) -> ModelVersion:
+        """A version by name, like 'v0000000003'. Raises: NotFound, ConfigError for a malformed name."""
+        counter = parse_version_id(version_id)
+        head = await self.get_head()
+        if head is None or counter > head.counter:
+            newest = "it is empty" if head is None else f"its newest version is {head.version_id}"
+            raise NotFound(f"{self.uri} has no version {version_id}: {newest}")
+        low, high = 0, head.block
+        while True:  # counters rise along the log: bisect by block
+            middle = (low + high) // 2
+            found = await self._commits_from(middle, high)
+            if found is None or counter < found[0].counter:
+                high = middle - 1
+            else:
+                match = [v for v in found if v.counter == counter]
+                if match:
+                    return match[0]
+                low = found[0].block + 1
+            if low > high:
+                raise Corrupt(f"{self.uri}: counter {counter} is missing from the log")
+
+    async def list_versions(self) -> list[ModelVersion]:
+        """Every version, in order."""
+        return [v for entry in await self.list_entries() if (v := entry.version) is not None]
+
+    async def list_entries(self) -> list[Entry]:
+        """Every entry of the log, in order."""
+        tail = await self.ledger.refresh()
+        return [entry for block in await self.ledger.read_blocks(0, tail.block) for entry in block]
+
+    async def load_checkpoint(self, version: ModelVersion) -> bytes:
+        """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""
+        key = blob_key(version.content_hash)
+        try:
+            data = await self._retried_get(key)
+        except NotFound:
+            raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        if digest != version.content_hash:
+            reason = f"the bytes of {version.version_id} do not have the hash in its name"
+            raise Corrupt(f"{key}: {reason}", ((key, reason),))
+        return data
+
+    async def upload(self, data: bytes) -> tuple[str, int]:
+        """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once."""
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        key = blob_key(digest)
+        for delay in (*self._retry_delays, None):
+            try:
+                try:
+                    if (await self.objects.stat(key)).size == len(data):
+                        return digest, len(data)
+                except NotFound:
+                    pass
+                await self.objects.put(key, data)
+                return digest, len(data)
+            except Unavailable as error:
+                if delay is None:
+                    raise
+                logger.info("%s; again in %g s", error, delay)
+                await asyncio.sleep(delay)
+        raise AssertionError("unreachable")
+
+    async def append_commit(self, record: CommitRecord, content_hash: str, size: int) -> ModelVersion:
+        """Enter an uploaded checkpoint in the ledger. A commit_id that is there already is not entered again."""
+        payload: Mapping[str, object] = {
+            "content_hash": content_hash,
+            "size": size,
+            **record.model_dump(include={"experiment", "step", "loss", "metrics", "message", "resumed_from"}),
+        }
+        entry = await self.ledger.append(Draft("commit", record.commit_id, payload))
+        version = entry.version
+        if version is None:
+            raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
+        return version
+
+    async def commit(self, data: bytes, record: CommitRecord) -> ModelVersion:
+        """Upload a checkpoint and enter it in the ledger."""
+        content_hash, size = await self.upload(data)
+        return await self.append_commit(record, content_hash, size)
+
+    async def verify(self, *, blobs: bool = False) -> Verification:
+        """Check the whole ledger; see `smc.storage.verify`."""
+        return await verify_ledger(self.objects, blobs=blobs)
+
+    async def _commits_from(self, start: int, stop: int) -> list[ModelVersion] | None:
+        for number in range(start, stop + 1):
+            commits = [v for e in (await self.ledger.read_blocks(number, number + 1))[0] if (v := e.version)]
+            if commits:
+                return commits
+        return None
+
+    async def _retried_get(self, key: str) -> bytes:
+        for delay in self._retry_delays:
+            try:
+                return await self.objects.get(key)
+            except Unavailable as error:
+                logger.info("%s; again in %g s", error, delay)
+                await asyncio.sleep(delay)
+        return await self.objects.get(key)
+
+
+class StoreCommitter:
+    """Carries out background commits on an open store; see `smc.commits.Committer`."""
+
+    def __init__(self, store: AsyncBlockchainModelStore) -> None:
+        self._store = store
+
+    async def upload(self, data: bytes) -> tuple[str, int]:
+        return await self._store.upload(data)
+
+    async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
+        return (await self._store.append_commit(record, content_hash, size)).version_id
+
+
+async def commit_snapshot(
+    store: AsyncBlockchainModelStore,
+    snapshot: GbmCVNNPricerConfig,
+    message: str,
+    *,
+    experiment: str = "",
+    loss: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> ModelVersion:
+    """Commit a pricer's state now, and return the version it became."""
+    data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))
+    record = CommitRecord(
+        ledger=store.uri,
+        message=message,
+        step=snapshot.global_step,
+        loss=loss,
+        experiment=experiment,
+        metrics=dict(metrics or {}),
+        resumed_from=snapshot.resumed_from,
+    )
+    return await store.commit(data, record)
+
+
+async def load_snapshot_from_checkpoint(
+    store: AsyncBlockchainModelStore,
+    version: ModelVersion,
+    model_template: nn.Module | None = None,
+    config_template: GbmCVNNPricerConfig | None = None,
+) -> GbmCVNNPricerConfig:
+    """A version's state, its hash verified, ready for `GbmCVNNPricer(...)`.
+
+    The templates give the architecture and device, and a configuration that the checkpoint is checked
+    against; a network made by `build_cvnn` needs neither. Raises: Corrupt, NotFound, ConfigError.
+    """
+    data = await store.load_checkpoint(version)
+    state = restore(decode(data), model_template, config_template)
+    return replace(state, resumed_from=version.version_id)
+
+
+async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:
+    """Commit what the spool keeps for this ledger, each once, and remove it when it is in."""
+    versions = []
+    for record in spool.records():
+        if record.ledger == store.uri:
+            versions.append(await store.commit(spool.load(record), record))
+            spool.remove(record)
+    return versions
