@@ -120,10 +120,11 @@ class GbmCVNNPricer:
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
         if config.optimizer_state is not None:
             _load_adam(self._optimizer, self.model, config.optimizer_state)
-        self._cpu_rng = config.torch_cpu_rng_state or torch.get_rng_state().numpy().tobytes()
+        self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
         self._cuda_rng = list(config.torch_cuda_rng_states)
         if not self._cuda_rng and self.device.type == "cuda":
-            self._cuda_rng = _cuda_rng_states()
+            devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+            self._cuda_rng = [_seeded_rng_state(device, self._params.mc_seed) for device in devices]
         weights = bin_weights(self._params.network_size)
         weights[0] *= _PRICE_WEIGHT
         self._weights = weights.to(self.device, self._params.dtype.torch)
@@ -510,6 +511,10 @@ def _load_adam(optimizer: torch.optim.Adam, model: nn.Module, adam: AdamState) -
             "exp_avg": adam.exp_avg[name].to(parameter.device, copy=True),
             "exp_avg_sq": adam.exp_avg_sq[name].to(parameter.device, copy=True),
         }
+
+
+def _seeded_rng_state(device: str, seed: int) -> bytes:
+    return torch.Generator(device).manual_seed(seed % 2**63).get_state().cpu().numpy().tobytes()
 
 
 def _cuda_rng_states() -> list[bytes]:

@@ -79,7 +79,7 @@ class GbmCVNNPricerConfig:
     """A pricer's whole state: what it is built from, and what `snapshot()` returns.
 
     `cfg.sim_params.skip` and `sobol_skip` count the contracts simulated and drawn so far. RNG states are
-    torch's own, as bytes; None means torch's current state. `scaling` is measured when first needed.
+    torch's own, as bytes; where they are left out, mc_seed seeds them. `scaling` is measured when first needed.
     `resumed_from` is the version this state was loaded from, for the ledger; it is not part of the state.
     """
 

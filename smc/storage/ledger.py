@@ -172,6 +172,16 @@ class Ledger:
                 self._sequencer = asyncio.create_task(self._sequence())
         return await asyncio.shield(waiting.future)
 
+    async def prepare(self) -> None:
+        """Find the end of the log and prove that the server honours conditional writes.
+
+        The first append does the same; calling it earlier tells before anything depends on it.
+        """
+        async with self._tail_lock:
+            await self._refresh()
+            if not self._proved:
+                await self._prove_conditional_writes()
+
     @property
     def queue_depth(self) -> int:
         """Entries waiting for a block."""

@@ -1,0 +1,102 @@
+"""The TrainerActor: owns one pricer and its simulation, trains on a thread, answers at any time."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ray
+
+from smc.checkpoint import Snapshot, encode
+from smc.commits import CommitTarget
+from smc.experiment import Experiment
+from smc.gbm_trainer import GbmCVNNPricer, Progress, TrainingResult
+from smc.pricer_config import GbmCVNNPricerConfig
+from smc.storage.chain import ModelVersion
+from smc.storage.store import AsyncBlockchainModelStore, load_snapshot_from_checkpoint
+
+__all__ = ["RemoteTrainerActor", "TrainerActor"]
+
+
+class TrainerActor:
+    """Runs one experiment. A plain async class: give it any commit target and it works without Ray.
+
+    `extend` trains a finished experiment for another `num_batches`; otherwise it has nothing to do.
+    """
+
+    def __init__(self, experiment: Experiment, target: CommitTarget, *, extend: bool = False) -> None:
+        self._experiment, self._target, self._extend = experiment, target, extend
+        # The training loop has a thread of its own: on the event loop it would starve every other call.
+        self._training = ThreadPoolExecutor(1, thread_name_prefix="smc-train")
+        self._pricer: GbmCVNNPricer | None = None
+        self._stopping = False
+
+    def __repr__(self) -> str:
+        return f"Trainer({self._experiment.name})"
+
+    async def train(self, resume_from: ModelVersion | None = None) -> TrainingResult | None:
+        """Train what remains, from the given version or from the start; -> None if nothing remains.
+
+        Raises: ConfigError, NumericsError, and what reading the version may raise.
+        """
+        experiment = self._experiment
+        state = experiment.fresh()
+        batches = experiment.training.num_batches
+        if resume_from is not None:
+            state = await self._load(resume_from, state)
+            batches = experiment.remaining(state) or (batches if self._extend else 0)
+            if batches == 0:
+                return None
+        self._pricer = GbmCVNNPricer(state)
+        if self._stopping:
+            return None
+        config = experiment.training.model_copy(update={"num_batches": batches})
+        pricer = self._pricer
+
+        def run() -> TrainingResult:
+            return pricer.train(
+                config,
+                blockchain_store=self._target,
+                auto_commit=True,
+                commit_interval=experiment.commit_interval,
+                commit_message_template=experiment.commit_message_template,
+                experiment=experiment.name,
+            )
+
+        running = asyncio.get_running_loop().run_in_executor(self._training, run)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            # ray.cancel ends the coroutine and no thread: let the loop stop, and make its final commit.
+            pricer.stop()
+            await asyncio.wait({running})
+            raise
+
+    async def progress(self) -> Progress | None:
+        """Where training is, or None before it begins."""
+        return self._pricer.progress if self._pricer else None
+
+    async def stop(self) -> None:
+        """End training after the step it is in, with a final commit."""
+        self._stopping = True
+        if self._pricer is not None:
+            self._pricer.stop()
+
+    async def snapshot(self) -> list[Any] | None:
+        """The state between two steps as a checkpoint file: a list holding its object ref.
+
+        None before training begins. The object lives as long as this actor.
+        """
+        pricer = self._pricer
+        if pricer is None:
+            return None
+        data = await asyncio.to_thread(lambda: encode(Snapshot.of(pricer.snapshot())))
+        return [ray.put(data)]
+
+    async def _load(self, version: ModelVersion, template: GbmCVNNPricerConfig) -> GbmCVNNPricerConfig:
+        async with AsyncBlockchainModelStore(self._target.uri) as store:
+            return await load_snapshot_from_checkpoint(store, version, template.cvnn, template)
+
+
+RemoteTrainerActor = ray.remote(TrainerActor)

@@ -1,0 +1,163 @@
+"""The whole path on one machine: a sweep into a ledger, the ledger verified, its best model compared.
+
+    make demo
+
+Starts a development S3 server and a local Ray, trains the experiments of sweeps/demo.yaml, and shows what
+came of it. Run again, it trains the same experiments further, in the same ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jobs.recipes import read_sweep
+from jobs.session import exit_status
+from jobs.sweep import report, run_experiments
+from smc import black_scholes
+from smc.contracts import DEFAULT_DOMAIN, FIELDS
+from smc.errors import ConfigError
+from smc.gbm_trainer import GbmCVNNPricer
+from smc.sobol_sampler import SobolSampler
+from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
+from smc.storage.dev_server import DevServer
+
+_SHOWN = np.array(
+    [
+        # X0, K, T, r, d, v
+        [100, 100, 1.0, 0.03, 0.01, 0.20],
+        [100, 80, 0.5, 0.02, 0.00, 0.30],
+        [100, 120, 0.5, 0.02, 0.00, 0.30],
+        [70, 100, 1.5, 0.05, 0.02, 0.45],
+        [140, 100, 2.0, 0.01, 0.03, 0.55],
+        [100, 105, 0.1, 0.04, 0.00, 0.10],
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; -> the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dir", type=Path, default=Path(".smc"), help="data, credentials and the picture")
+    parser.add_argument("--sweep", type=Path, default=Path("sweeps/demo.yaml"))
+    options = parser.parse_args(arguments)
+
+    async def run() -> int:
+        _, experiments = read_sweep(options.sweep)
+        ledger = "s3://spectralmc/demo"
+        started = time.perf_counter()
+        with DevServer(options.dir / "s3") as server:
+            print(f"S3 at {server.endpoint_url} (data in {options.dir / 's3'}), ledger {ledger}")
+            os.environ.update(server.environment)
+            status = report(await run_experiments(experiments, ledger, extend=True))
+            async with AsyncBlockchainModelStore(ledger) as store:
+                status = max(status, await _show_ledger(store))
+                best, pricer = await _best(store, [e.name for e in experiments])
+            _show_prices(pricer)
+            picture = options.dir / "demo.png"
+            _draw(pricer, best, picture)
+            print(f"\nPicture: {picture}   ({time.perf_counter() - started:.0f} s in all)")
+            print(f"The ledger stays: make s3, then . {options.dir}/s3/s3.env and python -m smc.storage --help")
+        return status
+
+    return exit_status(run)
+
+
+async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
+    verification = await store.verify(blobs=True)
+    for key, reason in verification.problems:
+        print(f"{key}: {reason}")
+    print(
+        f"\nLedger {'verified' if verification.ok else 'CORRUPT'}: {verification.versions} versions in "
+        f"{verification.blocks} blocks, {verification.blobs} checkpoints hashed"
+    )
+    versions = await store.list_versions()
+    for v in versions[-12:]:
+        print(f"  {v.version_id}  {v.experiment:<12} {v.content_hash[:8]}  {v.commit_message}")
+    return 0 if verification.ok else 1
+
+
+async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple[ModelVersion, GbmCVNNPricer]:
+    """Each experiment's newest version, loaded back and measured on fresh contracts."""
+    newest = {v.experiment: v for v in await store.list_versions()}
+    fresh = SobolSampler({}, seed=int.from_bytes(b"fresh")).sample(4096)
+    exact = black_scholes.price(fresh)
+    print("\nAgainst the closed form, 4,096 fresh contracts, in bp of spot:")
+    print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}")
+    measured = []
+    for name in names:
+        if name not in newest:
+            continue
+        pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, newest[name]))
+        distribution = pricer.predict_distribution(fresh)
+        bins = distribution.levels.shape[1]
+        basis = 1e4 / fresh[:, 0]
+        error = (pricer.predict_price(fresh) - exact) * basis
+        w2 = np.sqrt(np.square(distribution.levels - black_scholes.payoff_bin_averages(fresh, bins)).mean(1)) * basis
+        tail = (distribution.cvar(0.975) - black_scholes.cvar(fresh, 0.975)) * basis
+        rmse = float(np.sqrt(np.square(error).mean()))
+        print(
+            f"  {name:<14}{newest[name].version_id:<13}{rmse:>11.3f}{np.abs(error).max():>8.2f}"
+            f"{np.sqrt(np.square(w2).mean()):>8.2f}{np.sqrt(np.square(tail).mean()):>10.2f}"
+        )
+        measured.append((rmse, name, pricer))
+    if not measured:
+        raise ConfigError("no experiment has a version: see the errors above")
+    _, name, pricer = min(measured, key=lambda item: item[0])
+    print(f"  best: {name}, {newest[name].version_id}")
+    return newest[name], pricer
+
+
+def _show_prices(pricer: GbmCVNNPricer) -> None:
+    distribution = pricer.predict_distribution(_SHOWN)
+    columns = [
+        ("put", pricer.predict_price(_SHOWN), black_scholes.price(_SHOWN)),
+        ("delta", pricer.predict_greeks(_SHOWN).delta, black_scholes.greeks(_SHOWN).delta),
+        ("CVaR97.5", distribution.cvar(0.975), black_scholes.cvar(_SHOWN, 0.975)),
+    ]
+    print("\n" + "".join(f"{name:>7}" for name in FIELDS) + "".join(f"{n:>12}{'exact':>11}" for n, _, _ in columns))
+    for row, contract in enumerate(_SHOWN):
+        cells = "".join(f"{learnt[row]:>12.4f}{exact[row]:>11.4f}" for _, learnt, exact in columns)
+        print("".join(f"{value:>7g}" for value in contract) + cells)
+
+
+def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    contracts = SobolSampler({}, seed=7).sample(8192)
+    X0, K, T, r, d, v = contracts.T
+    moneyness, w = np.log(X0 / K) + (r - d) * T, v * np.sqrt(T)
+    error = (pricer.predict_price(contracts) - black_scholes.price(contracts)) / X0 * 1e4
+    limit = float(np.quantile(np.abs(error), 0.99))
+    points = left.scatter(moneyness, w, c=error, s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True)
+    figure.colorbar(points, ax=left, label="learnt minus exact put price, bp of spot")
+    left.set(xlabel="log forward moneyness ln(F / K)", ylabel=r"total volatility $v\sqrt{T}$")
+    left.set_title(f"Price error over the domain: RMSE {np.sqrt(np.square(error).mean()):.2f} bp")
+    contract = _SHOWN[:1]
+    levels = pricer.predict_distribution(contract).levels[0]
+    u = (np.arange(len(levels)) + 0.5) / len(levels)
+    right.plot(u, black_scholes.payoff_quantile(contract, u)[0], color="black", lw=4, alpha=0.25, label="exact")
+    right.plot(u, levels, color="tab:red", lw=1.4, label="learnt")
+    right.axhline(black_scholes.price(contract)[0], color="black", lw=0.8, ls=":", label="price")
+    right.set(xlabel="probability", ylabel="discounted put payoff", xlim=(0, 1))
+    text = ", ".join(f"{name}={value:g}" for name, value in zip(FIELDS, contract[0], strict=True))
+    right.set_title(f"Payoff distribution of one contract\n{text}", fontsize=10)
+    right.legend(frameon=False)
+    figure.suptitle(f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Experiments that are known to work, and the reading of experiment files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smc.errors import ConfigError
+from smc.experiment import Experiment
+
+__all__ = ["RECIPES", "Sweep", "make_experiment", "read_sweep"]
+
+RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
+    # Two to three minutes on one CPU core.
+    "default": {
+        "simulation": {
+            "sim_params": {
+                "timesteps": 16,
+                "network_size": 256,
+                "batches_per_mc_run": 16,
+                "mc_seed": 42,
+                "buffer_size": 10_000,
+            },
+        },
+        "training": {"num_batches": 20_000, "batch_size": 64, "learning_rate": 0.01},
+        "commit_interval": 2_000,
+    },
+    # Seconds: for trying things out, and for tests.
+    "tiny": {
+        "simulation": {
+            "sim_params": {"timesteps": 4, "network_size": 32, "batches_per_mc_run": 8, "mc_seed": 42, "buffer_size": 256}
+        },
+        "network": {"hidden": [16, 16]},
+        "training": {"num_batches": 60, "batch_size": 16, "learning_rate": 0.01},
+        "commit_interval": 20,
+    },
+}
+
+
+class Sweep(BaseModel):
+    """A file of experiments: a recipe, defaults laid over it, and each experiment's own settings over both."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ledger: str | None = None
+    recipe: str = "default"
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    experiments: dict[str, dict[str, Any] | None] = Field(min_length=1)
+
+
+def make_experiment(name: str, *layers: Mapping[str, Any], recipe: str = "default", where: str = "") -> Experiment:
+    """An experiment from a recipe and settings laid over it, the last one winning, key by key.
+
+    Raises: ConfigError naming the key that is unknown or wrong, and what is allowed.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"{where}recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
+    settings: dict[str, Any] = {}
+    for layer in (RECIPES[recipe], *layers):
+        settings = _overlaid(settings, layer)
+    try:
+        return Experiment.model_validate({**settings, "name": name})
+    except ValidationError as error:
+        raise ConfigError(f"{where}experiment {name!r}: {_explained(error, Experiment)}") from None
+
+
+def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
+    """The sweep in a YAML file, and its experiments.
+
+    Raises: ConfigError with the file, the key and what is allowed.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no sweep file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(Sweep.model_fields)}")
+    try:
+        sweep = Sweep.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explained(error, Sweep)}") from None
+    where = f"{path}: "
+    return sweep, [
+        make_experiment(name, sweep.defaults, settings or {}, recipe=sweep.recipe, where=where)
+        for name, settings in sweep.experiments.items()
+    ]
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _overlaid(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explained(error: ValidationError, model: type[BaseModel]) -> str:
+    problem = error.errors()[0]
+    path = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        allowed = _fields_at(model, problem["loc"][:-1])
+        return f"unknown key {path!r}" + (f"; allowed are {', '.join(allowed)}" if allowed else "")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    got = "" if isinstance(problem["input"], dict | list) else f", got {problem['input']!r}"
+    return f"{path}: {message}{got}" if path else message
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return [name for name in model.model_fields if name != "name"]

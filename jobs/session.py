@@ -1,0 +1,43 @@
+"""What every job needs: a Ray cluster, one line for an error, an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from smc.errors import Corrupt, SpectralMCError
+
+__all__ = ["connect", "exit_status"]
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one on this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        # A cluster of this process alone: a bare ray.init() would write a token to the user's home and
+        # leave other commands locked out.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
+
+
+def exit_status(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
+    """Run a job; -> 0 done, 1 corrupt ledger or failed experiment, 2 it could not be carried out."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return asyncio.run(main())
+    except Corrupt as error:
+        print(f"corrupt: {error}", file=sys.stderr)
+        return 1
+    except (SpectralMCError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

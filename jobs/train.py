@@ -1,0 +1,58 @@
+"""Train one experiment on Ray, from a recipe and settings laid over it; submitted again, it goes on.
+
+    python -m jobs.train --ledger my-bucket --experiment baseline --set training.num_batches=2000
+    ray job submit --working-dir . -- python -m jobs.train --ledger my-bucket --experiment baseline
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from jobs.recipes import RECIPES, make_experiment
+from jobs.session import exit_status
+from jobs.sweep import report, run_experiments
+from smc.errors import ConfigError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; -> the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ledger", required=True, help="bucket or s3://bucket/prefix")
+    parser.add_argument("--experiment", required=True, help="its name in the ledger")
+    parser.add_argument("--recipe", default="default", help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="like training.batch_size=64; repeatable"
+    )
+    parser.add_argument("--extend", action="store_true", help="train on if it is finished")
+    options = parser.parse_args(arguments)
+
+    async def run() -> int:
+        settings = [_setting(text) for text in options.set]
+        experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
+        return report(await run_experiments([experiment], options.ledger, extend=options.extend))
+
+    return exit_status(run)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE, like training.batch_size=64")
+    try:
+        setting: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value") from None
+    for key in reversed(path.split(".")):
+        setting = {key: setting}
+    return dict(setting)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""An experiment: everything that determines a training run, and how to begin or continue it."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smc.contracts import BoundSpec, resolve_domain
+from smc.cvnn import CVNNConfig, build_cvnn
+from smc.gbm import BlackScholesConfig
+from smc.commits import DEFAULT_MESSAGE, check_template
+from smc.pricer_config import GbmCVNNPricerConfig, TrainingConfig
+
+__all__ = ["Experiment"]
+
+
+class Experiment(BaseModel):
+    """One named training run. `num_gpus` above 0 puts model and simulation on a GPU, 0 on the CPU."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/=-]{0,127}$")
+    simulation: BlackScholesConfig
+    domain: dict[str, BoundSpec] = Field(default_factory=dict)
+    network: CVNNConfig = CVNNConfig()
+    training: TrainingConfig
+    commit_interval: int | None = Field(default=None, ge=1)
+    commit_message_template: str = DEFAULT_MESSAGE
+    num_cpus: float = Field(default=1, gt=0)
+    num_gpus: float = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        resolve_domain(self.domain)
+        check_template(self.commit_message_template)
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where the model lives: 'cuda' or 'cpu'."""
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+    def fresh(self) -> GbmCVNNPricerConfig:
+        """The state of a run that has not begun."""
+        model = build_cvnn(self.simulation.sim_params, self.network).to(self.device)
+        return GbmCVNNPricerConfig(cfg=self.simulation, domain_bounds=resolve_domain(self.domain), cvnn=model)
+
+    def remaining(self, state: GbmCVNNPricerConfig) -> int:
+        """Batches still to train of the plan that a checkpoint of this experiment belongs to."""
+        if state.plan is None:
+            return self.training.num_batches
+        return max(0, state.plan.end - state.global_step)
