@@ -9,7 +9,6 @@ came of it. Run again, it trains the same experiments further, in the same ledge
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 import time
@@ -154,7 +153,9 @@ def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
     text = ", ".join(f"{name}={value:g}" for name, value in zip(FIELDS, contract[0], strict=True))
     right.set_title(f"Payoff distribution of one contract\n{text}", fontsize=10)
     right.legend(frameon=False)
-    figure.suptitle(f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters")
+    figure.suptitle(
+        f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

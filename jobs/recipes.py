@@ -32,7 +32,13 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     # Seconds: for trying things out, and for tests.
     "tiny": {
         "simulation": {
-            "sim_params": {"timesteps": 4, "network_size": 32, "batches_per_mc_run": 8, "mc_seed": 42, "buffer_size": 256}
+            "sim_params": {
+                "timesteps": 4,
+                "network_size": 32,
+                "batches_per_mc_run": 8,
+                "mc_seed": 42,
+                "buffer_size": 256,
+            }
         },
         "network": {"hidden": [16, 16]},
         "training": {"num_batches": 60, "batch_size": 16, "learning_rate": 0.01},

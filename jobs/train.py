@@ -1,7 +1,7 @@
 """Train one experiment on Ray, from a recipe and settings laid over it; submitted again, it goes on.
 
-    python -m jobs.train --ledger my-bucket --experiment baseline --set training.num_batches=2000
-    ray job submit --working-dir . -- python -m jobs.train --ledger my-bucket --experiment baseline
+python -m jobs.train --ledger my-bucket --experiment baseline --set training.num_batches=2000
+ray job submit --working-dir . -- python -m jobs.train --ledger my-bucket --experiment baseline
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from smc.errors import ConfigError
 
@@ -36,7 +37,7 @@ def array_module(device: torch.device) -> ModuleType:
 
 def as_tensor(array: Any) -> torch.Tensor:
     """The array as a torch tensor over the same memory; no copy on either device."""
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else from_dlpack(array)
 
 
 def on_torch_stream(device: torch.device) -> Any:
@@ -53,4 +54,4 @@ def _cupy() -> ModuleType:
             "CuPy is not installed, and the simulation runs on it when the model is on a GPU: "
             f"pip install 'spectralmc[cuda13]' or 'spectralmc[cuda12]' ({error})"
         ) from None
-    return cupy  # type: ignore[no-any-return]
+    return cupy

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 from smc.checkpoint import Snapshot, encode
 from smc.errors import ConfigError
-from smc.spool import Spool, CommitRecord
+from smc.spool import CommitRecord, Spool
 
 __all__ = [
     "DEFAULT_MESSAGE",
@@ -150,9 +150,7 @@ class BackgroundCommits:
                     self._waiting.remove(replaced)
         if replaced is not None:
             step = replaced.request.record.step
-            logger.warning(
-                "Commit at step %d replaced by step %d: the ledger is behind", step, request.record.step
-            )
+            logger.warning("Commit at step %d replaced by step %d: the ledger is behind", step, request.record.step)
             replaced.future.set_result(CommitOutcome(step, "replaced", reason="a newer snapshot took its place"))
         self._loop.call_soon_threadsafe(self._wake.set)
         return pending.future
@@ -212,9 +210,7 @@ class BackgroundCommits:
         with self._lock:
             return self._waiting.popleft() if self._waiting and running < self._max_started else None
 
-    async def _commit(
-        self, committer: Committer, pending: _Pending, previous: asyncio.Task[None] | None
-    ) -> None:
+    async def _commit(self, committer: Committer, pending: _Pending, previous: asyncio.Task[None] | None) -> None:
         record, data = pending.request.record, b""
         try:
             data = await self._loop.run_in_executor(self._encoder, encode, pending.request.snapshot)
@@ -240,4 +236,3 @@ class BackgroundCommits:
         except OSError as problem:
             logger.error("Snapshot of step %d could not be kept either: %s", record.step, problem)
         pending.future.set_result(CommitOutcome(record.step, "failed", reason=reason, spooled=spooled))
-

@@ -114,9 +114,7 @@ def contract_array(contracts: ContractsLike) -> npt.NDArray[np.float64]:
     if array.size == 0:
         return np.empty((0, len(FIELDS)))
     if array.ndim != 2 or array.shape[1] != len(FIELDS):
-        raise ConfigError(
-            f"contracts: expected shape (n, 6) with columns {', '.join(FIELDS)}, got {array.shape}"
-        )
+        raise ConfigError(f"contracts: expected shape (n, 6) with columns {', '.join(FIELDS)}, got {array.shape}")
     _check_values(array)
     return array
 
@@ -148,6 +146,7 @@ def _check_values(array: npt.NDArray[np.float64]) -> None:
         if name in lowest:
             strict, allowed = lowest[name]
             bad |= (values <= 0) if strict else (values < 0)
+            allowed = f"finite and {allowed}"
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise ConfigError(f"contracts[{row}].{name} must be {allowed}, got {values[row]}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final, Literal
 
 import torch
@@ -90,7 +91,7 @@ class CVNN(nn.Module):
         self.config = config
         widths = (in_features, *config.hidden, out_features)
         self.layers = nn.ModuleList(
-            ComplexLinear(a, b, dtype=dtype) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ComplexLinear(a, b, dtype=dtype) for a, b in pairwise(widths)
         )
         self.activations = nn.ModuleList(
             ModReLU(width, dtype=dtype) if config.activation == "modrelu" else _Pointwise(config.activation)
@@ -100,10 +101,10 @@ class CVNN(nn.Module):
     def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
         for layer, activation in zip(self.layers, self.activations, strict=False):
             real, imag = activation(*layer(real, imag))
-        return self.layers[-1](real, imag)  # type: ignore[no-any-return]
+        return self.layers[-1](real, imag)
 
 
-def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN:  # noqa: B008
+def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN:
     """A network of the right shape for these simulations, initialised from `config.seed`.
 
     Shapes: two of (n, FEATURES) -> two of (n, sim_params.bins). On the CPU; move it with `.cuda()`.

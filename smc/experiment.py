@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig
-from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.pricer_config import GbmCVNNPricerConfig, TrainingConfig
 
 __all__ = ["Experiment"]

@@ -117,7 +117,7 @@ class GbmCVNNPricer:
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
         self._resumed_from = config.resumed_from
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=self.device.type == "cuda")
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         if config.optimizer_state is not None:
             _load_adam(self._optimizer, self.model, config.optimizer_state)
         self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
@@ -177,16 +177,14 @@ class GbmCVNNPricer:
                     batch = self._step - first
                     if self._device_is_read(batch, config):
                         value = self._finite(loss)
-                        self._progress = Progress(
-                            self._step, end, value, True, commits.pending if commits else 0
-                        )
+                        self._progress = Progress(self._step, end, value, True, commits.pending if commits else 0)
                         if logger is not None:
                             seconds = time.perf_counter() - started
                             logger(StepReport(self._step, batch, value, rate, self._simulated, seconds))
                     if commits and commit_interval and batch % commit_interval == 0 and self._step < end:
                         commits.submit(self._finite(loss), batch)
                 batch = self._step - first
-                if commits and batch:
+                if commits and commits.last_step != self._step and batch:
                     commits.submit(self._finite(loss), batch, final=True)
             finally:
                 outcomes = commits.close() if commits else ()
@@ -283,7 +281,7 @@ class GbmCVNNPricer:
         squared = (real - batch.real).square() + (imag - batch.imag).square()
         loss = (squared @ self._weights).mean()
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss.detach()
 
@@ -402,14 +400,13 @@ class GbmCVNNPricer:
 class _Commits:
     """The commits of one call of `train()`."""
 
-    def __init__(
-        self, pricer: GbmCVNNPricer, target: CommitTarget | None, template: str, experiment: str
-    ) -> None:
+    def __init__(self, pricer: GbmCVNNPricer, target: CommitTarget | None, template: str, experiment: str) -> None:
         assert target is not None
         self._pricer, self._target, self._template = pricer, target, template
         self._experiment = experiment
         self._sink = BackgroundCommits(target)
         self._futures: list[Future[CommitOutcome]] = []
+        self.last_step = -1
 
     @property
     def pending(self) -> int:
@@ -417,6 +414,7 @@ class _Commits:
 
     def submit(self, loss: float, batch: int, *, final: bool = False) -> None:
         state = self._pricer._state()
+        self.last_step = state.global_step
         record = CommitRecord(
             ledger=self._target.uri,
             message=self._template.format(step=state.global_step, loss=loss, batch=batch),

@@ -67,9 +67,7 @@ def box_muller(xp: ModuleType, words: tuple[Any, Any, Any, Any], precision: Prec
     return normals
 
 
-def sobol_normals(
-    xp: ModuleType, seed: int, contracts: Any, paths: int, dimensions: int, precision: Precision
-) -> Any:
+def sobol_normals(xp: ModuleType, seed: int, contracts: Any, paths: int, dimensions: int, precision: Precision) -> Any:
     """Normals of `paths` Sobol points, scrambled independently for each contract and dimension.
 
     Shapes: contracts (n,) uint64 stream indices -> (n, dimensions, paths).

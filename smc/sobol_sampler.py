@@ -14,6 +14,7 @@ from smc.errors import ConfigError
 __all__ = ["SobolSampler"]
 
 _BLOCK = 1024
+_EPOCH = 1 << 30
 
 
 class SobolSampler:
@@ -39,6 +40,7 @@ class SobolSampler:
         self._block_start = -1
         self._block = np.empty((0, len(FIELDS)))
         self._engine: qmc.Sobol | None = None
+        self._epoch = 0
 
     def sample(self, n: int) -> npt.NDArray[np.float64]:
         """The next n contracts. Shapes: -> (n, 6)."""
@@ -60,12 +62,14 @@ class SobolSampler:
 
     def _block_at(self, first: int) -> npt.NDArray[np.float64]:
         if first != self._block_start:
-            # Whole blocks of a power of two keep the sequence balanced, and scipy's generator only
-            # goes forward: going back means starting again, which a resumed run does once.
-            if self._engine is None or self._engine.num_generated > first:
-                self._engine = qmc.Sobol(d=len(FIELDS), scramble=True, bits=52, rng=self._seed)
-            if first > self._engine.num_generated:
-                self._engine.fast_forward(first - self._engine.num_generated)
+            # scipy's generator goes forward only, and fast-forwards no more than 32 bits: going back means
+            # starting again, which a resumed run does once, and every 2^30 points are scrambled anew.
+            epoch, position = divmod(first, _EPOCH)
+            if self._engine is None or epoch != self._epoch or self._engine.num_generated > position:
+                rng = np.random.default_rng([self._seed, epoch])
+                self._engine, self._epoch = qmc.Sobol(d=len(FIELDS), scramble=True, bits=30, rng=rng), epoch
+            if position > self._engine.num_generated:
+                self._engine.fast_forward(position - self._engine.num_generated)
             self._block = self._engine.random(_BLOCK)
             self._block_start = first
         return self._block

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smc.errors import Corrupt
 
-__all__ = ["Spool", "CommitRecord", "spool_directory"]
+__all__ = ["CommitRecord", "Spool", "spool_directory"]
 
 
 class CommitRecord(BaseModel):

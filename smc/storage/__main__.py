@@ -28,6 +28,10 @@ from smc.storage.store import AsyncBlockchainModelStore, recover
 __all__ = ["main"]
 
 
+# The demo's bucket, and those that the examples name.
+_DEV_BUCKETS = ("spectralmc", "my-model-bucket", "prod-models", "experiments-2025", "my-models")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; -> the exit status. Errors are one line on standard error."""
     parser = _parser()
@@ -74,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     server = commands.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
     server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")
     server.add_argument("--port", type=int, help="the S3 port (default: the last one, or a free one)")
-    server.add_argument("--bucket", default="spectralmc", help="a bucket to create (default: spectralmc)")
+    server.add_argument(
+        "--bucket", action="append", help=f"a bucket to create; repeatable (default: {', '.join(_DEV_BUCKETS)})"
+    )
     server.set_defaults(run=_dev_server)
     return parser
 
@@ -154,8 +160,8 @@ async def _recover(store: AsyncBlockchainModelStore, options: argparse.Namespace
 
 def _dev_server(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with DevServer(options.dir, bucket=options.bucket, port=options.port) as server:
-        print(f"S3 at {server.endpoint_url}, bucket {server.bucket}, data in {options.dir}; Ctrl-C ends it")
+    with DevServer(options.dir, buckets=options.bucket or _DEV_BUCKETS, port=options.port) as server:
+        print(f"S3 at {server.endpoint_url}, buckets {', '.join(server.buckets)}, data in {options.dir}; Ctrl-C ends it")
         print(f"In another terminal:  . {os.path.join(options.dir, 's3.env')}", flush=True)
         try:
             return server.wait()

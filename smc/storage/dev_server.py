@@ -19,6 +19,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -37,12 +38,13 @@ class DevServer:
     with them, on the same S3 port if that is still free. Dies with the process that started it.
     """
 
-    def __init__(self, directory: Path, *, bucket: str = "spectralmc", port: int | None = None) -> None:
+    def __init__(self, directory: Path, *, buckets: Sequence[str] = ("spectralmc",), port: int | None = None) -> None:
         self.directory = Path(directory)
-        self.bucket = bucket
+        self.buckets = tuple(buckets)
         self._port = port
         self._process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
+        self._administrator = ("", "")
 
     @property
     def endpoint_url(self) -> str:
@@ -71,12 +73,14 @@ class DevServer:
         access, secret, old_port = self._credentials()
         ports = self._ports(old_port)
         config = self.directory / "identities.json"
-        identity = {
-            "name": "dev",
-            "credentials": [{"accessKey": access, "secretKey": secret}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        _write_private(config, json.dumps({"identities": [identity]}))
+        # Only an administrator of this start makes buckets: to write into one that is not there must be an
+        # error here as it is on S3, and SeaweedFS would create it for whoever may.
+        self._administrator = (secrets.token_hex(8), secrets.token_urlsafe(32))
+        identities = [
+            _identity("administrator", *self._administrator, ["Admin"]),
+            _identity("dev", access, secret, ["Read", "Write", "List", "Tagging"]),
+        ]
+        _write_private(config, json.dumps({"identities": identities}))
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports['s3']}",
             "AWS_ACCESS_KEY_ID": access,
@@ -85,7 +89,7 @@ class DevServer:
         }
         command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false"]
         command += ["-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        command += [f"-bucket={self.bucket}", f"-s3.config={config}"]
+        command += [f"-s3.config={config}"]
         for part in _PARTS:
             command += [f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[part + '.grpc']}"]
         with open(self.directory / "weed.log", "ab") as log:
@@ -150,13 +154,13 @@ class DevServer:
                 )
             with contextlib.suppress(urllib.error.URLError, OSError):
                 urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=2).close()
-                if self._create_bucket():
+                if self._create_buckets():
                     return
             time.sleep(0.1)
         self.stop()
         raise Unavailable(f"SeaweedFS is not ready after {timeout:g} s; see {self.directory / 'weed.log'}")
 
-    def _create_bucket(self) -> bool:
+    def _create_buckets(self) -> bool:
         import botocore.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
@@ -165,17 +169,23 @@ class DevServer:
             "s3",
             endpoint_url=self.endpoint_url,
             region_name="us-east-1",
-            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            aws_access_key_id=self._administrator[0],
+            aws_secret_access_key=self._administrator[1],
             config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
         )
-        try:
-            client.create_bucket(Bucket=self.bucket)
-        except ClientError as error:
-            return error.response["Error"]["Code"] in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
-        except BotoCoreError:
-            return False
+        for bucket in self.buckets:
+            try:
+                client.create_bucket(Bucket=bucket)
+            except ClientError as error:
+                if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
+                    return False
+            except BotoCoreError:
+                return False
         return True
+
+
+def _identity(name: str, access: str, secret: str, actions: list[str]) -> dict[str, object]:
+    return {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions}
 
 
 def _weed() -> str:

@@ -112,9 +112,7 @@ class S3ObjectStore:
 
     async def create(self, key: str, data: bytes) -> None:
         try:
-            await self._client.put_object(
-                Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*"
-            )
+            await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*")
         except _FAILURES as error:
             self._translate(error, key)
 
@@ -138,9 +136,7 @@ class S3ObjectStore:
         token: dict[str, str] = {}
         while True:
             try:
-                page = await self._client.list_objects_v2(
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **token
-                )
+                page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **token)
             except _FAILURES as error:
                 self._translate(error, prefix)
             for item in page.get("Contents", []):

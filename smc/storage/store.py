@@ -69,7 +69,8 @@ class AsyncBlockchainModelStore:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._exit is not None and self._ledger is not None
+        assert self._exit is not None
+        assert self._ledger is not None
         await self._ledger.close()
         await self._exit.aclose()
         self._exit = self._objects = self._ledger = None

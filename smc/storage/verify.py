@@ -55,7 +55,8 @@ async def verify_ledger(
     if head is not None and head[0] > last:
         report.problems.append((block_key(head[0]), "the block is missing: head.json has seen it"))
     blocks = await _all_blocks(objects, last + 1, report)
-    versions, collected = _check_chain(blocks, report)
+    head_hash = head[1] if head is not None and head[0] == last else None
+    versions, collected = _check_chain(blocks, head_hash, report)
     if head is not None and head[0] <= last and blocks[head[0]] is not None:
         entries = blocks[head[0]]
         if entries and entries[-1].hash != head[1]:
@@ -93,8 +94,27 @@ async def _all_blocks(objects: ObjectStore, count: int, report: Verification) ->
     return blocks
 
 
+def _attributed(
+    blocks: Sequence[list[Entry] | None], number: int, head_hash: str | None, error: Corrupt
+) -> Sequence[tuple[str, str]]:
+    """Which of two blocks that do not fit was changed: not the one that the block after it still fits."""
+    before, here = blocks[number - 1] if number else None, blocks[number]
+    assert here is not None
+    if not before or here[0].fields["parent_hash"] == before[-1].hash:
+        return error.problems
+    after = blocks[number + 1] if number + 1 < len(blocks) else None
+    expected = after[0].fields["parent_hash"] if after else head_hash if number + 1 == len(blocks) else None
+    if expected != here[-1].hash:
+        return error.problems
+    reason = (
+        f"its last entry, {before[-1].index}, has hash {before[-1].hash[:12]}..., "
+        f"but {block_key(number)} was written after {here[0].fields['parent_hash'][:12]}..."
+    )
+    return ((block_key(number - 1), reason),)
+
+
 def _check_chain(
-    blocks: Sequence[list[Entry] | None], report: Verification
+    blocks: Sequence[list[Entry] | None], head_hash: str | None, report: Verification
 ) -> tuple[list[ModelVersion], set[str]]:
     versions: list[ModelVersion] = []
     collected: set[str] = set()
@@ -109,7 +129,7 @@ def _check_chain(
             try:
                 check_after(tail, entries)
             except Corrupt as error:
-                report.problems.extend(error.problems)
+                report.problems.extend(_attributed(blocks, number, head_hash, error))
         for entry in entries:
             report.entries += 1
             first = seen.setdefault(entry.commit_id, entry.index)

@@ -1,0 +1,132 @@
+"""Servers, stores and small configurations that the tests share."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import pytest
+import torch
+
+from smc.cvnn import CVNNConfig, build_cvnn
+from smc.gbm import BlackScholesConfig, SimulationParams
+from smc.gbm_trainer import GbmCVNNPricerConfig, TrainingConfig
+from smc.storage import AsyncBlockchainModelStore
+from smc.storage.dev_server import DevServer
+from smc.storage.objects import MemoryObjectStore
+
+torch.set_num_threads(1)
+
+NO_DELAYS = (0.0, 0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing that a test fails to commit reaches the user's spool."""
+    directory = tmp_path / "spool"
+    monkeypatch.setenv("SMC_SPOOL_DIR", str(directory))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
+    """A real S3 server."""
+    buckets = ("spectralmc", "my-model-bucket", "prod-models", "experiments-2025", "my-models")
+    with DevServer(tmp_path_factory.mktemp("seaweed"), buckets=buckets) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """moto's S3 server, with a bucket named spectralmc."""
+    import botocore.session
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    client = botocore.session.get_session().create_client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="x", aws_secret_access_key="x"
+    )
+    client.create_bucket(Bucket="spectralmc")
+    yield url
+    server.stop()
+
+
+@pytest.fixture
+def on_seaweed(seaweed: DevServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Environment of the real server; -> a ledger of this test's own."""
+    for name, value in seaweed.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://spectralmc/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def on_moto(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Environment of moto's server; -> a ledger of this test's own."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return f"s3://spectralmc/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["moto", "seaweed"])
+def on_s3(request: pytest.FixtureRequest) -> str:
+    """A ledger on moto, then one on the real server."""
+    ledger: str = request.getfixturevalue(f"on_{request.param}")
+    return ledger
+
+
+@pytest.fixture(params=["memory", "moto", "seaweed"])
+def make_store(request: pytest.FixtureRequest) -> Callable[[], AsyncBlockchainModelStore]:
+    """Opens the same ledger again and again, on each kind of object store."""
+    if request.param == "memory":
+        objects = MemoryObjectStore()
+        return lambda: AsyncBlockchainModelStore("memory", objects=objects, retry_delays=NO_DELAYS)
+    ledger = request.getfixturevalue(f"on_{request.param}")
+    return lambda: AsyncBlockchainModelStore(ledger, retry_delays=NO_DELAYS)
+
+
+@pytest.fixture
+def memory_store() -> AsyncBlockchainModelStore:
+    return AsyncBlockchainModelStore("memory", objects=MemoryObjectStore(), retry_delays=NO_DELAYS)
+
+
+def small_simulation(**changes: Any) -> SimulationParams:
+    settings: dict[str, Any] = {
+        "timesteps": 4,
+        "network_size": 32,
+        "batches_per_mc_run": 8,
+        "threads_per_block": 64,
+        "mc_seed": 7,
+        "buffer_size": 256,
+    }
+    return SimulationParams(**{**settings, **changes})
+
+
+def small_config(device: str = "cpu", **changes: Any) -> GbmCVNNPricerConfig:
+    params = small_simulation(**changes)
+    model = build_cvnn(params, CVNNConfig(hidden=(16, 16))).to(device)
+    return GbmCVNNPricerConfig(cfg=BlackScholesConfig(sim_params=params), domain_bounds={}, cvnn=model)
+
+
+def small_training(num_batches: int = 20, **changes: Any) -> TrainingConfig:
+    return TrainingConfig(**{"num_batches": num_batches, "batch_size": 16, "learning_rate": 0.01, **changes})
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for all tests that need it, started after the servers whose environment it inherits."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="tests")
+    yield
+    ray.shutdown()

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from smc import black_scholes
+from smc.checkpoint import Snapshot, encode
+from smc.contracts import DEFAULT_DOMAIN, Contract
+from smc.cvnn import CVNNConfig, build_cvnn
+from smc.errors import ConfigError, NumericsError
+from smc.gbm import BlackScholesConfig
+from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig, _learning_rate
+from smc.pricer_config import TrainingPlan
+from smc.sobol_sampler import SobolSampler
+from tests.conftest import small_config, small_simulation, small_training
+
+
+def state_bytes(pricer: GbmCVNNPricer) -> bytes:
+    return encode(Snapshot.of(pricer.snapshot()))
+
+
+@pytest.fixture(scope="module")
+def trained() -> GbmCVNNPricer:
+    params = small_simulation(network_size=64, batches_per_mc_run=32, buffer_size=4000)
+    config = GbmCVNNPricerConfig(
+        cfg=BlackScholesConfig(sim_params=params),
+        domain_bounds={},
+        cvnn=build_cvnn(params, CVNNConfig(hidden=(32, 32))),
+    )
+    pricer = GbmCVNNPricer(config)
+    pricer.train(TrainingConfig(num_batches=1500, batch_size=32, learning_rate=0.01))
+    return pricer
+
+
+CONTRACTS = SobolSampler({}, seed=31).sample(1024)
+
+
+def test_a_trained_pricer_prices_within_a_few_basis_points(trained: GbmCVNNPricer) -> None:
+    error = (trained.predict_price(CONTRACTS) - black_scholes.price(CONTRACTS)) / CONTRACTS[:, 0] * 1e4
+    assert np.sqrt(np.square(error).mean()) < 8
+
+
+def test_calls_follow_from_puts_by_parity(trained: GbmCVNNPricer) -> None:
+    X0, K, T, r, d, _ = CONTRACTS.T
+    difference = trained.predict_price(CONTRACTS, "call") - trained.predict_price(CONTRACTS)
+    np.testing.assert_allclose(difference, X0 * np.exp(-d * T) - K * np.exp(-r * T), atol=1e-9)
+
+
+def test_prices_keep_the_no_arbitrage_bounds(trained: GbmCVNNPricer) -> None:
+    X0, K, T, r, d, _ = CONTRACTS.T
+    put = trained.predict_price(CONTRACTS)
+    assert np.all(put >= np.maximum(K * np.exp(-r * T) - X0 * np.exp(-d * T), 0) - 1e-12)
+    assert np.all(put <= K * np.exp(-r * T))
+
+
+def test_distributions_are_valid_and_have_the_price_as_mean(trained: GbmCVNNPricer) -> None:
+    distribution = trained.predict_distribution(CONTRACTS)
+    assert distribution.levels.shape == (1024, 64)
+    assert np.all(np.diff(distribution.levels, axis=1) >= -1e-9)
+    assert distribution.levels.min() >= 0
+    np.testing.assert_allclose(distribution.mean, trained.predict_price(CONTRACTS), atol=1e-6)
+    exact = black_scholes.payoff_bin_averages(CONTRACTS, 64)
+    w2 = np.sqrt(np.square(distribution.levels - exact).mean(axis=1)) / CONTRACTS[:, 0]
+    assert np.sqrt(np.square(w2).mean()) < 0.015
+
+
+@pytest.mark.parametrize("kind", ["put", "call"])
+def test_greeks_are_derivatives_of_the_predicted_price(trained: GbmCVNNPricer, kind: black_scholes.OptionKind) -> None:
+    params = small_simulation(dtype="float64")
+    model = build_cvnn(params, CVNNConfig(hidden=(8,)))
+    pricer = GbmCVNNPricer(GbmCVNNPricerConfig(cfg=BlackScholesConfig(sim_params=params), domain_bounds={}, cvnn=model))
+    inner = CONTRACTS[:32] * 0.98 + 0.02 * np.array([100, 100, 1, 0.04, 0.02, 0.3])
+    greeks = pricer.predict_greeks(inner, kind)
+    # Where the price is held at its no-arbitrage bound, the bound's derivative is not the network's.
+    raw = pricer._predictor().spectrum(torch.from_numpy(inner))[0][:, 0].detach().numpy()
+    free = np.abs(raw - pricer.predict_price(inner)) < 1e-12
+    assert free.sum() > 8
+
+    def slope(column: int, h: float = 1e-6) -> np.ndarray:
+        up, down = inner.copy(), inner.copy()
+        up[:, column] += h
+        down[:, column] -= h
+        return (pricer.predict_price(up, kind) - pricer.predict_price(down, kind)) / (2 * h)
+
+    np.testing.assert_allclose(greeks.delta[free], slope(0)[free], atol=1e-5)
+    np.testing.assert_allclose(greeks.vega[free], slope(5)[free], atol=1e-3)
+    np.testing.assert_allclose(greeks.theta[free], -slope(2)[free], atol=1e-3)
+    np.testing.assert_allclose(greeks.rho[free], slope(3)[free], atol=1e-3)
+    delta = lambda x: pricer.predict_greeks(x, kind).delta  # noqa: E731
+    shift = np.array([1e-4, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(greeks.gamma, (delta(inner + shift) - delta(inner - shift)) / 2e-4, atol=1e-5)
+
+
+def test_learnt_greeks_come_close_to_the_closed_form(trained: GbmCVNNPricer) -> None:
+    learnt, exact = trained.predict_greeks(CONTRACTS), black_scholes.greeks(CONTRACTS)
+    assert np.sqrt(np.square(learnt.delta - exact.delta).mean()) < 0.02
+    assert np.sqrt(np.square(learnt.vega - exact.vega).mean()) < 2
+
+
+@pytest.mark.parametrize(("T", "v"), [(0.0, 0.2), (1.0, 0.0)])
+def test_certain_contracts_are_priced_exactly_without_the_network(trained: GbmCVNNPricer, T: float, v: float) -> None:
+    # Far outside the domain on purpose: nothing of the network is asked.
+    rows = np.array([[10, 200, T, 0.3, 0.0, v], [200, 10, T, 0.0, 0.3, v], [100, 100, 1.0, 0.02, 0.01, 0.2]])
+    for kind in ("put", "call"):
+        np.testing.assert_allclose(trained.predict_price(rows, kind)[:2], black_scholes.price(rows, kind)[:2])
+    distribution = trained.predict_distribution(rows)
+    np.testing.assert_allclose(distribution.mean[:2], black_scholes.price(rows)[:2])
+    assert distribution.std[:2].tolist() == pytest.approx([0, 0], abs=1e-9)
+    np.testing.assert_allclose(trained.predict_greeks(rows).delta[:2], black_scholes.greeks(rows).delta[:2])
+
+
+def test_a_contract_outside_the_domain_is_refused_unless_asked_for(trained: GbmCVNNPricer) -> None:
+    outside = Contract(X0=100, K=100, T=1, r=0.02, d=0.01, v=0.9)
+    with pytest.raises(ConfigError, match=r"contracts\[0\]\.v = 0.9 is outside the trained domain \[0.05, 0.6\]"):
+        trained.predict_price(outside)
+    with pytest.warns(UserWarning, match="extrapolated"):
+        assert np.isfinite(trained.predict_price(outside, outside="warn")).all()
+
+
+def test_wrong_arguments_of_prediction_are_named(trained: GbmCVNNPricer) -> None:
+    with pytest.raises(ConfigError, match="kind must be 'put' or 'call'"):
+        trained.predict_price(CONTRACTS, "straddle")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="outside must be"):
+        trained.predict_price(CONTRACTS, outside="ignore")  # type: ignore[arg-type]
+
+
+def test_prediction_accepts_any_number_of_contracts(trained: GbmCVNNPricer) -> None:
+    assert trained.predict_price(np.empty((0, 6))).shape == (0,)
+    one = trained.predict_price(Contract(X0=100, K=100, T=1, r=0.02, d=0.01, v=0.2))
+    assert one.shape == (1,)
+
+
+@pytest.mark.parametrize("split", [1, 7, 19])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(split: int) -> None:
+    whole = GbmCVNNPricer(small_config())
+    middle: list[GbmCVNNPricerConfig] = []
+
+    def keep(report: StepReport) -> None:
+        if report.step == split:
+            middle.append(whole.snapshot())
+
+    whole.train(small_training(20), logger=keep)
+    resumed = GbmCVNNPricer(middle[0])
+    # Something else uses torch's generator and another pricer trains in between.
+    torch.rand(5)
+    GbmCVNNPricer(small_config(mc_seed=99)).train(small_training(3))
+    result = resumed.train(small_training(20 - split))
+    assert result.global_step == 20
+    assert state_bytes(resumed) == state_bytes(whole)
+
+
+def test_resume_is_exact_when_the_replay_buffer_has_wrapped_around() -> None:
+    whole = GbmCVNNPricer(small_config(buffer_size=17))
+    middle: list[GbmCVNNPricerConfig] = []
+    whole.train(small_training(30), logger=lambda r: middle.append(whole.snapshot()) if r.step == 15 else None)
+    resumed = GbmCVNNPricer(middle[0])
+    resumed.train(small_training(15))
+    assert state_bytes(resumed) == state_bytes(whole)
+
+
+def test_training_leaves_torchs_generator_alone() -> None:
+    before = torch.get_rng_state()
+    GbmCVNNPricer(small_config()).train(small_training(2))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_snapshot_is_not_changed_by_further_training() -> None:
+    pricer = GbmCVNNPricer(small_config())
+    pricer.train(small_training(5))
+    snapshot = pricer.snapshot()
+    before = encode(Snapshot.of(snapshot))
+    pricer.train(small_training(5))
+    assert encode(Snapshot.of(snapshot)) == before
+    assert snapshot.global_step == 5
+    assert snapshot.cfg.sim_params.skip == snapshot.sobol_skip == 20
+
+
+def test_a_finished_plan_is_followed_by_a_new_one() -> None:
+    pricer = GbmCVNNPricer(small_config())
+    pricer.train(small_training(10))
+    pricer.train(small_training(10))
+    plan = pricer.snapshot().plan
+    assert plan is not None
+    assert (plan.start, plan.end) == (10, 20)
+
+
+def test_the_schedule_warms_up_and_decays_to_zero() -> None:
+    plan = TrainingPlan(config=TrainingConfig(num_batches=1000, batch_size=1, learning_rate=0.01), start=50)
+    rates = [_learning_rate(plan, 50 + i) for i in range(1000)]
+    assert rates[0] == pytest.approx(0.0001)
+    assert max(rates) == pytest.approx(0.01)
+    assert np.argmax(rates) in (99, 100)
+    assert rates[-1] < 1e-7
+    constant = TrainingPlan(
+        config=TrainingConfig(num_batches=10, batch_size=1, learning_rate=0.01, schedule="constant"), start=0
+    )
+    assert {_learning_rate(constant, i) for i in range(10)} == {0.01}
+
+
+def test_the_logger_sees_every_step_on_the_cpu() -> None:
+    reports: list[StepReport] = []
+    result = GbmCVNNPricer(small_config()).train(small_training(6), logger=reports.append)
+    assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
+    assert reports[-1].loss == result.loss
+    assert result.contracts == 6 * 4
+    assert all(np.isfinite(r.loss) and r.seconds > 0 for r in reports)
+
+
+def test_fresh_contracts_per_batch_are_configurable() -> None:
+    result = GbmCVNNPricer(small_config()).train(small_training(3, fresh_per_batch=16))
+    assert result.contracts == 48
+    with pytest.raises(ValidationError, match="fresh_per_batch must be at most batch_size 16"):
+        small_training(3, fresh_per_batch=17)
+
+
+def test_float64_trains_in_float64() -> None:
+    config = small_config(dtype="float64")
+    pricer = GbmCVNNPricer(config)
+    pricer.train(small_training(3))
+    adam = pricer.snapshot().optimizer_state
+    assert adam is not None
+    assert all(t.dtype == torch.float64 for t in adam.exp_avg.values())
+
+
+def test_a_loss_that_is_not_finite_stops_training() -> None:
+    config = small_config()
+    with torch.no_grad():
+        next(config.cvnn.parameters()).fill_(float("nan"))
+    with pytest.raises(NumericsError, match="the loss is nan at step 1"):
+        GbmCVNNPricer(config).train(small_training(5))
+
+
+class Wrong(torch.nn.Module):
+    def __init__(self, out: Any) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(7, 17)
+        self._out = out
+
+    def forward(self, real: torch.Tensor, imag: torch.Tensor) -> Any:
+        return self._out(self.layer(real))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (torch.nn.Linear(5, 5), "Linear cannot serve"),
+        (Wrong(lambda x: x), r"it returned \[\(2, 17\)\]"),
+        (Wrong(lambda x: (x, x[:, :3])), r"it returned \[\(2, 17\), \(2, 3\)\]"),
+        (torch.nn.Identity(), "has no parameters"),
+        (Wrong(lambda x: (x, x)).double(), "parameters are torch.float64, the simulation is torch.float32"),
+        (Wrong(lambda x: (x, x)).to("meta"), "only 'cpu' and 'cuda'"),
+    ],
+)
+def test_a_model_that_cannot_serve_is_refused_with_what_is_wanted(model: torch.nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        GbmCVNNPricer(replace(small_config(), cvnn=model))
+    if "cannot serve" in message:
+        assert "(batch, 7)" in str(caught.value)
+        assert "(batch, 17)" in str(caught.value)
+        assert "build_cvnn(sim_params)" in str(caught.value)
+
+
+def test_a_model_spread_over_devices_is_refused() -> None:
+    model = small_config().cvnn
+    model.layers[0].to("meta")
+    with pytest.raises(ConfigError, match="several devices: cpu, meta"):
+        GbmCVNNPricer(replace(small_config(), cvnn=model))
+
+
+def test_any_module_with_the_signature_trains() -> None:
+    pricer = GbmCVNNPricer(replace(small_config(), cvnn=Wrong(lambda x: (x, 0 * x))))
+    first = pricer.train(small_training(1)).loss
+    assert pricer.train(small_training(60)).loss < first
+
+
+def test_moments_that_do_not_fit_are_refused() -> None:
+    pricer = GbmCVNNPricer(small_config())
+    pricer.train(small_training(1))
+    state = pricer.snapshot()
+    assert state.optimizer_state is not None
+    name = next(iter(state.optimizer_state.exp_avg))
+    bad = replace(state.optimizer_state, exp_avg={**state.optimizer_state.exp_avg, name: torch.zeros(3)})
+    with pytest.raises(ConfigError, match="optimizer_state: moment of"):
+        GbmCVNNPricer(replace(state, optimizer_state=bad))
+
+
+@pytest.mark.parametrize("changes", [{"num_batches": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"lr": 0.1}])
+def test_bad_training_configs_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        small_training(**changes)
+
+
+def test_snapshot_stop_and_progress_answer_from_other_threads() -> None:
+    pricer = GbmCVNNPricer(small_config())
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(pricer.train(small_training(100_000))))
+    thread.start()
+    while pricer.progress.loss is None:
+        time.sleep(0.01)
+    with pytest.raises(ConfigError, match="already training"):
+        pricer.train(small_training(1))
+    first = pricer.snapshot()
+    second = pricer.snapshot()
+    assert 0 < first.global_step <= second.global_step
+    assert pricer.progress.training
+    pricer.stop()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert results[0].stopped
+    assert results[0].global_step < 100_000
+    assert not pricer.progress.training
+    # The state taken in mid-run resumes like any other.
+    GbmCVNNPricer(first).train(small_training(2))
+
+
+def test_training_works_inside_a_running_event_loop() -> None:
+    async def inside() -> int:
+        return GbmCVNNPricer(small_config()).train(small_training(2)).global_step
+
+    assert asyncio.run(inside()) == 2
+
+
+def test_no_warnings_are_given_within_the_domain(trained: GbmCVNNPricer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained.predict_price(CONTRACTS)
+    assert trained.domain == dict(DEFAULT_DOMAIN)

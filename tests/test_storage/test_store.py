@@ -1,0 +1,384 @@
+"""One contract for the store over memory, moto and a real S3 server; faults over a store that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable
+
+import orjson
+import pytest
+
+from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound, Unavailable
+from smc.spool import CommitRecord
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage.chain import Draft, blob_key, block_key
+from smc.storage.objects import MemoryObjectStore, ObjectInfo, ObjectStore
+from smc.storage.s3 import S3ObjectStore, parse_uri
+from tests.conftest import NO_DELAYS
+
+Opener = Callable[[], AsyncBlockchainModelStore]
+
+
+def record(step: int = 0, **changes: object) -> CommitRecord:
+    return CommitRecord(**{"ledger": "x", "message": f"m{step}", "step": step, "loss": 0.5, **changes})  # type: ignore[arg-type]
+
+
+async def commit(store: AsyncBlockchainModelStore, step: int, **changes: object) -> ModelVersion:
+    return await store.commit(f"checkpoint {step}".encode(), record(step, **changes))
+
+
+async def test_versions_are_numbered_and_found(make_store: Opener) -> None:
+    async with make_store() as store:
+        assert await store.get_head() is None
+        assert await store.list_versions() == []
+        versions = [await commit(store, step, experiment="a") for step in range(5)]
+    async with make_store() as again:
+        head = await again.get_head()
+        assert head == versions[4]
+        assert head.version_id == "v0000000004"
+        assert [await again.get_version(v.version_id) for v in versions] == versions
+        assert await again.list_versions() == versions
+        assert await again.load_checkpoint(versions[2]) == b"checkpoint 2"
+        assert (await again.verify(blobs=True)).ok
+        with pytest.raises(NotFound, match="has no version v0000000005: its newest version is v0000000004"):
+            await again.get_version("v0000000005")
+
+
+async def test_concurrent_commits_share_blocks_and_keep_the_order_of_the_calls(make_store: Opener) -> None:
+    async with make_store() as store:
+        await store.ledger.prepare()
+        drafts = [Draft("tag", f"id{i}", {"name": "n", "i": i}) for i in range(40)]
+        entries = await asyncio.gather(*(store.ledger.append(d) for d in drafts))
+        assert [e.index for e in entries] == list(range(40))
+        assert entries[-1].block < 5
+        assert (await store.verify()).ok
+
+
+async def test_a_commit_id_is_entered_once(make_store: Opener) -> None:
+    async with make_store() as store:
+        one, two = await asyncio.gather(commit(store, 1, commit_id="same"), commit(store, 1, commit_id="same"))
+        await commit(store, 2)
+    async with make_store() as again:  # also by a writer that has to read it back
+        assert await commit(again, 1, commit_id="same") == one == two
+        assert len(await again.list_versions()) == 2
+
+
+async def test_two_writers_interleave_into_one_chain(make_store: Opener) -> None:
+    async with make_store() as a, make_store() as b:
+        await asyncio.gather(*(commit(w, 10 * i + j) for i, w in enumerate((a, b)) for j in range(4)))
+        versions = await a.list_versions()
+        assert [v.counter for v in versions] == list(range(8))
+        assert sorted(v.step for v in versions) == [0, 1, 2, 3, 10, 11, 12, 13]
+        assert (await a.verify(blobs=True)).ok
+        assert await b.get_head() == versions[-1]
+
+
+async def test_a_second_writer_rebases_on_the_first(make_store: Opener) -> None:
+    async with make_store() as a, make_store() as b:
+        await commit(a, 0)
+        await b.get_head()
+        await commit(a, 1)
+        late = await commit(b, 2)
+        assert late.counter == 2
+        assert (await a.verify()).ok
+
+
+async def test_equal_checkpoints_are_stored_once(make_store: Opener) -> None:
+    async with make_store() as store:
+        one = await store.commit(b"same", record(1))
+        two = await store.commit(b"same", record(2))
+        assert one.content_hash == two.content_hash == hashlib.sha256(b"same").hexdigest()
+        assert [info.size async for info in store.objects.list("blobs/")] == [4]
+
+
+async def test_the_object_store_contract(make_store: Opener) -> None:
+    async with make_store() as store:
+        objects = store.objects
+        with pytest.raises(NotFound):
+            await objects.get("log/nothing")
+        with pytest.raises(NotFound):
+            await objects.stat("log/nothing")
+        await objects.delete("log/nothing")
+        await objects.create("a/1", b"one")
+        with pytest.raises(Conflict):
+            await objects.create("a/1", b"two")
+        await objects.put("a/1", b"three")
+        await objects.put("a/2", b"")
+        assert await objects.get("a/1") == b"three"
+        assert (await objects.stat("a/1")).size == 5
+        assert [(i.key, i.size) async for i in objects.list("a/")] == [("a/1", 5), ("a/2", 0)]
+        await objects.delete("a/1")
+        assert [i.key async for i in objects.list("a/")] == ["a/2"]
+
+
+async def test_a_stale_or_broken_head_hint_changes_nothing(make_store: Opener) -> None:
+    async with make_store() as store:
+        for step in range(6):
+            await commit(store, step)
+    for hint in (b'{"block": 1}', b'{"block": 99}', b"garbage", b'{"block": "x"}', b"[]", b'{"block": -4}'):
+        async with make_store() as store:
+            await store.objects.put("head.json", hint)
+            head = await store.get_head()
+            assert head is not None
+            assert head.step == 5
+
+
+async def test_a_hole_in_the_log_is_never_written_into(make_store: Opener) -> None:
+    async with make_store() as store:
+        for step in range(3):
+            await commit(store, step)
+        await asyncio.sleep(0.1)  # the head hint is written beside the acknowledgement
+        await store.objects.delete(block_key(1))
+        await store.objects.delete("head.json")
+    async with make_store() as store:
+        with pytest.raises(Corrupt, match=r"log/0000000001.jsonl: the block is missing"):
+            await commit(store, 9)
+
+
+class Faulty:
+    """Any object store, whose next operations fail as `plan` says: 'fails', 'applied' or 'ok'."""
+
+    def __init__(self, inner: ObjectStore, operation: str, plan: list[str]) -> None:
+        self._inner, self._operation, self.plan = inner, operation, plan
+        self.calls = 0
+
+    async def _do(self, name: str, *arguments: object) -> object:
+        action = "ok"
+        if name == self._operation:
+            self.calls += 1
+            action = self.plan.pop(0) if self.plan else "ok"
+        if action == "fails":
+            raise Unavailable("503")
+        result = await getattr(self._inner, name)(*arguments)
+        if action == "applied":
+            raise Unavailable("connection reset after the request was applied")
+        return result
+
+    async def get(self, key: str) -> bytes:
+        return await self._do("get", key)  # type: ignore[return-value]
+
+    async def put(self, key: str, data: bytes) -> None:
+        await self._do("put", key, data)
+
+    async def create(self, key: str, data: bytes) -> None:
+        await self._do("create", key, data)
+
+    async def stat(self, key: str) -> ObjectInfo:
+        return await self._do("stat", key)  # type: ignore[return-value]
+
+    async def delete(self, key: str) -> None:
+        await self._do("delete", key)
+
+    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        async for info in self._inner.list(prefix):
+            yield info
+
+
+def faulty(
+    operation: str, plan: list[str], inner: ObjectStore | None = None
+) -> tuple[AsyncBlockchainModelStore, Faulty]:
+    objects = Faulty(inner or MemoryObjectStore(), operation, plan)
+    return AsyncBlockchainModelStore("memory", objects=objects, retry_delays=NO_DELAYS), objects
+
+
+@pytest.mark.parametrize("operation", ["create", "put", "get", "stat"])
+@pytest.mark.parametrize("plan", [["fails"], ["applied"], ["fails", "applied"], ["applied", "fails", "fails"]])
+async def test_passing_faults_are_retried_and_nothing_appears_twice(operation: str, plan: list[str]) -> None:
+    store, objects = faulty(operation, [])
+    async with store:
+        await commit(store, 0)
+        objects.plan = list(plan)
+        await commit(store, 1)
+        await commit(store, 2)
+        assert [v.step for v in await store.list_versions()] == [0, 1, 2]
+        assert (await store.verify(blobs=True)).ok
+
+
+async def test_an_append_that_fails_for_good_can_be_submitted_again() -> None:
+    store, objects = faulty("create", [])
+    async with store:
+        await commit(store, 0)
+        objects.plan = ["fails"] * 4
+        with pytest.raises(Unavailable):
+            await commit(store, 1, commit_id="one")
+        assert (await commit(store, 1, commit_id="one")).counter == 1
+        # Applied, and every answer lost: the same id finds its own entry.
+        objects.plan = ["applied"]
+        get = objects._inner.get
+        failures = iter(range(4))
+
+        async def unreadable(key: str) -> bytes:
+            if key.startswith("log/") and next(failures, None) is not None:
+                raise Unavailable("503")
+            return await get(key)
+
+        objects._inner.get = unreadable  # type: ignore[method-assign]
+        two = await commit(store, 2, commit_id="two")
+        assert two.counter == 2
+        assert [v.counter for v in await store.list_versions()] == [0, 1, 2]
+
+
+async def test_an_error_to_read_is_never_taken_for_an_empty_ledger() -> None:
+    inner = MemoryObjectStore()
+    async with AsyncBlockchainModelStore("memory", objects=inner) as store:
+        await commit(store, 0)
+    store, _ = faulty("get", ["fails"] * 100, inner)
+    async with store:
+        with pytest.raises(Unavailable):
+            await store.get_head()
+        with pytest.raises(Unavailable):
+            await commit(store, 1)
+
+
+class Unconditional(MemoryObjectStore):
+    """A server that ignores If-None-Match."""
+
+    async def create(self, key: str, data: bytes) -> None:
+        await self.put(key, data)
+
+
+async def test_a_server_without_conditional_writes_is_refused_before_anything_is_appended() -> None:
+    objects = Unconditional()
+    async with AsyncBlockchainModelStore("memory", objects=objects) as store:
+        with pytest.raises(ConfigError, match="does not honour If-None-Match"):
+            await commit(store, 0)
+        assert await store.get_head() is None
+
+
+async def test_retries_wait_one_two_and_four_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(delay: float) -> None:
+        if delay:
+            slept.append(delay)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    objects = Faulty(MemoryObjectStore(), "put", ["fails"] * 100)
+    async with AsyncBlockchainModelStore("memory", objects=objects) as store:
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            await store.upload(b"x")
+        assert slept == [1.0, 2.0, 4.0]
+        assert objects.calls == 4
+        assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "key", "reason"),
+    [
+        ("flip", block_key(1), "was written after"),
+        ("truncate", block_key(1), "truncated"),
+        ("delete", block_key(1), "the block is missing"),
+        ("delete", "last", "head.json has seen it"),
+        ("swap", block_key(0), "stands where|parent_hash|written after"),
+        ("blob-flip", "blob", "do not have the hash"),
+        ("blob-delete", "blob", "is missing"),
+        ("blob-truncate", "blob", "bytes, its entry says"),
+        ("repeat", block_key(3), "repeats commit_id"),
+        ("foreign", "log/notes.txt", "not an object of this format"),
+        ("head", "head.json", "not a head hint"),
+        ("head-hash", "head.json", "not that of the block it names"),
+    ],
+)
+async def test_verification_names_what_was_tampered_with(damage: str, key: str, reason: str) -> None:
+    objects = MemoryObjectStore()
+    async with AsyncBlockchainModelStore("memory", objects=objects) as store:
+        versions = [await commit(store, step) for step in range(3)]
+        await asyncio.sleep(0.01)
+        blob = blob_key(versions[1].content_hash)
+        data = {k: v[0] for k, v in objects.objects.items()}
+        target = {"blob": blob, "last": block_key(2)}.get(key, key)
+        if damage == "flip":
+            await objects.put(target, data[target].replace(b'"message":"m1"', b'"message":"m7"'))
+        elif damage in ("truncate", "blob-truncate"):
+            await objects.put(target, data[target][:-3])
+        elif damage in ("delete", "blob-delete"):
+            await objects.delete(target)
+        elif damage == "swap":
+            await objects.put(block_key(0), data[block_key(1)])
+            await objects.put(block_key(1), data[block_key(0)])
+        elif damage == "blob-flip":
+            await objects.put(target, b"X" + data[target][1:])
+        elif damage == "repeat":
+            fields = orjson.loads(data[block_key(2)])
+            line = {**fields, "index": 3, "counter": 3, "parent_hash": versions[2].entry_hash}
+            await objects.put(target, orjson.dumps(line) + b"\n")
+        elif damage == "head-hash":
+            await objects.put(target, b'{"block": 2, "hash": "00"}')
+        else:
+            await objects.put(target, b"anything")
+        report = await store.verify(blobs=True)
+        assert not report.ok
+        import re
+
+        assert any(k == target and re.search(reason, r) for k, r in report.problems), report.problems
+
+
+async def test_a_checkpoint_whose_bytes_changed_is_not_loaded(make_store: Opener) -> None:
+    async with make_store() as store:
+        version = await commit(store, 1)
+        await store.objects.put(blob_key(version.content_hash), b"checkpoint 9")
+        with pytest.raises(Corrupt, match="do not have the hash"):
+            await store.load_checkpoint(version)
+        await store.objects.delete(blob_key(version.content_hash))
+        with pytest.raises(NotFound, match="the checkpoint of v0000000000 is not there"):
+            await store.load_checkpoint(version)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("my-bucket", ("my-bucket", "")),
+        ("s3://my-bucket", ("my-bucket", "")),
+        ("s3://my-bucket/", ("my-bucket", "")),
+        ("s3://my-bucket/a/b", ("my-bucket", "a/b/")),
+    ],
+)
+def test_ledger_uris(uri: str, expected: tuple[str, str]) -> None:
+    assert parse_uri(uri) == expected
+
+
+@pytest.mark.parametrize("uri", ["", "My_Bucket", "bucket/prefix", "s3://", "s3://b/a", "s3://bucket/../x", "http://x"])
+def test_other_uris_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_uri(uri)
+
+
+async def test_a_closed_store_says_how_to_open_it() -> None:
+    with pytest.raises(ConfigError, match="use `async with"):
+        await AsyncBlockchainModelStore("bucket").get_head()
+
+
+async def test_errors_of_a_real_server_are_translated(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with S3ObjectStore("no-such-bucket-here") as objects:
+        for request in (objects.get("x"), objects.stat("x"), objects.check_bucket()):
+            with pytest.raises(ConfigError, match="bucket 'no-such-bucket-here' does not exist at http"):
+                await request
+        for request in (objects.put("x", b""), objects.create("x", b""), objects.delete("x")):
+            with pytest.raises(ConfigError, match="no-such-bucket-here"):
+                await request
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    async with S3ObjectStore("spectralmc") as objects:
+        for request in (objects.get("x"), objects.put("x", b""), objects.create("x", b"")):
+            with pytest.raises(AccessDenied, match="access denied by http"):
+                await request
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    async with S3ObjectStore("spectralmc") as objects:
+        with pytest.raises(AccessDenied, match="set AWS_ACCESS_KEY_ID"):
+            await objects.get("x")
+
+
+async def test_an_unreachable_endpoint_is_unavailable(on_seaweed: str) -> None:
+    async with S3ObjectStore("spectralmc", endpoint_url="http://127.0.0.1:1") as objects:
+        with pytest.raises(Unavailable, match=r"s3://spectralmc/x: .*127\.0\.0\.1:1"):
+            await objects.get("x")
+    with pytest.raises(ConfigError, match="S3 client for bucket"):
+        async with S3ObjectStore("spectralmc", endpoint_url="not a url"):
+            pass
