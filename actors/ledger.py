@@ -8,7 +8,9 @@ read back from S3, so it may be killed at any moment; every call is idempotent a
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -24,6 +26,7 @@ from smc.storage.store import AsyncBlockchainModelStore
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "ledger_actor"]
 
 NAMESPACE = "spectralmc"
+_UPLOADS_PER_NODE = 4
 
 Uploader = Callable[[str, list[Any], str], Awaitable[tuple[str, int]]]
 
@@ -53,6 +56,10 @@ class LedgerActor:
         self._uploader = uploader
         self._store: AsyncBlockchainModelStore | None = None
         self._opening = asyncio.Lock()
+        # Every upload at a time on a node is a worker process there.
+        self._upload_gates: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(_UPLOADS_PER_NODE)
+        )
         self._committed = self._failed = self._uploading = 0
         self._started = time.time()
 
@@ -76,7 +83,8 @@ class LedgerActor:
         """
         self._uploading += 1
         try:
-            return await self._uploader(self._uri, boxed, node_id)
+            async with self._upload_gates[node_id]:
+                return await self._uploader(self._uri, boxed, node_id)
         except RayTaskError as error:
             raise _cause(error) from None
         finally:
@@ -103,12 +111,19 @@ class LedgerActor:
             "uploading": self._uploading,
             "queued": queued,
             "uptime_s": time.time() - self._started,
+            "pid": os.getpid(),
         }
 
-    async def close(self) -> None:
-        """Finish what was submitted."""
+    async def flush(self) -> None:
+        """Return when what was submitted so far is settled."""
         if self._store is not None:
             await self._store.ledger.close()
+
+    async def close(self) -> None:
+        """Settle everything and close the connection; the next call opens it again."""
+        store, self._store = self._store, None
+        if store is not None:
+            await store.__aexit__(None, None, None)
 
     async def _opened(self) -> AsyncBlockchainModelStore:
         async with self._opening:  # __init__ cannot await, and many first calls come at once

@@ -14,7 +14,8 @@ from smc.experiment import Experiment
 from smc.gbm_trainer import GbmCVNNPricer, Progress, TrainingResult
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.storage.chain import ModelVersion
-from smc.storage.store import AsyncBlockchainModelStore, load_snapshot_from_checkpoint
+from smc.storage.snapshots import load_snapshot_from_checkpoint
+from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["RemoteTrainerActor", "TrainerActor"]
 

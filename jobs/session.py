@@ -24,6 +24,8 @@ def connect() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
+    if ray.is_initialized():
+        return
     ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
 
 

@@ -107,7 +107,7 @@ async def run_experiments(
     finally:
         stopper.cancel()
         bars.close()
-        await _plain(actor.close.remote())
+        await _plain(actor.flush.remote())
 
 
 def _newest_versions(versions: Sequence[ModelVersion]) -> Mapping[str, ModelVersion]:

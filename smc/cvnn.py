@@ -90,9 +90,7 @@ class CVNN(nn.Module):
         super().__init__()
         self.config = config
         widths = (in_features, *config.hidden, out_features)
-        self.layers = nn.ModuleList(
-            ComplexLinear(a, b, dtype=dtype) for a, b in pairwise(widths)
-        )
+        self.layers = nn.ModuleList(ComplexLinear(a, b, dtype=dtype) for a, b in pairwise(widths))
         self.activations = nn.ModuleList(
             ModReLU(width, dtype=dtype) if config.activation == "modrelu" else _Pointwise(config.activation)
             for width in config.hidden

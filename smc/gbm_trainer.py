@@ -371,6 +371,9 @@ class GbmCVNNPricer:
             if self._active is not None:
                 raise ConfigError("this pricer is already training, on another thread")
             self._active = threading.get_ident()
+        # A new thread takes torch's number of threads over only at its first parallel operation, and sums
+        # are rounded differently before and after: settle it, or a resumed run would not be the same.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             yield
         finally:

@@ -123,10 +123,13 @@ def small_training(num_batches: int = 20, **changes: Any) -> TrainingConfig:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray for all tests that need it, started after the servers whose environment it inherits."""
+def ray_cluster(seaweed: DevServer) -> Iterator[None]:
+    """One local Ray for all tests that need it; its workers inherit the real S3 server's environment."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="tests")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in seaweed.environment.items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="tests")
     yield
     ray.shutdown()

@@ -1,12 +1,14 @@
 """Model versions in a tamper-evident, ordered ledger on S3."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from smc.storage.chain import ModelVersion
-from smc.storage.store import (
-    AsyncBlockchainModelStore,
-    commit_snapshot,
-    load_snapshot_from_checkpoint,
-    recover,
-)
+from smc.storage.store import AsyncBlockchainModelStore, recover
+
+if TYPE_CHECKING:
+    from smc.storage.snapshots import commit_snapshot, load_snapshot_from_checkpoint
 
 __all__ = [
     "AsyncBlockchainModelStore",
@@ -15,3 +17,12 @@ __all__ = [
     "load_snapshot_from_checkpoint",
     "recover",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Only these two need torch, whose import takes longer than most commands and every append.
+    if name in ("commit_snapshot", "load_snapshot_from_checkpoint"):
+        from smc.storage import snapshots
+
+        return getattr(snapshots, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

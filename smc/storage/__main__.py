@@ -18,7 +18,6 @@ from typing import Any
 
 import orjson
 
-from smc.checkpoint import decode
 from smc.errors import Corrupt, SpectralMCError
 from smc.spool import Spool
 from smc.storage.chain import ModelVersion
@@ -132,6 +131,8 @@ async def _inspect(store: AsyncBlockchainModelStore, options: argparse.Namespace
     if version is None:
         print(f"{store.uri} is empty")
         return 0
+    from smc.checkpoint import decode
+
     snapshot = decode(await store.load_checkpoint(version))
     shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in snapshot.tensors.items()}
     metadata = snapshot.metadata.model_dump(mode="json")
@@ -161,7 +162,9 @@ async def _recover(store: AsyncBlockchainModelStore, options: argparse.Namespace
 def _dev_server(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with DevServer(options.dir, buckets=options.bucket or _DEV_BUCKETS, port=options.port) as server:
-        print(f"S3 at {server.endpoint_url}, buckets {', '.join(server.buckets)}, data in {options.dir}; Ctrl-C ends it")
+        print(
+            f"S3 at {server.endpoint_url}, buckets {', '.join(server.buckets)}, data in {options.dir}; Ctrl-C ends it"
+        )
         print(f"In another terminal:  . {os.path.join(options.dir, 's3.env')}", flush=True)
         try:
             return server.wait()

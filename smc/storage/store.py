@@ -1,4 +1,7 @@
-"""The model store: versions of models in one ledger, and the checkpoints they name."""
+"""The model store: versions of models in one ledger, and the checkpoints they name, as bytes.
+
+Torch is not imported here: what only orders or uploads starts in a second and stays small.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,9 @@ import hashlib
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 
-from torch import nn
-
-from smc.checkpoint import Snapshot, decode, encode, restore
 from smc.errors import ConfigError, Corrupt, NotFound, Unavailable
-from smc.pricer_config import GbmCVNNPricerConfig
 from smc.spool import CommitRecord, Spool
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
 from smc.storage.ledger import RETRY_DELAYS, Ledger
@@ -22,7 +20,7 @@ from smc.storage.objects import ObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
 
-__all__ = ["AsyncBlockchainModelStore", "commit_snapshot", "load_snapshot_from_checkpoint", "recover"]
+__all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
 
 logger = logging.getLogger("smc.storage")
 
@@ -222,45 +220,6 @@ class StoreCommitter:
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
         return (await self._store.append_commit(record, content_hash, size)).version_id
-
-
-async def commit_snapshot(
-    store: AsyncBlockchainModelStore,
-    snapshot: GbmCVNNPricerConfig,
-    message: str,
-    *,
-    experiment: str = "",
-    loss: float | None = None,
-    metrics: Mapping[str, float] | None = None,
-) -> ModelVersion:
-    """Commit a pricer's state now, and return the version it became."""
-    data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))
-    record = CommitRecord(
-        ledger=store.uri,
-        message=message,
-        step=snapshot.global_step,
-        loss=loss,
-        experiment=experiment,
-        metrics=dict(metrics or {}),
-        resumed_from=snapshot.resumed_from,
-    )
-    return await store.commit(data, record)
-
-
-async def load_snapshot_from_checkpoint(
-    store: AsyncBlockchainModelStore,
-    version: ModelVersion,
-    model_template: nn.Module | None = None,
-    config_template: GbmCVNNPricerConfig | None = None,
-) -> GbmCVNNPricerConfig:
-    """A version's state, its hash verified, ready for `GbmCVNNPricer(...)`.
-
-    The templates give the architecture and device, and a configuration that the checkpoint is checked
-    against; a network made by `build_cvnn` needs neither. Raises: Corrupt, NotFound, ConfigError.
-    """
-    data = await store.load_checkpoint(version)
-    state = restore(decode(data), model_template, config_template)
-    return replace(state, resumed_from=version.version_id)
 
 
 async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:

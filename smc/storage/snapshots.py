@@ -1,0 +1,56 @@
+"""A pricer's state into the ledger, and back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from smc.checkpoint import Snapshot, decode, encode, restore
+from smc.pricer_config import GbmCVNNPricerConfig
+from smc.spool import CommitRecord
+from smc.storage.chain import ModelVersion
+from smc.storage.store import AsyncBlockchainModelStore
+
+__all__ = ["commit_snapshot", "load_snapshot_from_checkpoint"]
+
+
+async def commit_snapshot(
+    store: AsyncBlockchainModelStore,
+    snapshot: GbmCVNNPricerConfig,
+    message: str,
+    *,
+    experiment: str = "",
+    loss: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> ModelVersion:
+    """Commit a pricer's state now, and return the version it became."""
+    data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))
+    record = CommitRecord(
+        ledger=store.uri,
+        message=message,
+        step=snapshot.global_step,
+        loss=loss,
+        experiment=experiment,
+        metrics=dict(metrics or {}),
+        resumed_from=snapshot.resumed_from,
+    )
+    return await store.commit(data, record)
+
+
+async def load_snapshot_from_checkpoint(
+    store: AsyncBlockchainModelStore,
+    version: ModelVersion,
+    model_template: nn.Module | None = None,
+    config_template: GbmCVNNPricerConfig | None = None,
+) -> GbmCVNNPricerConfig:
+    """A version's state, its hash verified, ready for `GbmCVNNPricer(...)`.
+
+    The templates give the architecture and device, and a configuration that the checkpoint is checked
+    against; a network made by `build_cvnn` needs neither. Raises: Corrupt, NotFound, ConfigError.
+    """
+    data = await store.load_checkpoint(version)
+    state = restore(decode(data), model_template, config_template)
+    return replace(state, resumed_from=version.version_id)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
+from smc.errors import ConfigError
+from smc.spool import CommitRecord
+from smc.storage import AsyncBlockchainModelStore
+
+
+async def upload_here(uri: str, boxed: list[Any], node_id: str) -> tuple[str, int]:
+    async with AsyncBlockchainModelStore(uri) as store:
+        return await store.upload(boxed[0])
+
+
+def record(step: int, **changes: Any) -> CommitRecord:
+    return CommitRecord(**{"ledger": "x", "message": f"m{step}", "step": step, "loss": None, **changes})
+
+
+async def test_the_plain_class_uploads_and_appends(on_seaweed: str) -> None:
+    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    assert await actor.prepare() is None
+    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    versions = await asyncio.gather(*(actor.append(record(i), content_hash, size) for i in range(5)))
+    assert versions == [f"v{i:010d}" for i in range(5)]
+    status = await actor.status()
+    assert (status["committed"], status["failed"], status["queued"], status["uploading"]) == (5, 0, 0, 0)
+    assert await actor.prepare() == "v0000000004"
+    assert repr(actor) == f"Ledger({on_seaweed})"
+    await actor.close()
+
+
+async def test_a_ledger_that_cannot_be_opened_is_a_config_error(on_seaweed: str) -> None:
+    actor = LedgerActor("s3://no-such-bucket-here", uploader=upload_here)
+    with pytest.raises(ConfigError, match="does not exist"):
+        await actor.prepare()
+    with pytest.raises(ConfigError):
+        await actor.append(record(0), "0" * 64, 1)
+    assert (await actor.status())["failed"] == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_errors_cross_ray_as_they_were_raised(on_seaweed: str) -> None:
+    async with LedgerHandle("x", ledger_actor("s3://no-such-bucket-here")).committer() as committer:
+        with pytest.raises(ConfigError, match=r"^bucket 'no-such-bucket-here' does not exist at http\S+$"):
+            await committer.append(record(0), "0" * 64, 1)
+        with pytest.raises(ConfigError, match="no-such-bucket-here"):
+            await committer.upload(b"x")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_there_is_one_actor_for_a_ledger(on_seaweed: str) -> None:
+    one, two = ledger_actor(on_seaweed), ledger_actor(on_seaweed)
+    assert one._actor_id == two._actor_id
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_seaweed: str) -> None:
+    actor = ledger_actor(on_seaweed)
+    committer = _ActorCommitter(actor)
+    await actor.prepare.remote()
+
+    async def one(step: int) -> str:
+        content_hash, size = await committer.upload(f"checkpoint {step}".encode())
+        return await committer.append(record(step), content_hash, size)
+
+    running = [asyncio.ensure_future(one(step)) for step in range(30)]
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    pid = (await actor.status.remote())["pid"]
+    os.kill(pid, signal.SIGKILL)
+    versions = await asyncio.wait_for(asyncio.gather(*running), timeout=60)
+    assert len(set(versions)) == 30
+    async with AsyncBlockchainModelStore(on_seaweed) as store:
+        assert sorted(v.step for v in await store.list_versions()) == list(range(30))
+        assert (await store.verify(blobs=True)).ok
+    assert (await actor.status.remote())["pid"] != pid

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import demo, sweep, train
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
+
+ROOT = Path(__file__).parents[2]
+
+
+def versions(ledger: str) -> list[ModelVersion]:
+    async def read() -> list[ModelVersion]:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            assert (await store.verify(blobs=True)).ok
+            return await store.list_versions()
+
+    return asyncio.run(read())
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "recipe: tiny\n"
+        "defaults: {commit_message_template: '[{step}] loss={loss:.3f}'}\n"
+        "experiments: {one: , two: {training: {learning_rate: 0.02}}}\n"
+    )
+    return path
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sweep_trains_every_experiment_into_one_ledger_and_goes_on_from_it(
+    file: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(file), "--ledger", on_seaweed]) == 0
+    out = capfd.readouterr().out
+    assert "2 of 2 experiments done" in out
+    assert "trained to step 60" in out
+    made = versions(on_seaweed)
+    assert len(made) == 6
+    for name in ("one", "two"):
+        assert [v.step for v in made if v.experiment == name] == [20, 40, 60]
+    # Submitted again, it finds everything finished; extended, it trains further.
+    assert sweep.main([str(file), "--ledger", on_seaweed]) == 0
+    assert capfd.readouterr().out.count("finished before, skipped") == 2
+    assert sweep.main([str(file), "--ledger", on_seaweed, "--extend"]) == 0
+    again = versions(on_seaweed)
+    assert again[:6] == made
+    assert {v.resumed_from for v in again[6:]} == {v.version_id for v in made if v.step == 60}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_train_runs_one_experiment(on_seaweed: str, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--ledger", on_seaweed, "--experiment", "solo", "--recipe", "tiny"]
+    assert train.main([*arguments, "--set", "training.num_batches=10"]) == 0
+    assert "solo            trained to step 10" in capfd.readouterr().out
+    assert [v.step for v in versions(on_seaweed)] == [10]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_experiment_that_fails_does_not_take_the_others_along(
+    tmp_path: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "recipe: tiny\nexperiments:\n  good: \n  bad: {training: {learning_rate: 1.0e+30, schedule: constant}}\n"
+    )
+    assert sweep.main([str(path), "--ledger", on_seaweed]) == 2
+    out = capfd.readouterr().out
+    assert "bad             failed: the loss is" in out
+    assert "1 of 2 experiments done, 1 failed" in out
+    assert [v.step for v in versions(on_seaweed) if v.experiment == "good"] == [20, 40, 60]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["FILE", "--ledger", "s3://no-such-bucket-here"], "error: bucket 'no-such-bucket-here' does not exist"),
+        (["FILE"], "no ledger given: pass --ledger"),
+        (["missing.yaml", "--ledger", "x"], "error: there is no sweep file missing.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], message: str, file: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep.main([str(file) if a == "FILE" else a for a in arguments]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_bad_settings_of_train_are_one_line_and_status_2(on_seaweed: str, capfd: pytest.CaptureFixture[str]) -> None:
+    base = ["--ledger", on_seaweed, "--experiment", "x", "--recipe", "tiny", "--set"]
+    for setting, message in (
+        ("training.lr=1", "unknown key 'training.lr'"),
+        ("nonsense", "expected KEY=VALUE"),
+        ("training.batch_size=[", "is not a YAML value"),
+        ("num_gpus=3", "asks for 1 CPUs and 3 GPUs, the cluster has 2 and 0"),
+    ):
+        assert train.main([*base, setting]) == 2
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert versions(on_seaweed) == []
+
+
+def test_unreachable_storage_is_one_line_and_status_2(
+    file: Path, on_seaweed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr("smc.storage.store.RETRY_DELAYS", (0.0,))
+    assert sweep.main([str(file), "--ledger", on_seaweed]) == 2
+    error = capfd.readouterr().err
+    assert "127.0.0.1:1" in error
+    assert error.count("\n") == 1
+
+
+def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("recipe: tiny\ndefaults: {training: {num_batches: 1000000}}\nexperiments: {a: , b: }\n")
+    command = [sys.executable, "-m", "jobs.sweep", str(path), "--ledger", on_seaweed]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not {"a", "b"} <= {v.experiment for v in versions(on_seaweed)}:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert out.count("stopped at step") == 2
+    newest = {v.experiment: v.step for v in versions(on_seaweed)}
+    for name, step in newest.items():
+        assert f"{name:<16}stopped at step {step} " in out
+
+
+@pytest.mark.timeout(240)
+def test_the_demo_runs_twice_into_one_ledger(tmp_path: Path) -> None:
+    quick = tmp_path / "quick.yaml"
+    quick.write_text("recipe: tiny\nexperiments: {baseline: , high_lr: {training: {learning_rate: 0.03}}}\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")}
+    command = [sys.executable, "-m", "jobs.demo", "--dir", str(tmp_path / "smc"), "--sweep", str(quick)]
+    for run in (1, 2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Ledger verified: {6 * run} versions" in done.stdout
+        assert "best: " in done.stdout
+        assert "CVaR97.5" in done.stdout
+    picture = (tmp_path / "smc" / "demo.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 50_000
+
+
+def test_the_demo_says_what_is_wrong_with_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--dir", str(tmp_path), "--sweep", str(tmp_path / "none.yaml")]) == 2
+    assert "there is no sweep file" in capfd.readouterr().err
