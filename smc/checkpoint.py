@@ -23,12 +23,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from smc.adam import AdamState
 from smc.contracts import BoundSpec
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError, Corrupt
 from smc.gbm import BlackScholesConfig
-from smc.pricer_config import AdamState, GbmCVNNPricerConfig, TrainingPlan
+from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
+from smc.training import TrainingPlan
 
 __all__ = ["CheckpointMetadata", "Snapshot", "decode", "encode", "restore"]
 

@@ -9,6 +9,7 @@ modReLU, Arjovsky, Shah and Bengio (2016); zReLU, Guberman (2016); cardioid, Vir
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smc.arrays import require_device
+from smc.errors import ConfigError
 from smc.gbm import SimulationParams
 
-__all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "build_cvnn"]
+__all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "build_cvnn", "check_model"]
 
 FEATURES: Final = 7
 """Inputs of a model: the features of one contract, see `smc.scaling`."""
@@ -110,6 +113,41 @@ def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return CVNN(FEATURES, sim_params.bins, config, dtype=sim_params.dtype.torch)
+
+
+def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device:
+    """Check that a model can serve, and return the device its parameters are on.
+
+    Raises: ConfigError saying what is wrong with the model, the shape that is wanted, and how to get it.
+    """
+    wanted = (
+        f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {FEATURES}) and must "
+        f"return two of shape (batch, {bins}); smc.cvnn.build_cvnn(sim_params) makes one"
+    )
+    parameters = list(model.parameters())
+    if not parameters:
+        raise ConfigError(f"{type(model).__name__} has no parameters to train: {wanted}")
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise ConfigError(f"the model's parameters are on several devices: {', '.join(devices)}; move it to one")
+    device = require_device(devices[0])
+    wrong = next((p.dtype for p in parameters if p.dtype != dtype), None)
+    if wrong is not None:
+        raise ConfigError(f"the model's parameters are {wrong}, the simulation is {dtype}: use one of them for both")
+    probe = torch.zeros(2, FEATURES, dtype=dtype, device=device)
+    training = model.training
+    try:
+        inspect.signature(model.forward).bind(probe, probe)
+        with torch.no_grad():
+            out = model.eval()(probe, probe)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{type(model).__name__} cannot serve ({str(error).splitlines()[0]}): {wanted}") from None
+    finally:
+        model.train(training)
+    shapes = [tuple(part.shape) for part in out] if isinstance(out, tuple | list) else [tuple(out.shape)]
+    if shapes != [(2, bins), (2, bins)]:
+        raise ConfigError(f"{type(model).__name__} cannot serve (it returned {shapes} for a batch of 2): {wanted}")
+    return device
 
 
 class _Pointwise(nn.Module):

@@ -8,7 +8,8 @@ from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig
-from smc.pricer_config import GbmCVNNPricerConfig, TrainingConfig
+from smc.pricer_config import GbmCVNNPricerConfig
+from smc.training import TrainingConfig
 
 __all__ = ["Experiment"]
 

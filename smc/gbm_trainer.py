@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import logging
 import math
 import queue
@@ -12,27 +11,28 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smc import prediction
-from smc.arrays import require_device
+from smc.adam import AdamState, adam_state, load_adam
 from smc.black_scholes import Greeks, OptionKind
 from smc.checkpoint import Snapshot
 from smc.commits import DEFAULT_MESSAGE, BackgroundCommits, CommitOutcome, CommitRequest, CommitTarget, check_template
 from smc.contracts import ContractsLike, resolve_domain
-from smc.cvnn import FEATURES
+from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
 from smc.gbm import BlackScholes
-from smc.pricer_config import AdamState, GbmCVNNPricerConfig, TrainingConfig, TrainingPlan
+from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import Examples, ReplayBuffer
 from smc.scaling import Scaling, features, intrinsic, unit_of_price
 from smc.sobol_sampler import SobolSampler
 from smc.spectrum import PayoffDistribution, bin_weights, quantile_spectrum
 from smc.spool import CommitRecord
+from smc.training import Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
 
 __all__ = [
     "GbmCVNNPricer",
@@ -53,46 +53,6 @@ _PRICE_WEIGHT = 10.0
 _GPU_REPORT_EVERY = 50
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What a training logger is told. `batch` counts from 1 within the call of `train()`."""
-
-    step: int
-    batch: int
-    loss: float
-    learning_rate: float
-    contracts: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training is, as of the last completed step."""
-
-    step: int
-    end: int
-    loss: float | None
-    training: bool
-    commits_pending: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`."""
-
-    batches: int
-    global_step: int
-    loss: float
-    seconds: float
-    contracts: int
-    stopped: bool
-    commits: tuple[CommitOutcome, ...] = ()
-
-    def commits_that(self, status: str) -> tuple[CommitOutcome, ...]:
-        """The commits that ended 'committed', 'replaced' or 'failed'."""
-        return tuple(outcome for outcome in self.commits if outcome.status == status)
-
-
 class GbmCVNNPricer:
     """Learns the discounted put payoff's quantile spectrum over a domain of contracts.
 
@@ -107,7 +67,7 @@ class GbmCVNNPricer:
         self._params = config.cfg.sim_params
         self.domain = resolve_domain(config.domain_bounds)
         self.model = config.cvnn
-        self.device = _check_model(self.model, self._params.bins, self._params.dtype.torch)
+        self.device = check_model(self.model, self._params.bins, self._params.dtype.torch)
         self._engine = BlackScholes(
             config.cfg.model_copy(update={"sim_params": self._params.model_copy(update={"skip": 0})}), self.device
         )
@@ -119,7 +79,7 @@ class GbmCVNNPricer:
         self._resumed_from = config.resumed_from
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
         if config.optimizer_state is not None:
-            _load_adam(self._optimizer, self.model, config.optimizer_state)
+            load_adam(self._optimizer, self.model, config.optimizer_state)
         self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
         self._cuda_rng = list(config.torch_cuda_rng_states)
         if not self._cuda_rng and self.device.type == "cuda":
@@ -171,7 +131,7 @@ class GbmCVNNPricer:
             try:
                 while self._step < end and not self._stop.is_set():
                     self._serve_requests()
-                    rate = _learning_rate(plan, self._step)
+                    rate = plan.learning_rate(self._step)
                     loss = self._update(self._next_batch(config, fresh), rate)
                     self._step += 1
                     batch = self._step - first
@@ -346,7 +306,7 @@ class GbmCVNNPricer:
             cfg=self._cfg.model_copy(update={"sim_params": params}),
             domain_bounds=self.domain,
             cvnn=self.model,
-            optimizer_state=_adam_state(self._optimizer, self.model),
+            optimizer_state=adam_state(self._optimizer, self.model),
             global_step=self._step,
             sobol_skip=self._sampler.skip,
             torch_cpu_rng_state=self._cpu_rng,
@@ -440,78 +400,6 @@ def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, inte
         raise ConfigError("commit_interval requires auto_commit=True")
     if interval is not None and (not isinstance(interval, int) or interval < 1):
         raise ConfigError(f"commit_interval must be a whole number of batches, at least 1, got {interval!r}")
-
-
-def _check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device:
-    wanted = (
-        f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {FEATURES}) and must "
-        f"return two of shape (batch, {bins}); smc.cvnn.build_cvnn(sim_params) makes one"
-    )
-    parameters = list(model.parameters())
-    if not parameters:
-        raise ConfigError(f"{type(model).__name__} has no parameters to train: {wanted}")
-    devices = sorted({str(p.device) for p in parameters})
-    if len(devices) > 1:
-        raise ConfigError(f"the model's parameters are on several devices: {', '.join(devices)}; move it to one")
-    device = require_device(devices[0])
-    wrong = next((p.dtype for p in parameters if p.dtype != dtype), None)
-    if wrong is not None:
-        raise ConfigError(f"the model's parameters are {wrong}, the simulation is {dtype}: use one of them for both")
-    probe = torch.zeros(2, FEATURES, dtype=dtype, device=device)
-    training = model.training
-    try:
-        inspect.signature(model.forward).bind(probe, probe)
-        with torch.no_grad():
-            out = model.eval()(probe, probe)
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{type(model).__name__} cannot serve ({str(error).splitlines()[0]}): {wanted}") from None
-    finally:
-        model.train(training)
-    shapes = [tuple(part.shape) for part in out] if isinstance(out, tuple | list) else [tuple(out.shape)]
-    if shapes != [(2, bins), (2, bins)]:
-        raise ConfigError(f"{type(model).__name__} cannot serve (it returned {shapes} for a batch of 2): {wanted}")
-    return device
-
-
-def _learning_rate(plan: TrainingPlan, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero at the plan's end; or constant."""
-    config, done = plan.config, step - plan.start
-    if config.schedule == "constant":
-        return config.learning_rate
-    warmup = min(config.warmup, config.num_batches // 10)
-    if done < warmup:
-        return config.learning_rate * (done + 1) / warmup
-    share = (done - warmup) / max(1, config.num_batches - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _adam_state(optimizer: torch.optim.Adam, model: nn.Module) -> AdamState | None:
-    state = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
-    if not state:
-        return None
-    steps = int(next(iter(state.values()))["step"])
-    return AdamState(
-        steps,
-        {name: values["exp_avg"] for name, values in state.items()},
-        {name: values["exp_avg_sq"] for name, values in state.items()},
-    )
-
-
-def _load_adam(optimizer: torch.optim.Adam, model: nn.Module, adam: AdamState) -> None:
-    for name, parameter in model.named_parameters():
-        if name not in adam.exp_avg:
-            continue
-        if adam.exp_avg[name].shape != parameter.shape:
-            raise ConfigError(
-                f"optimizer_state: moment of {name!r} has shape {tuple(adam.exp_avg[name].shape)}, "
-                f"the parameter has {tuple(parameter.shape)}"
-            )
-        step_device = parameter.device if parameter.device.type == "cuda" else None
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(adam.step), dtype=torch.float32, device=step_device),
-            "exp_avg": adam.exp_avg[name].to(parameter.device, copy=True),
-            "exp_avg_sq": adam.exp_avg_sq[name].to(parameter.device, copy=True),
-        }
 
 
 def _seeded_rng_state(device: str, seed: int) -> bytes:

@@ -1,77 +1,19 @@
-"""What a pricer is made of, and what a training run is asked to do."""
+"""What a pricer is made of: its whole state, and what `snapshot()` returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
+from smc.adam import AdamState
 from smc.contracts import BoundSpec
 from smc.gbm import BlackScholesConfig
 from smc.scaling import Scaling
+from smc.training import TrainingPlan
 
-__all__ = ["AdamState", "GbmCVNNPricerConfig", "TrainingConfig", "TrainingPlan"]
-
-
-class TrainingConfig(BaseModel):
-    """One call of `train()`.
-
-    `fresh_per_batch`: how many contracts of a batch are newly simulated; the rest come from the replay
-    buffer. None means all of them on a GPU, and an eighth (at least 4) on a CPU.
-    `schedule`: 'cosine' warms up over the first `warmup` steps and decays to zero at the last one.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_batches: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    fresh_per_batch: int | None = Field(default=None, ge=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = Field(default=100, ge=0)
-
-    @model_validator(mode="after")
-    def _fresh_fits_the_batch(self) -> TrainingConfig:
-        if self.fresh_per_batch is not None and self.fresh_per_batch > self.batch_size:
-            raise ValueError(
-                f"fresh_per_batch must be at most batch_size {self.batch_size}, got {self.fresh_per_batch}"
-            )
-        return self
-
-
-class TrainingPlan(BaseModel):
-    """The run a checkpoint belongs to: its config, and the global step it began at.
-
-    A run that is interrupted and asked for batches that still fit in the plan continues its schedule,
-    which is what makes a resumed run the same, bit for bit, as one that was never interrupted.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    config: TrainingConfig
-    start: int = Field(ge=0)
-
-    @property
-    def end(self) -> int:
-        """The global step at which the plan is done."""
-        return self.start + self.config.num_batches
-
-    def covers(self, step: int, config: TrainingConfig) -> bool:
-        """Whether a call with this config at this step continues the plan rather than starting one."""
-        same = config.model_copy(update={"num_batches": self.config.num_batches}) == self.config
-        return same and self.start <= step and step + config.num_batches <= self.end
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """Adam's moments by parameter name, and the number of steps taken."""
-
-    step: int
-    exp_avg: Mapping[str, Tensor]
-    exp_avg_sq: Mapping[str, Tensor]
+__all__ = ["GbmCVNNPricerConfig"]
 
 
 @dataclass(frozen=True)

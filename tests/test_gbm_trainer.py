@@ -18,9 +18,9 @@ from smc.contracts import DEFAULT_DOMAIN, Contract
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError, NumericsError
 from smc.gbm import BlackScholesConfig
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig, _learning_rate
-from smc.pricer_config import TrainingPlan
+from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
 from smc.sobol_sampler import SobolSampler
+from smc.training import TrainingPlan
 from tests.conftest import small_config, small_simulation, small_training
 
 
@@ -195,7 +195,7 @@ def test_a_finished_plan_is_followed_by_a_new_one() -> None:
 
 def test_the_schedule_warms_up_and_decays_to_zero() -> None:
     plan = TrainingPlan(config=TrainingConfig(num_batches=1000, batch_size=1, learning_rate=0.01), start=50)
-    rates = [_learning_rate(plan, 50 + i) for i in range(1000)]
+    rates = [plan.learning_rate(50 + i) for i in range(1000)]
     assert rates[0] == pytest.approx(0.0001)
     assert max(rates) == pytest.approx(0.01)
     assert np.argmax(rates) in (99, 100)
@@ -203,7 +203,7 @@ def test_the_schedule_warms_up_and_decays_to_zero() -> None:
     constant = TrainingPlan(
         config=TrainingConfig(num_batches=10, batch_size=1, learning_rate=0.01, schedule="constant"), start=0
     )
-    assert {_learning_rate(constant, i) for i in range(10)} == {0.01}
+    assert {constant.learning_rate(i) for i in range(10)} == {0.01}
 
 
 def test_the_logger_sees_every_step_on_the_cpu() -> None:

@@ -1,0 +1,86 @@
+"""Rows of a benchmark, printed as a table and written as JSON: {machine, commit, results}."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Report:
+    """Measured values; `bar` is what was promised and `holds` whether the value meets it."""
+
+    title: str
+    results: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self, name: str, value: float, unit: str, *, at_most: float | None = None, at_least: float | None = None
+    ) -> None:
+        bar, holds = None, None
+        if at_most is not None:
+            bar, holds = f"<= {at_most:g}", value <= at_most
+        elif at_least is not None:
+            bar, holds = f">= {at_least:g}", value >= at_least
+        self.results.append({"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds})
+        print(self._row(self.results[-1]), flush=True)
+
+    def header(self) -> None:
+        print(f"{self.title}\n{machine()}; commit {commit()}")
+        print(self._row({"name": "", "value": None, "unit": "unit", "bar": "bar", "holds": None}))
+
+    def _row(self, row: dict[str, Any]) -> str:
+        value = "value" if row["value"] is None else f"{row['value']:.4g}"
+        holds = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
+        return f"{row['name']:<58}{value:>11} {row['unit']:<16}{row['bar'] or '':<10}{holds}"
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            path.write_text(json.dumps({"machine": machine(), "commit": commit(), "results": self.results}, indent=1))
+
+
+def machine() -> str:
+    """What this runs on, without naming the host."""
+    text = f"{os.cpu_count()} x {_cpu()}, Python {platform.python_version()}, torch {torch.__version__}"
+    return text + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU")
+
+
+def commit() -> str:
+    """The checked-out commit, with + if the tree differs from it."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SMC_COMMIT", "unknown")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def run(
+    title: str, measure: Callable[[Report, argparse.Namespace], None], *arguments: tuple[str, dict[str, Any]]
+) -> None:
+    """The command line of a benchmark: its own arguments, and --json FILE."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--json", type=Path, help="write {machine, commit, results} here")
+    for name, settings in arguments:
+        parser.add_argument(name, **settings)
+    options = parser.parse_args()
+    report = Report(title)
+    report.header()
+    measure(report, options)
+    report.write(options.json)
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
