@@ -98,13 +98,13 @@ def encode(snapshot: Snapshot) -> bytes:
     return safetensors.torch.save(on_cpu, metadata={_METADATA_KEY: text})
 
 
-def decode(data: bytes) -> Snapshot:
+def decode(data: bytes | bytearray) -> Snapshot:
     """The snapshot in a checkpoint file.
 
     Raises: Corrupt if these bytes are not a checkpoint of this format.
     """
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)  # type: ignore[arg-type]  # any buffer will do
         header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header["__metadata__"][_METADATA_KEY]
         metadata = CheckpointMetadata.model_validate_json(text)

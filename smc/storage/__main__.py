@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = on_ledger("verify", "recompute every hash of the ledger", _verify)
     verify.add_argument("--blobs", action="store_true", help="the bytes of every checkpoint too")
+    verify.add_argument("--full", action="store_true", help="read every block, whatever the server says of it")
     listing = on_ledger("list-versions", "list the versions, oldest first", _list_versions)
     listing.add_argument("--experiment", help="only this experiment's")
     listing.add_argument("--last", type=int, metavar="N", help="only the newest N")
@@ -92,7 +93,7 @@ async def _with_store(
 
 
 async def _verify(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> int:
-    report = await store.verify(blobs=options.blobs)
+    report = await store.verify(blobs=options.blobs, full=options.full)
     if options.json:
         _print_json({**vars(report), "ok": report.ok})
     else:

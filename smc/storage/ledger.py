@@ -10,29 +10,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from itertools import pairwise
+from typing import Final
 
 import orjson
 
 from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, StorageError, Unavailable
 from smc.storage.chain import Draft, Entry, Tail, block_key, build_block, check_after, parse_block
+from smc.storage.index import SEGMENT, decode_index, encode_index, index_key
 from smc.storage.objects import ObjectStore
+from smc.storage.requests import RETRY_DELAYS, retried
 
-__all__ = ["RETRY_DELAYS", "Ledger"]
+__all__ = ["HEAD_KEY", "Ledger"]
 
-RETRY_DELAYS: Final = (1.0, 2.0, 4.0)
-REMEMBERED_COMMITS: Final = 4096
 HEAD_KEY: Final = "head.json"
-_PROBE_KEY: Final = ".conditional-write-probe"
-_READ_AHEAD = 16
+# Entries remembered by commit_id, so that a repeated submission is recognised; half as many at opening.
+_REMEMBERED = 4096
+_READS_AT_ONCE = 48
+_PROBES_AT_ONCE = 16
 _MAX_BLOCK_ENTRIES = 256
 _MAX_QUEUE = 4096
 
-logger = logging.getLogger("smc.ledger")
-T = TypeVar("T")
+logger = logging.getLogger("smc.storage")
 
 
 @dataclass
@@ -54,12 +57,17 @@ class Ledger:
         self._tail: Tail | None = None
         self._last_version: Entry | None = None
         self._recent: OrderedDict[str, Entry] = OrderedDict()
+        self._recent_versions: dict[int, Entry] = {}
+        self._raw: dict[int, bytes] = {}  # blocks of segments that have no index yet
+        self._indexed: set[int] | None = None
         self._queue: deque[_Waiting] = deque()
         self._queued: dict[str, _Waiting] = {}
         self._sequencer: asyncio.Task[None] | None = None
         self._publisher: asyncio.Task[None] | None = None
+        self._published = -2
         self._tail_lock = asyncio.Lock()
         self._proved = False
+        self._block_seconds = 0.05
 
     # --- reading --------------------------------------------------------------------------------------
 
@@ -73,23 +81,93 @@ class Ledger:
         await self.refresh()
         return self._last_version
 
+    async def find_version(self, counter: int) -> Entry | None:
+        """The commit with this counter, or None if there is none yet."""
+        tail = await self.refresh()
+        if counter >= tail.counter:
+            return None
+        if counter in self._recent_versions:
+            return self._recent_versions[counter]
+        low, high = 0, (tail.block - 1) // SEGMENT
+        while low <= high:  # counters rise along the log: bisect by segment
+            middle = (low + high) // 2
+            blocks = await self.read_blocks(middle * SEGMENT, min((middle + 1) * SEGMENT, tail.block))
+            commits = [e for block in blocks for e in block if e.kind == "commit"]
+            match = next((e for e in commits if e.fields["counter"] == counter), None)
+            if match is not None:
+                return match
+            # A segment without commits tells nothing: go by the one before.
+            if not commits or counter < commits[0].fields["counter"]:
+                high = middle - 1
+            else:
+                low = middle + 1
+        raise Corrupt(f"counter {counter} is missing from the log")
+
     async def read_block(self, number: int) -> list[Entry]:
-        """One block's entries. Raises: NotFound."""
-        return parse_block(number, await self._retried(lambda: self._objects.get(block_key(number))))
+        """One block's entries, from the log itself. Raises: NotFound."""
+        data = await retried(lambda: self._objects.get(block_key(number)), self._retry_delays)
+        return parse_block(number, bytes(data))
 
-    async def read_blocks(self, start: int, stop: int) -> list[list[Entry]]:
-        """Blocks start ... stop - 1, read concurrently. Raises: Corrupt if one is missing."""
-        gate = asyncio.Semaphore(_READ_AHEAD * 2)
+    async def read_blocks(self, start: int, stop: int, *, end_hash: str | None = None) -> list[list[Entry]]:
+        """Blocks start ... stop - 1, read concurrently, whole segments by their index where there is one.
 
-        async def one(number: int) -> list[Entry]:
+        The last entry must have `end_hash` (that of the block in the log, if not given), and every
+        entry the hash that the next one names: what an index says is taken only if it leads there.
+        Raises: Corrupt if a block is missing or does not fit.
+        """
+        if start >= stop:
+            return []
+        gate = asyncio.Semaphore(_READS_AT_ONCE)
+        blocks: dict[int, list[Entry]] = {}
+        segments = range(-(-start // SEGMENT), stop // SEGMENT)
+
+        async def from_log(number: int) -> None:
             async with gate:
-                try:
-                    return await self.read_block(number)
-                except NotFound:
-                    key, reason = block_key(number), "the block is missing"
-                    raise Corrupt(f"{key}: {reason}", ((key, reason),)) from None
+                blocks[number] = await self._existing(number)
 
-        return list(await asyncio.gather(*(one(n) for n in range(start, stop))))
+        async def from_index(segment: int) -> bool:
+            async with gate:
+                found = await self._index(segment)
+            for offset, entries in enumerate(found or []):
+                blocks[segment * SEGMENT + offset] = entries
+            return found is not None
+
+        indexed = dict(zip(segments, await asyncio.gather(*(from_index(k) for k in segments)), strict=True))
+        wanted = [n for n in range(start, stop) if n not in blocks]
+        if end_hash is None and stop - 1 not in wanted:
+            wanted.append(stop - 1)
+        await asyncio.gather(*(from_log(n) for n in wanted))
+        expected = blocks[stop - 1][-1].hash if end_hash is None else end_hash
+        number = stop - 1
+        while number >= start:
+            if blocks[number][-1].hash == expected and _linked(blocks[number]):
+                expected = str(blocks[number][0].fields["parent_hash"])
+                number -= 1
+                continue
+            segment = number // SEGMENT
+            if not indexed.pop(segment, False):
+                reason = f"its last entry does not have the hash {expected[:12]}... that the next one names"
+                raise Corrupt(f"{block_key(number)}: {reason}", ((block_key(number), reason),))
+            logger.warning("%s does not fit the log and is passed over", index_key(segment))
+            await asyncio.gather(*(from_log(segment * SEGMENT + offset) for offset in range(SEGMENT)))
+        return [blocks[n] for n in range(start, stop)]
+
+    async def _existing(self, number: int) -> list[Entry]:
+        try:
+            return await self.read_block(number)
+        except NotFound:
+            key, reason = block_key(number), "the block is missing"
+            raise Corrupt(f"{key}: {reason}", ((key, reason),)) from None
+
+    async def _index(self, segment: int) -> list[list[Entry]] | None:
+        try:
+            data = await retried(lambda: self._objects.get(index_key(segment)), self._retry_delays)
+            raw = decode_index(segment, bytes(data))
+            if raw is None:
+                return None
+            return [parse_block(segment * SEGMENT + offset, block) for offset, block in enumerate(raw)]
+        except (NotFound, Corrupt):
+            return None
 
     async def _refresh(self) -> Tail:
         if self._tail is None:
@@ -102,38 +180,42 @@ class Ledger:
                 if entries is None:
                     return self._tail
                 self._advance(entries)
-            step = min(step * 2, _READ_AHEAD)
+            step = min(step * 2, _PROBES_AT_ONCE)
 
     async def _open(self) -> None:
         """Find the end of the log and remember the latest commits, from the hint or from a listing."""
-        hint = await self._hint()
-        if hint is None or await self._probe(hint) is None:
+        end = await self._hint()
+        newest = await self._probe(end) if end is not None and end >= 0 else None
+        self._published = -2 if end is None else end
+        if newest is None:
             # No usable hint: the log itself says where it ends. Only a readable, empty listing is new.
-            numbers = [info.key async for info in self._objects.list("log/") if info.key.endswith(".jsonl")]
-            hint = len(numbers) - 1
-            if numbers and numbers[-1] != block_key(hint):
-                missing = next(n for n, key in enumerate(numbers) if key != block_key(n))
+            keys = [info.key async for info in self._objects.list("log/") if info.key.endswith(".jsonl")]
+            end = len(keys) - 1
+            if keys and keys[-1] != block_key(end):
+                missing = next(n for n, key in enumerate(keys) if key != block_key(n))
                 raise Corrupt(f"{block_key(missing)}: the block is missing", ((block_key(missing), "missing"),))
-        if hint < 0:
-            self._tail = Tail()
-            return
-        blocks: list[list[Entry]] = []
-        start = hint + 1
-        while start > 0 and sum(e.kind == "commit" for b in blocks for e in b) < REMEMBERED_COMMITS // 2:
-            first = max(0, start - max(_READ_AHEAD, len(blocks)))
-            blocks = await self.read_blocks(first, start) + blocks
+            if not keys:
+                self._tail = Tail()
+                return
+            newest = await self._existing(end)
+        assert end is not None
+        blocks, start = [newest], end
+        while start > 0 and sum(e.kind == "commit" for block in blocks for e in block) < _REMEMBERED // 2:
+            width = max(1, len(blocks) // SEGMENT)  # segments in growing steps
+            first = max(0, (start - 1) // SEGMENT - width + 1) * SEGMENT
+            blocks = await self.read_blocks(first, start, end_hash=str(blocks[0][0].fields["parent_hash"])) + blocks
             start = first
-        counter = next((int(e.fields["counter"]) for b in blocks for e in b if e.kind == "commit"), 0)
         opening = blocks[0][0]
+        counter = next((int(e.fields["counter"]) for block in blocks for e in block if e.kind == "commit"), 0)
         self._tail = Tail(opening.block, opening.index, counter, str(opening.fields["parent_hash"]))
         for entries in blocks:
             self._advance(entries)
 
     async def _hint(self) -> int | None:
         try:
-            fields = orjson.loads(await self._retried(lambda: self._objects.get(HEAD_KEY)))
-            block = fields["block"]
-            return block if isinstance(block, int) and block >= 0 else None
+            data = await retried(lambda: self._objects.get(HEAD_KEY), self._retry_delays)
+            block = orjson.loads(bytes(data))["block"]
+            return block if isinstance(block, int) else None
         except (NotFound, orjson.JSONDecodeError, KeyError, TypeError):
             return None
 
@@ -145,13 +227,20 @@ class Ledger:
 
     def _advance(self, entries: list[Entry]) -> None:
         assert self._tail is not None
+        number = self._tail.block
         self._tail = check_after(self._tail, entries)
+        self._raw[number] = b"".join(entry.line for entry in entries)
         for entry in entries:
             self._recent[entry.commit_id] = entry
             if entry.kind == "commit":
                 self._last_version = entry
-        while len(self._recent) > REMEMBERED_COMMITS:
-            self._recent.popitem(last=False)
+                self._recent_versions[int(entry.fields["counter"])] = entry
+        while len(self._recent) > _REMEMBERED:
+            _, old = self._recent.popitem(last=False)
+            self._recent_versions.pop(int(old.fields.get("counter", -1)), None)
+        done = number // SEGMENT * SEGMENT
+        if self._indexed is not None and done // SEGMENT - 1 in self._indexed:
+            self._raw = {n: raw for n, raw in self._raw.items() if n >= done}
 
     # --- appending ------------------------------------------------------------------------------------
 
@@ -164,7 +253,10 @@ class Ledger:
         waiting = self._queued.get(draft.commit_id)
         if waiting is None:
             if len(self._queue) >= _MAX_QUEUE:
-                raise Busy(f"{len(self._queue)} entries are waiting to be appended", retry_after=1.0)
+                rounds = -(-len(self._queue) // _MAX_BLOCK_ENTRIES)
+                raise Busy(
+                    f"{len(self._queue)} entries are waiting to be appended", retry_after=rounds * self._block_seconds
+                )
             waiting = _Waiting(draft)
             self._queue.append(waiting)
             self._queued[draft.commit_id] = waiting
@@ -181,6 +273,9 @@ class Ledger:
             await self._refresh()
             if not self._proved:
                 await self._prove_conditional_writes()
+            assert self._tail is not None
+            if self._published != self._tail.block - 1:
+                self._publish()
 
     @property
     def queue_depth(self) -> int:
@@ -223,9 +318,11 @@ class Ledger:
             assert self._tail is not None
             number = self._tail.block
             body = build_block(self._tail, [w.draft for w in batch])
+            started = time.monotonic()
             stored = await self._create_or_read(number, body)
+            self._block_seconds = 0.8 * self._block_seconds + 0.2 * (time.monotonic() - started)
             self._advance(parse_block(number, stored))
-            self._publish_head()
+            self._publish()
             if stored != body:  # another writer has this number: go on behind it
                 rebases += 1
                 if rebases > 3:
@@ -250,32 +347,26 @@ class Ledger:
                 await self._objects.create(key, body)
                 return body
             except Conflict:
-                return await self._retried(lambda: self._objects.get(key))
+                return bytes(await retried(lambda: self._objects.get(key), self._retry_delays))
             except Unavailable as error:
                 # It may have been applied, so look before trying again. A repeat of the same bytes is safe
                 # whichever way it went.
                 try:
-                    return await self._objects.get(key)
+                    return bytes(await self._objects.get(key))
                 except (NotFound, Unavailable):
                     delay = next(delays, None)
                     if delay is None:
                         raise error from None
                     await asyncio.sleep(delay)
 
-    async def _retried(self, request: Callable[[], Awaitable[T]]) -> T:
-        for delay in self._retry_delays:
-            try:
-                return await request()
-            except Unavailable as error:
-                logger.info("%s; again in %g s", error, delay)
-                await asyncio.sleep(delay)
-        return await request()
-
     async def _prove_conditional_writes(self) -> None:
-        """Once per writer: a second create of the same key must be refused."""
+        """Once per writer: a second create of the same key must be refused.
+
+        The key is the head hint's, where a server that overwrites all the same does no harm.
+        """
         for _ in range(2):
             try:
-                await self._retried(lambda: self._objects.create(_PROBE_KEY, b"spectralmc\n"))
+                await retried(lambda: self._objects.create(HEAD_KEY, self._head_hint()), self._retry_delays)
             except Conflict:
                 self._proved = True
                 return
@@ -284,17 +375,42 @@ class Ledger:
             "succeeded. A ledger needs it to keep its order; AWS S3, SeaweedFS and MinIO honour it"
         )
 
-    def _publish_head(self) -> None:
-        if self._publisher is None or self._publisher.done():
-            self._publisher = asyncio.create_task(self._write_heads())
+    # --- what is derived from the log -----------------------------------------------------------------
 
-    async def _write_heads(self) -> None:
-        written = -1
-        while self._tail is not None and (block := self._tail.block - 1) > written:
-            hint = {"block": block, "index": self._tail.index - 1, "hash": self._tail.parent_hash}
-            try:
-                await self._objects.put(HEAD_KEY, orjson.dumps(hint))
-            except (StorageError, ConfigError) as error:
-                logger.info("head.json not updated, readers probe instead: %s", error)
-                return
-            written = block
+    def _publish(self) -> None:
+        """Bring head.json and the indexes up to date, beside the acknowledgements and never in their way."""
+        if self._publisher is None or self._publisher.done():
+            self._publisher = asyncio.create_task(self._write_derived())
+
+    async def _write_derived(self) -> None:
+        try:
+            while self._tail is not None and self._published != (block := self._tail.block - 1):
+                await self._objects.put(HEAD_KEY, self._head_hint())
+                self._published = block
+                await self._write_indexes(self._tail.block // SEGMENT)
+        except (StorageError, ConfigError) as error:
+            logger.info("head.json or an index not updated, readers do without: %s", error)
+
+    async def _write_indexes(self, whole_segments: int) -> None:
+        if whole_segments == 0:
+            return
+        if self._indexed is None:
+            found = [info.key async for info in self._objects.list("index/")]
+            self._indexed = {k for k in range(whole_segments) if index_key(k) in found}
+        for segment in set(range(whole_segments)) - self._indexed:
+            numbers = range(segment * SEGMENT, (segment + 1) * SEGMENT)
+            if not all(n in self._raw for n in numbers):
+                blocks = await self.read_blocks(numbers.start, numbers.stop)
+                self._raw |= {n: b"".join(e.line for e in block) for n, block in zip(numbers, blocks, strict=True)}
+            await self._objects.put(index_key(segment), encode_index(segment, [self._raw[n] for n in numbers]))
+            self._indexed.add(segment)
+            for number in numbers:
+                self._raw.pop(number, None)
+
+    def _head_hint(self) -> bytes:
+        tail = self._tail or Tail()
+        return orjson.dumps({"block": tail.block - 1, "index": tail.index - 1, "hash": tail.parent_hash})
+
+
+def _linked(entries: Sequence[Entry]) -> bool:
+    return all(after.fields["parent_hash"] == before.hash for before, after in pairwise(entries))

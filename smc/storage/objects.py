@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ class ObjectInfo:
     key: str
     size: int
     modified: datetime
+    etag: str | None = None  # MD5 of the bytes as the server states it, where it does
 
 
 class ObjectStore(Protocol):
@@ -28,12 +30,12 @@ class ObjectStore(Protocol):
     After Unavailable it is unknown whether a write took effect.
     """
 
-    async def get(self, key: str) -> bytes:
-        """The object's bytes. Raises: NotFound."""
+    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
+        """The object's bytes; with its size known, a large one comes in parallel ranges. Raises: NotFound."""
         ...
 
-    async def put(self, key: str, data: bytes) -> None:
-        """Write or overwrite."""
+    async def put(self, key: str, data: bytes | bytearray) -> None:
+        """Write or overwrite; a large body goes in parallel parts and appears as a whole or not at all."""
         ...
 
     async def create(self, key: str, data: bytes) -> None:
@@ -59,14 +61,14 @@ class MemoryObjectStore:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, datetime]] = {}
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, size: int | None = None) -> bytes:
         await asyncio.sleep(0)
         try:
             return self.objects[key][0]
         except KeyError:
             raise NotFound(f"no object {key}") from None
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | bytearray) -> None:
         await asyncio.sleep(0)
         self.objects[key] = (bytes(data), datetime.now(UTC))
 
@@ -77,8 +79,10 @@ class MemoryObjectStore:
             raise Conflict(f"object {key} exists")
 
     async def stat(self, key: str) -> ObjectInfo:
-        data = await self.get(key)
-        return ObjectInfo(key, len(data), self.objects[key][1])
+        await asyncio.sleep(0)
+        if key not in self.objects:
+            raise NotFound(f"no object {key}")
+        return self._info(key)
 
     async def delete(self, key: str) -> None:
         await asyncio.sleep(0)
@@ -88,5 +92,8 @@ class MemoryObjectStore:
         await asyncio.sleep(0)
         for key in sorted(self.objects):
             if key.startswith(prefix):
-                data, modified = self.objects[key]
-                yield ObjectInfo(key, len(data), modified)
+                yield self._info(key)
+
+    def _info(self, key: str) -> ObjectInfo:
+        data, modified = self.objects[key]
+        return ObjectInfo(key, len(data), modified, hashlib.md5(data, usedforsecurity=False).hexdigest())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -29,6 +31,10 @@ from smc.storage.objects import ObjectInfo
 __all__ = ["S3ObjectStore", "parse_uri"]
 
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+# Parts of large objects: the size, and how many travel at a time.
+_PART = 16 * 2**20
+_PARALLEL = 4
+_CHUNK = 2**20
 _DENIED = {
     "AccessDenied",
     "AllAccessDisabled",
@@ -93,7 +99,9 @@ class S3ObjectStore:
         await self._context.__aexit__(kind, error, trace)
         self._client = None
 
-    async def get(self, key: str) -> bytes:
+    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
+        if size is not None and size > 2 * _PART:
+            return await self._get_in_ranges(key, size)
         try:
             response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
             async with response["Body"] as body:
@@ -104,11 +112,61 @@ class S3ObjectStore:
             raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
         return data
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | bytearray) -> None:
         try:
-            await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
+            if len(data) > 2 * _PART:
+                await self._put_in_parts(key, data)
+            else:
+                await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
         except _FAILURES as error:
             self._translate(error, key)
+
+    async def _get_in_ranges(self, key: str, size: int) -> bytearray:
+        """One buffer of the whole size, filled by parallel ranged requests: no second copy."""
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+
+        async def fetch(start: int) -> None:
+            stop = min(start + _PART, size)
+            try:
+                response = await self._client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
+                )
+                at = start
+                async with response["Body"] as body:
+                    while chunk := await body.read(_CHUNK):
+                        view[at : at + len(chunk)] = chunk
+                        at += len(chunk)
+            except _FAILURES as error:
+                self._translate(error, key)
+            except ValueError:
+                raise Unavailable(f"{self._where(key)}: more bytes arrived than were asked for") from None
+            if at != stop:
+                raise Unavailable(f"{self._where(key)}: {at - start} of {stop - start} bytes arrived")
+
+        await _side_by_side(fetch, range(0, size, _PART))
+        return buffer
+
+    async def _put_in_parts(self, key: str, data: bytes | bytearray) -> None:
+        """A multipart upload straight from the buffer; abandoned parts are removed."""
+        where = {"Bucket": self._bucket, "Key": self._prefix + key}
+        upload = (await self._client.create_multipart_upload(**where))["UploadId"]
+        etags: dict[int, str] = {}
+
+        async def send(start: int) -> None:
+            number = start // _PART + 1
+            part = _View(memoryview(data)[start : start + _PART])
+            response = await self._client.upload_part(**where, UploadId=upload, PartNumber=number, Body=part)
+            etags[number] = response["ETag"]
+
+        try:
+            await _side_by_side(send, range(0, len(data), _PART))
+            parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+            await self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
+        except BaseException:
+            with contextlib.suppress(*_FAILURES):
+                await self._client.abort_multipart_upload(**where, UploadId=upload)
+            raise
 
     async def create(self, key: str, data: bytes) -> None:
         try:
@@ -124,7 +182,7 @@ class S3ObjectStore:
                 # HEAD has no body to tell a missing key from a missing bucket.
                 await self.check_bucket()
             self._translate(error, key)
-        return ObjectInfo(key, response["ContentLength"], response["LastModified"])
+        return ObjectInfo(key, response["ContentLength"], response["LastModified"], _md5(response["ETag"]))
 
     async def delete(self, key: str) -> None:
         try:
@@ -141,7 +199,7 @@ class S3ObjectStore:
                 self._translate(error, prefix)
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self._prefix)
-                yield ObjectInfo(key, item["Size"], item["LastModified"])
+                yield ObjectInfo(key, item["Size"], item["LastModified"], _md5(item["ETag"]))
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -191,6 +249,58 @@ class S3ObjectStore:
 
 _TRANSIENT = (BotoConnectionError, HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
 _FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
+
+
+class _View(io.RawIOBase):
+    """A file over part of a buffer: botocore refuses a memoryview, and BytesIO would copy it."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        stop = len(self._view) if size is None or size < 0 else min(self._at + size, len(self._view))
+        data = bytes(self._view[self._at : stop])
+        self._at = stop
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        self._at = max(0, min(base + offset, len(self._view)))
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
+async def _side_by_side(work: Callable[[int], Awaitable[None]], starts: Iterable[int]) -> None:
+    """Run `work` for every start, a few at a time; the first failure ends the others."""
+    gate = asyncio.Semaphore(_PARALLEL)
+
+    async def one(start: int) -> None:
+        async with gate:
+            await work(start)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for start in starts:
+                group.create_task(one(start))
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+def _md5(etag: str) -> str | None:
+    """The MD5 in an ETag; that of a multipart upload is none."""
+    value = etag.strip('"').lower()
+    return value if re.fullmatch(r"[0-9a-f]{32}", value) else None
 
 
 def _code(error: ClientError) -> str:

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 
-from smc.errors import ConfigError, Corrupt, NotFound, Unavailable
+from smc.errors import ConfigError, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool
+from smc.storage.budget import UploadBudget
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
-from smc.storage.ledger import RETRY_DELAYS, Ledger
+from smc.storage.ledger import Ledger
 from smc.storage.objects import ObjectStore
+from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
-
-logger = logging.getLogger("smc.storage")
 
 
 class AsyncBlockchainModelStore:
@@ -41,9 +40,12 @@ class AsyncBlockchainModelStore:
         endpoint_url: str | None = None,
         objects: ObjectStore | None = None,
         retry_delays: Sequence[float] = RETRY_DELAYS,
+        timeout: float = 30.0,
     ) -> None:
         self._bucket, self._prefix = parse_uri(bucket)
         self._endpoint_url, self._given, self._retry_delays = endpoint_url, objects, tuple(retry_delays)
+        self._timeout = timeout
+        self._budget = UploadBudget()
         self._exit: AsyncExitStack | None = None
         self._objects: ObjectStore | None = None
         self._ledger: Ledger | None = None
@@ -56,11 +58,12 @@ class AsyncBlockchainModelStore:
     async def __aenter__(self) -> AsyncBlockchainModelStore:
         self._exit = AsyncExitStack()
         if self._given is not None:
-            self._objects = self._given
+            self._objects = TimedObjects(self._given, self._timeout)
         else:
-            self._objects = await self._exit.enter_async_context(
+            connection = await self._exit.enter_async_context(
                 S3ObjectStore(self._bucket, self._prefix, endpoint_url=self._endpoint_url)
             )
+            self._objects = TimedObjects(connection, self._timeout)
         self._ledger = Ledger(self._objects, retry_delays=self._retry_delays)
         return self
 
@@ -80,6 +83,7 @@ class AsyncBlockchainModelStore:
             endpoint_url=self._endpoint_url,
             objects=self._given,
             retry_delays=self._retry_delays,
+            timeout=self._timeout,
         )
 
     @asynccontextmanager
@@ -109,24 +113,12 @@ class AsyncBlockchainModelStore:
 
     async def get_version(self, version_id: str) -> ModelVersion:
         """A version by name, like 'v0000000003'. Raises: NotFound, ConfigError for a malformed name."""
-        counter = parse_version_id(version_id)
-        head = await self.get_head()
-        if head is None or counter > head.counter:
+        entry = await self.ledger.find_version(parse_version_id(version_id))
+        if entry is None or entry.version is None:
+            head = await self.get_head()
             newest = "it is empty" if head is None else f"its newest version is {head.version_id}"
             raise NotFound(f"{self.uri} has no version {version_id}: {newest}")
-        low, high = 0, head.block
-        while True:  # counters rise along the log: bisect by block
-            middle = (low + high) // 2
-            found = await self._commits_from(middle, high)
-            if found is None or counter < found[0].counter:
-                high = middle - 1
-            else:
-                match = [v for v in found if v.counter == counter]
-                if match:
-                    return match[0]
-                low = found[0].block + 1
-            if low > high:
-                raise Corrupt(f"{self.uri}: counter {counter} is missing from the log")
+        return entry.version
 
     async def list_versions(self) -> list[ModelVersion]:
         """Every version, in order."""
@@ -135,40 +127,36 @@ class AsyncBlockchainModelStore:
     async def list_entries(self) -> list[Entry]:
         """Every entry of the log, in order."""
         tail = await self.ledger.refresh()
-        return [entry for block in await self.ledger.read_blocks(0, tail.block) for entry in block]
+        blocks = await self.ledger.read_blocks(0, tail.block, end_hash=tail.parent_hash)
+        return [entry for block in blocks for entry in block]
 
-    async def load_checkpoint(self, version: ModelVersion) -> bytes:
+    async def load_checkpoint(self, version: ModelVersion) -> bytes | bytearray:
         """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""
         key = blob_key(version.content_hash)
         try:
-            data = await self._retried_get(key)
+            data = await retried(lambda: self.objects.get(key, version.size), self._retry_delays)
         except NotFound:
             raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        if digest != version.content_hash:
+        if await _sha256(data) != version.content_hash:
             reason = f"the bytes of {version.version_id} do not have the hash in its name"
             raise Corrupt(f"{key}: {reason}", ((key, reason),))
         return data
 
-    async def upload(self, data: bytes) -> tuple[str, int]:
-        """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once."""
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        key = blob_key(digest)
-        for delay in (*self._retry_delays, None):
-            try:
-                try:
-                    if (await self.objects.stat(key)).size == len(data):
-                        return digest, len(data)
-                except NotFound:
-                    pass
-                await self.objects.put(key, data)
-                return digest, len(data)
-            except Unavailable as error:
-                if delay is None:
-                    raise
-                logger.info("%s; again in %g s", error, delay)
-                await asyncio.sleep(delay)
-        raise AssertionError("unreachable")
+    async def upload(self, data: bytes | bytearray) -> tuple[str, int]:
+        """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once.
+
+        Raises: Busy when too much is being uploaded already.
+        """
+        async with self._budget.share(len(data)):
+            digest = await _sha256(data)
+            await retried(lambda: self._put_once(blob_key(digest), data), self._retry_delays)
+        return digest, len(data)
+
+    async def _put_once(self, key: str, data: bytes | bytearray) -> None:
+        with suppress(NotFound):
+            if (await self.objects.stat(key)).size == len(data):
+                return
+        await self.objects.put(key, data)
 
     async def append_commit(self, record: CommitRecord, content_hash: str, size: int) -> ModelVersion:
         """Enter an uploaded checkpoint in the ledger. A commit_id that is there already is not entered again."""
@@ -183,30 +171,14 @@ class AsyncBlockchainModelStore:
             raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
         return version
 
-    async def commit(self, data: bytes, record: CommitRecord) -> ModelVersion:
+    async def commit(self, data: bytes | bytearray, record: CommitRecord) -> ModelVersion:
         """Upload a checkpoint and enter it in the ledger."""
         content_hash, size = await self.upload(data)
         return await self.append_commit(record, content_hash, size)
 
-    async def verify(self, *, blobs: bool = False) -> Verification:
+    async def verify(self, *, blobs: bool = False, full: bool = False) -> Verification:
         """Check the whole ledger; see `smc.storage.verify`."""
-        return await verify_ledger(self.objects, blobs=blobs)
-
-    async def _commits_from(self, start: int, stop: int) -> list[ModelVersion] | None:
-        for number in range(start, stop + 1):
-            commits = [v for e in (await self.ledger.read_blocks(number, number + 1))[0] if (v := e.version)]
-            if commits:
-                return commits
-        return None
-
-    async def _retried_get(self, key: str) -> bytes:
-        for delay in self._retry_delays:
-            try:
-                return await self.objects.get(key)
-            except Unavailable as error:
-                logger.info("%s; again in %g s", error, delay)
-                await asyncio.sleep(delay)
-        return await self.objects.get(key)
+        return await verify_ledger(self.objects, blobs=blobs, full=full)
 
 
 class StoreCommitter:
@@ -215,7 +187,7 @@ class StoreCommitter:
     def __init__(self, store: AsyncBlockchainModelStore) -> None:
         self._store = store
 
-    async def upload(self, data: bytes) -> tuple[str, int]:
+    async def upload(self, data: bytes | bytearray) -> tuple[str, int]:
         return await self._store.upload(data)
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
@@ -230,3 +202,7 @@ async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelV
             versions.append(await store.commit(spool.load(record), record))
             spool.remove(record)
     return versions
+
+
+async def _sha256(data: bytes | bytearray) -> str:
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())

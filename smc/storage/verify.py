@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import orjson
 
 from smc.errors import Corrupt, NotFound
 from smc.storage.chain import Entry, ModelVersion, Tail, blob_key, block_key, check_after, parse_block
+from smc.storage.index import SEGMENT, decode_index, index_key
 from smc.storage.ledger import HEAD_KEY
-from smc.storage.objects import ObjectStore
+from smc.storage.objects import ObjectInfo, ObjectStore
+from smc.storage.requests import retried
 
 __all__ = ["Verification", "verify_ledger"]
 
-_AT_ONCE = 32
+_AT_ONCE = 48
+_BLOCK_KEY = re.compile(r"^log/[0-9]{10}\.jsonl$")
+_SIGNATURE_KEY = re.compile(r"^log/[0-9]{10}\.sig$")
+_INDEX_KEY = re.compile(r"^index/[0-9]{10}\.json$")
 
 
 @dataclass
@@ -25,6 +31,7 @@ class Verification:
 
     blocks: int = 0
     entries: int = 0
+    read: int = 0  # blocks read one by one; the rest an index repeats and the server vouches for
     versions: int = 0
     blobs: int = 0
     collected: int = 0
@@ -37,61 +44,153 @@ class Verification:
 
 
 async def verify_ledger(
-    objects: ObjectStore, *, blobs: bool = False, progress: Callable[[int], None] | None = None
+    objects: ObjectStore, *, blobs: bool = False, full: bool = False, progress: Callable[[int], None] | None = None
 ) -> Verification:
     """Check the whole log, and with `blobs` the bytes of every checkpoint too.
 
-    Without `blobs`, checkpoints are checked to be there with their sizes. Never raises Corrupt: every
-    problem is in the result. Raises: Unavailable, ConfigError.
+    Without `blobs`, checkpoints are checked to be there with their sizes. A block whose bytes an index
+    repeats is not read again if the server states the same size and MD5 for it, unless `full`. Never
+    raises Corrupt: every problem is in the result. Raises: Unavailable, ConfigError.
     """
     report = Verification()
-    listed = {info.key: info.size async for info in objects.list("log/")}
-    numbers = [int(k[4:14]) for k in listed if k.endswith(".jsonl") and len(k) == 20 and k[4:14].isdigit()]
+    listed = {info.key: info async for info in objects.list("log/")}
+    numbers = [int(key[4:14]) for key in listed if _BLOCK_KEY.match(key)]
     for key in sorted(listed):
-        if not (key.endswith(".sig") or (key.endswith(".jsonl") and len(key) == 20 and key[4:14].isdigit())):
+        if not (_BLOCK_KEY.match(key) or _SIGNATURE_KEY.match(key)):
             report.problems.append((key, "not an object of this format"))
     last = max(numbers, default=-1)
-    head = await _head(objects, report)
+    indexes = await _indexes(objects, (last + 1) // SEGMENT)
+    blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
+    head = await _settled_head(objects, last)
     if head is not None and head[0] > last:
         report.problems.append((block_key(head[0]), "the block is missing: head.json has seen it"))
-    blocks = await _all_blocks(objects, last + 1, report)
     head_hash = head[1] if head is not None and head[0] == last else None
     versions, collected = _check_chain(blocks, head_hash, report)
-    if head is not None and head[0] <= last and blocks[head[0]] is not None:
-        entries = blocks[head[0]]
-        if entries and entries[-1].hash != head[1]:
-            report.problems.append((HEAD_KEY, "its hash is not that of the block it names"))
+    if last >= 0:
+        _check_head(head, blocks, report)
+    await _check_indexes(objects, indexes, blocks, report)
     await _check_blobs(objects, versions, collected, report, contents=blobs, progress=progress)
     return report
 
 
-async def _head(objects: ObjectStore, report: Verification) -> tuple[int, str] | None:
+async def _head(objects: ObjectStore) -> tuple[int, str, int] | None:
+    """What head.json says: block, hash, index; None if it says nothing usable."""
     try:
-        fields = orjson.loads(await objects.get(HEAD_KEY))
-        return int(fields["block"]), str(fields["hash"])
-    except NotFound:
-        return None
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        report.problems.append((HEAD_KEY, "not a head hint"))
-        return None
+        data = bytes(await retried(lambda: objects.get(HEAD_KEY)))
+        fields = orjson.loads(data)
+        block, index, digest = int(fields["block"]), int(fields["index"]), str(fields["hash"])
+        if orjson.dumps({"block": block, "index": index, "hash": digest}) == data:
+            return block, digest, index
+    except (NotFound, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        pass
+    return None
 
 
-async def _all_blocks(objects: ObjectStore, count: int, report: Verification) -> list[list[Entry] | None]:
+async def _settled_head(objects: ObjectStore, last: int) -> tuple[int, str, int] | None:
+    """The head hint, given a moment to catch up: a writer writes it after the block."""
+    for delay in (0.2, 0.8, 0.0):
+        head = await _head(objects)
+        if head is not None and head[0] >= last:
+            break
+        await asyncio.sleep(delay)
+    return head
+
+
+def _check_head(head: tuple[int, str, int] | None, blocks: Sequence[list[Entry] | None], report: Verification) -> None:
+    if head is None:
+        report.problems.append((HEAD_KEY, "the head hint is missing or not one"))
+        return
+    block, digest, index = head
+    if 0 <= block < len(blocks):
+        entries = blocks[block]
+        if entries and (entries[-1].hash != digest or entries[-1].index != index):
+            # One of the two was changed, and nothing here tells which.
+            report.problems.append((HEAD_KEY, "its hash or index is not that of the block it names"))
+            report.problems.append((block_key(block), "its last entry does not have the hash that head.json names"))
+    if block < len(blocks) - 1:
+        reason = (
+            f"it is {len(blocks) - 1 - block} blocks behind the log: an old one was put back, or a writer "
+            "ended before it wrote it; the next writer renews it"
+        )
+        report.problems.append((HEAD_KEY, reason))
+
+
+async def _indexes(objects: ObjectStore, segments: int) -> dict[int, list[bytes] | None]:
+    """The raw blocks that each index repeats; None for an index that is missing or broken."""
     gate = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(number: int) -> list[Entry] | None:
+    async def one(segment: int) -> list[bytes] | None:
         async with gate:
             try:
-                return parse_block(number, await objects.get(block_key(number)))
+                return decode_index(segment, bytes(await retried(lambda: objects.get(index_key(segment)))))
             except NotFound:
-                report.problems.append((block_key(number), "the block is missing"))
-            except Corrupt as error:
-                report.problems.extend(error.problems)
+                return None
+
+    return dict(zip(range(segments), await asyncio.gather(*(one(k) for k in range(segments))), strict=True))
+
+
+async def _check_indexes(
+    objects: ObjectStore,
+    indexes: dict[int, list[bytes] | None],
+    blocks: Sequence[list[Entry] | None],
+    report: Verification,
+) -> None:
+    listed = {info.key async for info in objects.list("index/")}
+    for key in sorted(listed - {index_key(k) for k in indexes}):
+        if not (_INDEX_KEY.match(key) and int(key[6:16]) == len(indexes)):  # one just written by a writer at work
+            report.problems.append((key, "not an index of this log"))
+    for segment, raw in indexes.items():
+        if raw is None:
+            # A writer may be at work on the last one.
+            raw = (await _indexes(objects, segment + 1))[segment] if segment == len(indexes) - 1 else None
+        key = index_key(segment)
+        if raw is None:
+            reason = "not an index" if key in listed else "the index is missing; the next writer makes it again"
+            report.problems.append((key, reason))
+            continue
+        for offset, block in enumerate(raw):
+            entries = blocks[segment * SEGMENT + offset]
+            if entries is not None and b"".join(e.line for e in entries) != block:
+                report.problems.append((key, f"it differs from {block_key(segment * SEGMENT + offset)}"))
+                break
+
+
+async def _all_blocks(
+    objects: ObjectStore,
+    count: int,
+    listed: Mapping[str, ObjectInfo],
+    indexes: Mapping[int, list[bytes] | None],
+    report: Verification,
+) -> list[list[Entry] | None]:
+    gate = asyncio.Semaphore(_AT_ONCE)
+    missing = [n for n in range(count) if block_key(n) not in listed]
+    report.problems += [(block_key(n), "the block is missing") for n in missing]
+
+    async def one(number: int) -> list[Entry] | None:
+        key = block_key(number)
+        if key not in listed:
+            return None
+        segment = indexes.get(number // SEGMENT)
+        data = segment[number % SEGMENT] if segment else None
+        if data is None or not _server_states(listed[key], data):
+            async with gate:
+                data = bytes(await retried(lambda: objects.get(key)))
+                report.read += 1
+        try:
+            return parse_block(number, data)
+        except Corrupt as error:
+            report.problems.extend(error.problems)
             return None
 
     blocks = list(await asyncio.gather(*(one(n) for n in range(count))))
     report.problems.sort()
     return blocks
+
+
+def _server_states(info: ObjectInfo, data: bytes) -> bool:
+    if info.etag is None or info.size != len(data):
+        return False
+    return info.etag == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def _attributed(
@@ -181,7 +280,7 @@ async def _check_blobs(
             report.problems.append((key, reason))
         elif contents:
             async with gate:
-                data = await objects.get(key)
+                data = await retried(lambda: objects.get(key, version.size))
                 digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
             if digest != version.content_hash:
                 report.problems.append((key, f"the bytes of {version.version_id} do not have the hash in its name"))

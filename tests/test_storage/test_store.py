@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import orjson
 import pytest
@@ -14,9 +14,10 @@ from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound, U
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, blob_key, block_key
-from smc.storage.objects import MemoryObjectStore, ObjectInfo, ObjectStore
+from smc.storage.objects import MemoryObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from tests.conftest import NO_DELAYS
+from tests.faults import FaultStore
 
 Opener = Callable[[], AsyncBlockchainModelStore]
 
@@ -137,59 +138,28 @@ async def test_a_hole_in_the_log_is_never_written_into(make_store: Opener) -> No
             await commit(store, 9)
 
 
-class Faulty:
-    """Any object store, whose next operations fail as `plan` says: 'fails', 'applied' or 'ok'."""
-
-    def __init__(self, inner: ObjectStore, operation: str, plan: list[str]) -> None:
-        self._inner, self._operation, self.plan = inner, operation, plan
-        self.calls = 0
-
-    async def _do(self, name: str, *arguments: object) -> object:
-        action = "ok"
-        if name == self._operation:
-            self.calls += 1
-            action = self.plan.pop(0) if self.plan else "ok"
-        if action == "fails":
-            raise Unavailable("503")
-        result = await getattr(self._inner, name)(*arguments)
-        if action == "applied":
-            raise Unavailable("connection reset after the request was applied")
-        return result
-
-    async def get(self, key: str) -> bytes:
-        return await self._do("get", key)  # type: ignore[return-value]
-
-    async def put(self, key: str, data: bytes) -> None:
-        await self._do("put", key, data)
-
-    async def create(self, key: str, data: bytes) -> None:
-        await self._do("create", key, data)
-
-    async def stat(self, key: str) -> ObjectInfo:
-        return await self._do("stat", key)  # type: ignore[return-value]
-
-    async def delete(self, key: str) -> None:
-        await self._do("delete", key)
-
-    async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        async for info in self._inner.list(prefix):
-            yield info
-
-
 def faulty(
-    operation: str, plan: list[str], inner: ObjectStore | None = None
-) -> tuple[AsyncBlockchainModelStore, Faulty]:
-    objects = Faulty(inner or MemoryObjectStore(), operation, plan)
-    return AsyncBlockchainModelStore("memory", objects=objects, retry_delays=NO_DELAYS), objects
+    operation: str, plan: list[str], inner: MemoryObjectStore | None = None
+) -> tuple[AsyncBlockchainModelStore, FaultStore, list[str]]:
+    """A store whose next requests of one kind fail as `plan` says."""
+
+    def next_fault(call: int, name: str, key: str) -> str | None:
+        return plan.pop(0) if name == operation and plan else None
+
+    objects = FaultStore(inner or MemoryObjectStore(), next_fault)
+    return AsyncBlockchainModelStore("memory", objects=objects, retry_delays=NO_DELAYS, timeout=0.05), objects, plan
 
 
 @pytest.mark.parametrize("operation", ["create", "put", "get", "stat"])
-@pytest.mark.parametrize("plan", [["fails"], ["applied"], ["fails", "applied"], ["applied", "fails", "fails"]])
-async def test_passing_faults_are_retried_and_nothing_appears_twice(operation: str, plan: list[str]) -> None:
-    store, objects = faulty(operation, [])
+@pytest.mark.parametrize(
+    "faults",
+    [["fails"], ["applied"], ["hangs"], ["hangs-applied"], ["fails", "applied"], ["applied", "fails", "fails"]],
+)
+async def test_passing_faults_are_retried_and_nothing_appears_twice(operation: str, faults: list[str]) -> None:
+    store, _, plan = faulty(operation, [])
     async with store:
         await commit(store, 0)
-        objects.plan = list(plan)
+        plan += faults
         await commit(store, 1)
         await commit(store, 2)
         assert [v.step for v in await store.list_versions()] == [0, 1, 2]
@@ -197,34 +167,39 @@ async def test_passing_faults_are_retried_and_nothing_appears_twice(operation: s
 
 
 async def test_an_append_that_fails_for_good_can_be_submitted_again() -> None:
-    store, objects = faulty("create", [])
+    store, _, plan = faulty("create", [])
     async with store:
         await commit(store, 0)
-        objects.plan = ["fails"] * 4
+        plan += ["fails"] * 4
         with pytest.raises(Unavailable):
             await commit(store, 1, commit_id="one")
         assert (await commit(store, 1, commit_id="one")).counter == 1
-        # Applied, and every answer lost: the same id finds its own entry.
-        objects.plan = ["applied"]
-        get = objects._inner.get
-        failures = iter(range(4))
 
-        async def unreadable(key: str) -> bytes:
-            if key.startswith("log/") and next(failures, None) is not None:
-                raise Unavailable("503")
-            return await get(key)
 
-        objects._inner.get = unreadable  # type: ignore[method-assign]
-        two = await commit(store, 2, commit_id="two")
-        assert two.counter == 2
-        assert [v.counter for v in await store.list_versions()] == [0, 1, 2]
+async def test_a_write_that_went_through_unseen_is_found_by_its_commit_id() -> None:
+    inner = MemoryObjectStore()
+    unseen = False
+
+    def plan(call: int, operation: str, key: str) -> str | None:
+        if unseen and key.startswith("log/"):
+            return "applied" if operation == "create" else "fails"
+        return None
+
+    async with AsyncBlockchainModelStore("memory", objects=FaultStore(inner, plan), retry_delays=NO_DELAYS) as store:
+        await commit(store, 0)
+        unseen = True
+        with pytest.raises(Unavailable):
+            await commit(store, 1, commit_id="one")
+        unseen = False
+        assert (await commit(store, 1, commit_id="one")).counter == 1
+        assert [v.counter for v in await store.list_versions()] == [0, 1]
 
 
 async def test_an_error_to_read_is_never_taken_for_an_empty_ledger() -> None:
     inner = MemoryObjectStore()
     async with AsyncBlockchainModelStore("memory", objects=inner) as store:
         await commit(store, 0)
-    store, _ = faulty("get", ["fails"] * 100, inner)
+    store, _, _ = faulty("get", ["fails"] * 100, inner)
     async with store:
         with pytest.raises(Unavailable):
             await store.get_head()
@@ -257,13 +232,13 @@ async def test_retries_wait_one_two_and_four_seconds(monkeypatch: pytest.MonkeyP
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", noted)
-    objects = Faulty(MemoryObjectStore(), "put", ["fails"] * 100)
+    objects = FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails" if operation == "put" else None)
     async with AsyncBlockchainModelStore("memory", objects=objects) as store:
         started = time.monotonic()
         with pytest.raises(Unavailable):
             await store.upload(b"x")
         assert slept == [1.0, 2.0, 4.0]
-        assert objects.calls == 4
+        assert [name for name, _ in objects.log].count("put") == 4
         assert time.monotonic() - started < 1
 
 
@@ -280,8 +255,10 @@ async def test_retries_wait_one_two_and_four_seconds(monkeypatch: pytest.MonkeyP
         ("blob-truncate", "blob", "bytes, its entry says"),
         ("repeat", block_key(3), "repeats commit_id"),
         ("foreign", "log/notes.txt", "not an object of this format"),
-        ("head", "head.json", "not a head hint"),
+        ("head", "head.json", "the head hint is missing or not one"),
         ("head-hash", "head.json", "not that of the block it names"),
+        ("head-old", "head.json", "it is 2 blocks behind the log"),
+        ("head-gone", "head.json", "the head hint is missing"),
     ],
 )
 async def test_verification_names_what_was_tampered_with(damage: str, key: str, reason: str) -> None:
@@ -308,7 +285,12 @@ async def test_verification_names_what_was_tampered_with(damage: str, key: str, 
             line = {**fields, "index": 3, "counter": 3, "parent_hash": versions[2].entry_hash}
             await objects.put(target, orjson.dumps(line) + b"\n")
         elif damage == "head-hash":
-            await objects.put(target, b'{"block": 2, "hash": "00"}')
+            await objects.put(target, data[target].replace(b'"block":2', b'"block":1'))
+        elif damage == "head-old":
+            old = {"block": 0, "index": 0, "hash": versions[0].entry_hash}
+            await objects.put(target, orjson.dumps(old))
+        elif damage == "head-gone":
+            await objects.delete(target)
         else:
             await objects.put(target, b"anything")
         report = await store.verify(blobs=True)
