@@ -8,59 +8,67 @@ read back from S3, so it may be killed at any moment; every call is idempotent a
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from smc.errors import SpectralMCError
+from smc.errors import Busy, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
 
-__all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "ledger_actor"]
+__all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
 
 NAMESPACE = "spectralmc"
 _UPLOADS_PER_NODE = 4
+_MAX_CALLS = 4096
 
-Uploader = Callable[[str, list[Any], str], Awaitable[tuple[str, int]]]
+Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 
 
 @ray.remote(num_cpus=0, max_retries=3)
-def _upload_task(uri: str, boxed: list[Any]) -> tuple[str, int]:
+def _upload_task(uri: str, endpoint_url: str | None, boxed: list[Any]) -> tuple[str, int]:
     """Runs where the checkpoint lies: fetches it without a copy, hashes and stores it."""
 
     async def upload(data: bytes) -> tuple[str, int]:
-        async with AsyncBlockchainModelStore(uri) as store:
+        async with AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url) as store:
             return await store.upload(data)
 
     return asyncio.run(upload(ray.get(boxed[0])))
 
 
-async def _upload_on_node(uri: str, boxed: list[Any], node_id: str) -> tuple[str, int]:
-    strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)
-    result: tuple[str, int] = await _upload_task.options(scheduling_strategy=strategy).remote(uri, boxed)
-    return result
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger."""
+    import smc
+
+    files = [Path(__file__), *sorted(Path(smc.__file__).parent.glob("storage/*.py"))]
+    files += [Path(smc.__file__).parent / name for name in ("errors.py", "spool.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 class LedgerActor:
     """Appends to one ledger. A plain async class; `ledger_actor` starts it as an actor."""
 
-    def __init__(self, uri: str, *, uploader: Uploader = _upload_on_node) -> None:
-        self._uri = uri
-        self._uploader = uploader
+    def __init__(self, uri: str, *, endpoint_url: str | None = None, uploader: Uploader | None = None) -> None:
+        self._uri, self._endpoint_url = uri, endpoint_url
+        self._uploader = uploader or self._upload_on_node
         self._store: AsyncBlockchainModelStore | None = None
         self._opening = asyncio.Lock()
         # Every upload at a time on a node is a worker process there.
-        self._upload_gates: defaultdict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(_UPLOADS_PER_NODE)
-        )
-        self._committed = self._failed = self._uploading = 0
+        self._gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_UPLOADS_PER_NODE))
+        self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
+        self._recent: deque[float] = deque(maxlen=1000)
+        self._draining = False
         self._started = time.time()
 
     def __repr__(self) -> str:
@@ -76,48 +84,80 @@ class LedgerActor:
         head = await store.get_head()
         return head.version_id if head else None
 
-    async def upload(self, boxed: list[Any], node_id: str) -> tuple[str, int]:
+    async def upload(self, boxed: list[Any], node_id: str, size: int = 0) -> tuple[str, int]:
         """Store the checkpoint behind the ref in `boxed`; -> its SHA-256 and size.
 
-        The ref travels in a list so that it is not fetched on the way here.
+        The ref travels in a list so that it is not fetched on the way here. Raises: Busy.
         """
+        self._admit()
         self._uploading += 1
+        self._bytes += size
         try:
-            async with self._upload_gates[node_id]:
-                return await self._uploader(self._uri, boxed, node_id)
+            async with self._gates[node_id]:
+                return await self._uploader(boxed, node_id)
         except RayTaskError as error:
             raise _cause(error) from None
         finally:
             self._uploading -= 1
+            self._bytes -= size
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
-        """Enter an uploaded checkpoint in the ledger; -> its version id. Idempotent in the commit_id."""
-        store = await self._opened()
+        """Enter an uploaded checkpoint in the ledger; -> its version id. Idempotent in the commit_id.
+
+        Raises: Busy, and what appending raises.
+        """
+        self._admit()
+        self._calls += 1
         try:
-            version = await store.append_commit(record, content_hash, size)
+            version = await (await self._opened()).append_commit(record, content_hash, size)
         except Exception:
             self._failed += 1
             raise
+        finally:
+            self._calls -= 1
         self._committed += 1
+        self._recent.append(time.monotonic())
         return version.version_id
 
+    async def note_replaced(self, count: int = 1) -> None:
+        """Count snapshots that trainers replaced by newer ones before they were committed."""
+        self._replaced += count
+
     async def status(self) -> dict[str, Any]:
-        """What the actor has done since it started, and what it is doing."""
-        queued = self._store.ledger.queue_depth if self._store else 0
+        """What the actor knows and does. Reads nothing, so that it answers under load."""
+        now = time.monotonic()
+        ledger = self._store.ledger if self._store else None
+        lately = sum(1 for at in self._recent if now - at < 10)
         return {
             "ledger": self._uri,
-            "committed": self._committed,
-            "failed": self._failed,
+            "head": ledger.known_head if ledger else None,
+            "queue_depth": ledger.queue_depth if ledger else 0,
             "uploading": self._uploading,
-            "queued": queued,
+            "bytes_in_flight": self._bytes,
+            "commits_per_s": lately / min(10.0, max(0.1, time.time() - self._started)),
+            "committed": self._committed,
+            "replaced": self._replaced,
+            "failed": self._failed,
             "uptime_s": time.time() - self._started,
             "pid": os.getpid(),
+            "version": code_version(),
         }
+
+    async def version(self) -> str:
+        """The code this actor runs; see `code_version`."""
+        return code_version()
 
     async def flush(self) -> None:
         """Return when what was submitted so far is settled."""
         if self._store is not None:
             await self._store.ledger.close()
+
+    async def drain(self) -> None:
+        """Refuse what is new with Busy, and return when everything else is settled: this actor is to go."""
+        self._draining = True
+        while self._calls or self._uploading:  # noqa: ASYNC110  an event for every call would say no more
+            await asyncio.sleep(0.02)
+        await self.flush()
 
     async def close(self) -> None:
         """Settle everything and close the connection; the next call opens it again."""
@@ -125,18 +165,31 @@ class LedgerActor:
         if store is not None:
             await store.__aexit__(None, None, None)
 
+    def _admit(self) -> None:
+        if self._draining:
+            raise Busy(f"{self!r} is being replaced by newer code", retry_after=1.0)
+        if self._uploading + self._calls >= _MAX_CALLS:
+            raise Busy(f"{self!r} has {_MAX_CALLS} commits under way", retry_after=0.5)
+
     async def _opened(self) -> AsyncBlockchainModelStore:
         async with self._opening:  # __init__ cannot await, and many first calls come at once
             if self._store is None:
-                self._store = await AsyncBlockchainModelStore(self._uri).__aenter__()
+                store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
+                self._store = await store.__aenter__()
         return self._store
+
+    async def _upload_on_node(self, boxed: list[Any], node_id: str) -> tuple[str, int]:
+        strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)
+        task = _upload_task.options(scheduling_strategy=strategy)
+        result: tuple[str, int] = await task.remote(self._uri, self._endpoint_url, boxed)
+        return result
 
 
 class LedgerHandle:
     """A ledger reached through its actor: what a pricer in a TrainerActor commits to."""
 
-    def __init__(self, uri: str, actor: Any) -> None:
-        self._uri, self._actor = uri, actor
+    def __init__(self, uri: str, actor: Any, *, endpoint_url: str | None = None) -> None:
+        self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
 
     @property
     def uri(self) -> str:
@@ -145,28 +198,57 @@ class LedgerHandle:
     @asynccontextmanager
     async def committer(self) -> AsyncIterator[_ActorCommitter]:
         """Background commits through the actor."""
-        yield _ActorCommitter(self._actor)
+        yield _ActorCommitter(self._uri, self._actor, self._endpoint_url)
 
 
 class _ActorCommitter:
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    def __init__(self, uri: str, actor: Any, endpoint_url: str | None = None) -> None:
+        self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
         self._node_id = ray.get_runtime_context().get_node_id()
 
     async def upload(self, data: bytes) -> tuple[str, int]:
         ref = ray.put(data)  # owned here until the call returns: the actor's death does not lose it
-        result: tuple[str, int] = await _unwrapped(self._actor.upload.remote([ref], self._node_id))
+        result: tuple[str, int] = await self._call("upload", [ref], self._node_id, len(data))
         return result
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
-        return str(await _unwrapped(self._actor.append.remote(record, content_hash, size)))
+        return str(await self._call("append", record, content_hash, size))
+
+    async def note_replaced(self, count: int) -> None:
+        await self._call("note_replaced", count)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        """Call the actor; if it is gone for good (replaced by newer code), its successor."""
+        attempts = 4
+        while True:
+            try:
+                return await _unwrapped(getattr(self._actor, method).remote(*arguments))
+            except ActorDiedError as error:
+                attempts -= 1
+                if attempts == 0:
+                    raise Unavailable(f"the LedgerActor of {self._uri} is gone: {str(error).splitlines()[0]}") from None
+            await asyncio.sleep(0.2)
+            self._actor = await asyncio.to_thread(_get_or_start, self._uri, self._endpoint_url)
 
 
-def ledger_actor(uri: str) -> Any:
+def ledger_actor(uri: str, *, endpoint_url: str | None = None) -> Any:
     """The ledger's actor, started if this cluster has none: named, detached, restarted for ever.
 
-    It runs on a node with the custom resource `ledger` where the cluster has one.
+    One that runs other code than ours is drained and replaced. It runs on a node with the custom
+    resource `ledger` where the cluster has one.
     """
+    while True:
+        actor = _get_or_start(uri, endpoint_url)
+        try:
+            if ray.get(actor.version.remote()) == code_version():
+                return actor
+            ray.get(actor.drain.remote())
+            ray.kill(actor, no_restart=True)
+        except (ActorDiedError, ActorUnavailableError):
+            time.sleep(0.1)  # another driver is replacing it just now
+
+
+def _get_or_start(uri: str, endpoint_url: str | None) -> Any:
     placed = {"ledger": 0.01} if ray.cluster_resources().get("ledger") else {}
     return RemoteLedgerActor.options(
         name=f"ledger:{uri}",
@@ -178,7 +260,7 @@ def ledger_actor(uri: str) -> Any:
         max_concurrency=1000,
         num_cpus=0,
         resources=placed,
-    ).remote(uri)
+    ).remote(uri, endpoint_url=endpoint_url)
 
 
 async def _unwrapped(ref: Awaitable[Any]) -> Any:

@@ -11,13 +11,14 @@ import logging
 import string
 import threading
 from collections import deque
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol, TypeVar
 
 from smc.checkpoint import Snapshot, encode
-from smc.errors import ConfigError
+from smc.errors import Busy, ConfigError
 from smc.spool import CommitRecord, Spool
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
 DEFAULT_MESSAGE = "Training checkpoint: step={step}, loss={loss:.6f}"
 
 logger = logging.getLogger("smc.commits")
+T = TypeVar("T")
+# Seconds that a commit waits for a ledger that has too much to do.
+_BUSY_LIMIT: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Committer(Protocol):
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
         """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`."""
+        ...
+
+    async def note_replaced(self, count: int) -> None:
+        """Tell how many snapshots were replaced by newer ones, for whoever watches the ledger."""
         ...
 
 
@@ -132,6 +140,7 @@ class BackgroundCommits:
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
         self._closing = False
+        self._replaced = 0
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="smc-encode")
         self._thread = threading.Thread(target=self._run, name="smc-commits", daemon=True)
         self._thread.start()
@@ -151,6 +160,7 @@ class BackgroundCommits:
         if replaced is not None:
             step = replaced.request.record.step
             logger.warning("Commit at step %d replaced by step %d: the ledger is behind", step, request.record.step)
+            self._replaced += 1
             replaced.future.set_result(CommitOutcome(step, "replaced", reason="a newer snapshot took its place"))
         self._loop.call_soon_threadsafe(self._wake.set)
         return pending.future
@@ -214,10 +224,13 @@ class BackgroundCommits:
         record, data = pending.request.record, b""
         try:
             data = await self._loop.run_in_executor(self._encoder, encode, pending.request.snapshot)
-            content_hash, size = await committer.upload(data)
+            content_hash, size = await _patiently(lambda: committer.upload(data))
             if previous is not None:  # entries of one run stand in the ledger in the order of their steps
                 await asyncio.wait({previous})
-            version_id = await committer.append(record, content_hash, size)
+            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+            replaced, self._replaced = self._replaced, 0
+            if replaced:
+                await committer.note_replaced(replaced)
             pending.future.set_result(
                 CommitOutcome(record.step, "committed", version_id=version_id, content_hash=content_hash)
             )
@@ -236,3 +249,16 @@ class BackgroundCommits:
         except OSError as problem:
             logger.error("Snapshot of step %d could not be kept either: %s", record.step, problem)
         pending.future.set_result(CommitOutcome(record.step, "failed", reason=reason, spooled=spooled))
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's result, asked for again as long as the ledger says that it is busy, up to a limit."""
+    waited = 0.0
+    while True:
+        try:
+            return await call()
+        except Busy as busy:
+            if waited >= _BUSY_LIMIT:
+                raise
+            await asyncio.sleep(busy.retry_after)
+            waited += max(busy.retry_after, 0.01)

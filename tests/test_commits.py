@@ -12,7 +12,7 @@ import pytest
 
 from smc.checkpoint import Snapshot, decode
 from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_template
-from smc.errors import ConfigError, Corrupt, Unavailable
+from smc.errors import Busy, ConfigError, Corrupt, Unavailable
 from smc.spool import CommitRecord, Spool
 from tests.conftest import small_config
 
@@ -25,6 +25,8 @@ class SlowLedger:
         self.gate = threading.Event()
         self.gate.set()
         self.appended: list[int] = []
+        self.replaced = 0
+        self.busy = 0
         self._failing, self._opens = failing, opens
 
     @asynccontextmanager
@@ -38,11 +40,17 @@ class SlowLedger:
         return "0" * 64, len(data)
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
+        if self.busy:
+            self.busy -= 1
+            raise Busy("queue full", retry_after=0.01)
         if record.step in self._failing:
             raise Unavailable("503 slow down")
         await asyncio.sleep(0.001 * (record.step % 3))
         self.appended.append(record.step)
         return f"v{len(self.appended) - 1:010d}"
+
+    async def note_replaced(self, count: int) -> None:
+        self.replaced += count
 
 
 SNAPSHOT = Snapshot.of(small_config())
@@ -79,6 +87,7 @@ def test_when_the_ledger_is_behind_the_oldest_waiting_snapshot_is_replaced_and_t
     statuses = [f.result().status for f in (first, final, *later)]
     assert statuses == ["committed", "committed", "replaced", "replaced", "replaced", "committed"]
     assert target.appended == [0, 1, 5]
+    assert target.replaced == 3
     assert "Commit at step 2 replaced by step 3" in caplog.text
 
 
@@ -116,6 +125,16 @@ def test_a_spool_that_cannot_be_written_is_reported(caplog: pytest.LogCaptureFix
     sink.close()
     assert outcome.result().spooled is None
     assert "could not be kept either" in caplog.text
+
+
+def test_a_busy_ledger_is_asked_again() -> None:
+    target = SlowLedger()
+    target.busy = 3
+    sink = BackgroundCommits(target)
+    outcome = submit(sink, 1)
+    sink.close()
+    assert outcome.result().status == "committed"
+    assert target.busy == 0
 
 
 def test_submitting_after_close_is_a_mistake() -> None:

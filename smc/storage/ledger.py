@@ -20,7 +20,7 @@ from typing import Final
 import orjson
 
 from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, StorageError, Unavailable
-from smc.storage.chain import Draft, Entry, Tail, block_key, build_block, check_after, parse_block
+from smc.storage.chain import Draft, Entry, Tail, block_key, build_block, check_after, parse_block, version_id
 from smc.storage.index import SEGMENT, decode_index, encode_index, index_key
 from smc.storage.objects import ObjectStore
 from smc.storage.requests import RETRY_DELAYS, retried
@@ -276,6 +276,11 @@ class Ledger:
             assert self._tail is not None
             if self._published != self._tail.block - 1:
                 self._publish()
+
+    @property
+    def known_head(self) -> str | None:
+        """The newest version this instance has seen, without asking the server."""
+        return version_id(int(self._last_version.fields["counter"])) if self._last_version else None
 
     @property
     def queue_depth(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from types import TracebackType
 
-from smc.errors import ConfigError, Corrupt, NotFound
+from smc.errors import ConfigError, Conflict, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
@@ -22,6 +22,8 @@ from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
+
+_SMALL = 8 * 2**20
 
 
 class AsyncBlockchainModelStore:
@@ -153,6 +155,12 @@ class AsyncBlockchainModelStore:
         return digest, len(data)
 
     async def _put_once(self, key: str, data: bytes | bytearray) -> None:
+        if len(data) <= _SMALL:  # one round trip; a large body is not sent before asking
+            try:
+                await self.objects.create(key, bytes(data))
+                return
+            except Conflict:
+                pass
         with suppress(NotFound):
             if (await self.objects.stat(key)).size == len(data):
                 return
@@ -193,6 +201,9 @@ class StoreCommitter:
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
         return (await self._store.append_commit(record, content_hash, size)).version_id
 
+    async def note_replaced(self, count: int) -> None:
+        """Nobody watches a store in process: the TrainingResult says it."""
+
 
 async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:
     """Commit what the spool keeps for this ledger, each once, and remove it when it is in."""
@@ -205,4 +216,6 @@ async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelV
 
 
 async def _sha256(data: bytes | bytearray) -> str:
+    if len(data) <= _SMALL // 16:  # a thread would cost more than the hash
+        return hashlib.sha256(data).hexdigest()
     return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())

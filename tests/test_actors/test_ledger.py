@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
-from smc.errors import ConfigError
+from smc.errors import Busy, ConfigError
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 
 
-async def upload_here(uri: str, boxed: list[Any], node_id: str) -> tuple[str, int]:
-    async with AsyncBlockchainModelStore(uri) as store:
+async def upload_here(boxed: list[Any], node_id: str) -> tuple[str, int]:
+    async with AsyncBlockchainModelStore("s3://spectralmc/uploads") as store:
         return await store.upload(boxed[0])
 
 
@@ -29,7 +29,8 @@ async def test_the_plain_class_uploads_and_appends(on_seaweed: str) -> None:
     versions = await asyncio.gather(*(actor.append(record(i), content_hash, size) for i in range(5)))
     assert versions == [f"v{i:010d}" for i in range(5)]
     status = await actor.status()
-    assert (status["committed"], status["failed"], status["queued"], status["uploading"]) == (5, 0, 0, 0)
+    assert (status["committed"], status["failed"], status["queue_depth"], status["uploading"]) == (5, 0, 0, 0)
+    assert status["head"] == "v0000000004"
     assert await actor.prepare() == "v0000000004"
     assert repr(actor) == f"Ledger({on_seaweed})"
     await actor.close()
@@ -62,7 +63,7 @@ async def test_there_is_one_actor_for_a_ledger(on_seaweed: str) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_seaweed: str) -> None:
     actor = ledger_actor(on_seaweed)
-    committer = _ActorCommitter(actor)
+    committer = _ActorCommitter(on_seaweed, actor)
     await actor.prepare.remote()
 
     async def one(step: int) -> str:
@@ -79,3 +80,46 @@ async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_
         assert sorted(v.step for v in await store.list_versions()) == list(range(30))
         assert (await store.verify(blobs=True)).ok
     assert (await actor.status.remote())["pid"] != pid
+
+
+async def test_a_drained_actor_refuses_new_work_and_settles_the_old(on_seaweed: str) -> None:
+    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    running = [asyncio.ensure_future(actor.append(record(i), content_hash, size)) for i in range(5)]
+    await asyncio.sleep(0)
+    await actor.drain()
+    assert [task.result() for task in running] == [f"v{i:010d}" for i in range(5)]
+    with pytest.raises(Busy, match="is being replaced") as caught:
+        await actor.append(record(9), content_hash, size)
+    assert caught.value.retry_after > 0
+    await actor.close()
+
+
+async def test_two_actors_on_one_ledger_stay_correct(on_seaweed: str) -> None:
+    actors = [LedgerActor(on_seaweed, uploader=upload_here) for _ in range(2)]
+    content_hash, size = await actors[0].upload([b"checkpoint"], "node")
+    await asyncio.gather(*(actors[i % 2].append(record(i), content_hash, size) for i in range(24)))
+    async with AsyncBlockchainModelStore(on_seaweed) as store:
+        assert sorted(v.step for v in await store.list_versions()) == list(range(24))
+    for actor in actors:
+        await actor.close()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_with_older_code_is_drained_and_replaced(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    old = ledger_actor(on_seaweed)
+    pid = ray.get(old.status.remote())["pid"]
+    committer_version = ray.get(old.version.remote())
+    calls = iter(["another version"])
+    monkeypatch.setattr("actors.ledger.code_version", lambda: next(calls, committer_version))
+    new = ledger_actor(on_seaweed)
+    assert ray.get(new.status.remote())["pid"] != pid
+
+    async def through_the_old_handle() -> str:
+        committer = _ActorCommitter(on_seaweed, old)
+        content_hash, size = await committer.upload(b"checkpoint")
+        return await committer.append(record(1), content_hash, size)
+
+    assert asyncio.run(through_the_old_handle()) == "v0000000000"

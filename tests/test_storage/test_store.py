@@ -232,13 +232,13 @@ async def test_retries_wait_one_two_and_four_seconds(monkeypatch: pytest.MonkeyP
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", noted)
-    objects = FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails" if operation == "put" else None)
+    objects = FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails" if operation == "create" else None)
     async with AsyncBlockchainModelStore("memory", objects=objects) as store:
         started = time.monotonic()
         with pytest.raises(Unavailable):
             await store.upload(b"x")
         assert slept == [1.0, 2.0, 4.0]
-        assert [name for name, _ in objects.log].count("put") == 4
+        assert [name for name, _ in objects.log].count("create") == 4
         assert time.monotonic() - started < 1
 
 
