@@ -19,7 +19,7 @@ class UploadBudget:
     told Busy, with a delay after which it may well have one.
     """
 
-    def __init__(self, *, max_count: int = 32, max_bytes: int = 2 * 2**30, max_waiting: int = 1024) -> None:
+    def __init__(self, *, max_count: int = 64, max_bytes: int = 2 * 2**30, max_waiting: int = 1024) -> None:
         self._max_count, self._max_bytes, self._max_waiting = max_count, max_bytes, max_waiting
         self._count = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()

@@ -8,6 +8,7 @@ failure to read for an empty ledger. Plain asyncio; one instance serves one even
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -34,6 +35,7 @@ _READS_AT_ONCE = 48
 _PROBES_AT_ONCE = 16
 _MAX_BLOCK_ENTRIES = 256
 _MAX_QUEUE = 4096
+_HINT_INTERVAL = 0.2  # seconds
 
 logger = logging.getLogger("smc.storage")
 
@@ -67,6 +69,7 @@ class Ledger:
         self._published = -2
         self._tail_lock = asyncio.Lock()
         self._proved = False
+        self._closing = asyncio.Event()
         self._block_seconds = 0.05
 
     # --- reading --------------------------------------------------------------------------------------
@@ -273,9 +276,7 @@ class Ledger:
             await self._refresh()
             if not self._proved:
                 await self._prove_conditional_writes()
-            assert self._tail is not None
-            if self._published != self._tail.block - 1:
-                self._publish()
+            self._publish()
 
     @property
     def known_head(self) -> str | None:
@@ -289,9 +290,13 @@ class Ledger:
 
     async def close(self) -> None:
         """Finish what was submitted, and leave the newest hint behind."""
-        for task in (self._sequencer, self._publisher):
-            if task is not None:
-                await asyncio.wait({task})
+        if self._sequencer is not None:
+            await asyncio.wait({self._sequencer})
+        self._closing.set()
+        if self._publisher is not None:
+            await asyncio.wait({self._publisher})
+            await self._write_derived()  # what failed a moment ago may succeed now
+        self._closing.clear()
 
     async def _sequence(self) -> None:
         while self._queue:
@@ -387,12 +392,22 @@ class Ledger:
         if self._publisher is None or self._publisher.done():
             self._publisher = asyncio.create_task(self._write_derived())
 
+    def _derived_is_behind(self) -> bool:
+        if self._tail is None:
+            return False
+        whole = self._tail.block // SEGMENT
+        return self._published != self._tail.block - 1 or (whole > 0 and len(self._indexed or ()) < whole)
+
     async def _write_derived(self) -> None:
         try:
-            while self._tail is not None and self._published != (block := self._tail.block - 1):
-                await self._objects.put(HEAD_KEY, self._head_hint())
-                self._published = block
-                await self._write_indexes(self._tail.block // SEGMENT)
+            while self._tail is not None and self._derived_is_behind():
+                block, hint = self._tail.block - 1, self._head_hint()
+                if self._published != block:
+                    await self._objects.put(HEAD_KEY, hint)
+                    self._published = block
+                await self._write_indexes((block + 1) // SEGMENT)
+                with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
+                    await asyncio.wait_for(self._closing.wait(), _HINT_INTERVAL)
         except (StorageError, ConfigError) as error:
             logger.info("head.json or an index not updated, readers do without: %s", error)
 

@@ -80,7 +80,8 @@ class S3ObjectStore:
         config = AioConfig(
             connect_timeout=5,
             read_timeout=60,
-            max_pool_connections=64,
+            # More than the uploads at a time: a block must not wait for a connection behind them.
+            max_pool_connections=96,
             # Of a request's 1.5 ms here, a fifth went into checking arguments that are ours and into
             # putting the same user agent together again.
             parameter_validation=False,

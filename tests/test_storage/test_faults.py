@@ -43,7 +43,7 @@ def record(name: str) -> CommitRecord:
 class History:
     """A scripted life of a ledger. Every operation is acknowledged by noting its commit_id and index."""
 
-    EXPECTED = ("a", "b", "c", "d", "tag", "e", "collect", "spooled-1", "spooled-2", "f", "g")
+    EXPECTED = ("a", "b", "c", "d", "tag", "e", "collect", "spooled-1", "spooled-2", "f", "g", "untag", "h")
 
     def __init__(self, objects: ObjectStore, spool: Spool) -> None:
         self.objects, self.spool = objects, spool
@@ -75,6 +75,11 @@ class History:
             await self.commit(store, "f")
             await self.commit(store, "g")
             assert (await store.get_version("v0000000001")).counter == 1
+        async with opened(self.objects) as store:
+            for version in await store.list_versions():
+                await store.load_checkpoint(version)
+            await self.append(store, Draft("tag", "untag", {"name": "best", "version": None}))
+            await self.commit(store, "h")
 
 
 async def ended(history: Coroutine[Any, Any, None], crashed: asyncio.Event) -> None:
