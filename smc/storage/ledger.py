@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Final
 
@@ -403,7 +404,7 @@ class Ledger:
             while self._tail is not None and self._derived_is_behind():
                 block, hint = self._tail.block - 1, self._head_hint()
                 if self._published != block:
-                    await self._objects.put(HEAD_KEY, hint)
+                    await retried(partial(self._objects.put, HEAD_KEY, hint), self._retry_delays)
                     self._published = block
                 await self._write_indexes((block + 1) // SEGMENT)
                 with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
@@ -422,7 +423,8 @@ class Ledger:
             if not all(n in self._raw for n in numbers):
                 blocks = await self.read_blocks(numbers.start, numbers.stop)
                 self._raw |= {n: b"".join(e.line for e in block) for n, block in zip(numbers, blocks, strict=True)}
-            await self._objects.put(index_key(segment), encode_index(segment, [self._raw[n] for n in numbers]))
+            index = encode_index(segment, [self._raw[n] for n in numbers])
+            await retried(partial(self._objects.put, index_key(segment), index), self._retry_delays)
             self._indexed.add(segment)
             for number in numbers:
                 self._raw.pop(number, None)

@@ -123,6 +123,7 @@ class S3ObjectStore:
             else:
                 await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data)
         except _FAILURES as error:
+            await self._denied_or_missing(error)
             self._translate(error, key)
 
     async def _get_in_ranges(self, key: str, size: int) -> bytearray:
@@ -182,6 +183,7 @@ class S3ObjectStore:
         try:
             await self._client.put_object(Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*")
         except _FAILURES as error:
+            await self._denied_or_missing(error)
             self._translate(error, key)
 
     async def stat(self, key: str) -> ObjectInfo:
@@ -224,6 +226,11 @@ class S3ObjectStore:
             self._translate(error, "")
         except _FAILURES as error:
             self._translate(error, "")
+
+    async def _denied_or_missing(self, error: Exception) -> None:
+        # Writing into a bucket that is not there may be answered with a bare denial.
+        if isinstance(error, ClientError) and _code(error) == "AccessDenied":
+            await self.check_bucket()
 
     def _endpoint(self) -> str:
         return str(self._client.meta.endpoint_url)
