@@ -38,9 +38,11 @@ class Latency:
     def __init__(self, inner: ObjectStore, seconds: float) -> None:
         self._inner, self._seconds = inner, seconds
 
-    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes | bytearray:
         await asyncio.sleep(self._seconds)
-        return await self._inner.get(key, size)
+        return await self._inner.get(key, size, on_bytes)
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
         await asyncio.sleep(self._seconds)

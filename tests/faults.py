@@ -55,8 +55,10 @@ class FaultStore:
             await asyncio.sleep(3600)
         return result
 
-    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
-        result: bytes = await self._do("get", key, size)
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes | bytearray:
+        result: bytes = await self._do("get", key, size, on_bytes)
         return result
 
     async def put(self, key: str, data: bytes | bytearray) -> None:

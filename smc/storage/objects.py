@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -30,8 +30,13 @@ class ObjectStore(Protocol):
     After Unavailable it is unknown whether a write took effect.
     """
 
-    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
-        """The object's bytes; with its size known, a large one comes in parallel ranges. Raises: NotFound."""
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes | bytearray:
+        """The object's bytes; with its size known, a large one comes in parallel ranges. Raises: NotFound.
+
+        `on_bytes` is given them all, in order, while the rest arrives: the place for a hash.
+        """
         ...
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
@@ -61,12 +66,16 @@ class MemoryObjectStore:
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, datetime]] = {}
 
-    async def get(self, key: str, size: int | None = None) -> bytes:
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes:
         await asyncio.sleep(0)
-        try:
-            return self.objects[key][0]
-        except KeyError:
-            raise NotFound(f"no object {key}") from None
+        if key not in self.objects:
+            raise NotFound(f"no object {key}")
+        data = self.objects[key][0]
+        if on_bytes is not None:
+            on_bytes(memoryview(data))
+        return data
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
         await asyncio.sleep(0)

@@ -42,8 +42,10 @@ class TimedObjects:
     def __init__(self, inner: ObjectStore, timeout: float = 30.0) -> None:
         self._inner, self._timeout = inner, timeout
 
-    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
-        return await self._limited(self._inner.get(key, size), key, size or 0)
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes | bytearray:
+        return await self._limited(self._inner.get(key, size, on_bytes), key, size or 0)
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
         await self._limited(self._inner.put(key, data), key, len(data))

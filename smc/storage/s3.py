@@ -103,9 +103,11 @@ class S3ObjectStore:
         await self._context.__aexit__(kind, error, trace)
         self._client = None
 
-    async def get(self, key: str, size: int | None = None) -> bytes | bytearray:
+    async def get(
+        self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
+    ) -> bytes | bytearray:
         if size is not None and size > 2 * _PART:
-            return await self._get_in_ranges(key, size)
+            return await self._get_in_ranges(key, size, on_bytes)
         try:
             response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
             async with response["Body"] as body:
@@ -114,6 +116,8 @@ class S3ObjectStore:
             self._translate(error, key)
         if len(data) != response["ContentLength"]:
             raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
+        if on_bytes is not None:
+            await asyncio.to_thread(on_bytes, memoryview(data))
         return data
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
@@ -126,10 +130,11 @@ class S3ObjectStore:
             await self._denied_or_missing(error)
             self._translate(error, key)
 
-    async def _get_in_ranges(self, key: str, size: int) -> bytearray:
+    async def _get_in_ranges(self, key: str, size: int, on_bytes: Callable[[memoryview], None] | None) -> bytearray:
         """One buffer of the whole size, filled by parallel ranged requests: no second copy."""
         buffer = bytearray(size)
         view = memoryview(buffer)
+        arrived = {start: asyncio.Event() for start in range(0, size, _PART)}
 
         async def fetch(start: int) -> None:
             stop = min(start + _PART, size)
@@ -148,8 +153,20 @@ class S3ObjectStore:
                 raise Unavailable(f"{self._where(key)}: more bytes arrived than were asked for") from None
             if at != stop:
                 raise Unavailable(f"{self._where(key)}: {at - start} of {stop - start} bytes arrived")
+            arrived[start].set()
 
-        await _side_by_side(fetch, range(0, size, _PART))
+        async def follow() -> None:
+            for start, event in arrived.items():
+                await event.wait()
+                if on_bytes is not None:
+                    await asyncio.to_thread(on_bytes, view[start : start + _PART])
+
+        following = asyncio.create_task(follow())
+        try:
+            await _side_by_side(fetch, arrived)
+            await following
+        finally:
+            following.cancel()
         return buffer
 
     async def _put_in_parts(self, key: str, data: bytes | bytearray) -> None:

@@ -136,13 +136,18 @@ class AsyncBlockchainModelStore:
         """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""
         key = blob_key(version.content_hash)
         try:
-            data = await retried(lambda: self.objects.get(key, version.size), self._retry_delays)
+            data, digest = await retried(lambda: self._get_hashed(key, version.size), self._retry_delays)
         except NotFound:
             raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
-        if await _sha256(data) != version.content_hash:
+        if digest != version.content_hash:
             reason = f"the bytes of {version.version_id} do not have the hash in its name"
             raise Corrupt(f"{key}: {reason}", ((key, reason),))
         return data
+
+    async def _get_hashed(self, key: str, size: int) -> tuple[bytes | bytearray, str]:
+        digest = hashlib.sha256()
+        data = await self.objects.get(key, size, digest.update)
+        return data, digest.hexdigest()
 
     async def upload(self, data: bytes | bytearray) -> tuple[str, int]:
         """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once.

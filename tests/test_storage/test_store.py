@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 import time
 from collections.abc import Callable
 
 import orjson
 import pytest
 
-from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound, Unavailable
+from smc.errors import AccessDenied, Busy, ConfigError, Conflict, Corrupt, NotFound, Unavailable
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage.budget import UploadBudget
 from smc.storage.chain import Draft, blob_key, block_key
 from smc.storage.objects import MemoryObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
@@ -364,3 +366,52 @@ async def test_an_unreachable_endpoint_is_unavailable(on_seaweed: str) -> None:
     with pytest.raises(ConfigError, match="S3 client for bucket"):
         async with S3ObjectStore("spectralmc", endpoint_url="not a url"):
             pass
+
+
+async def test_a_large_checkpoint_goes_up_in_parts_and_comes_down_in_ranges(
+    make_store: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smc.storage.s3._PART", 5 * 2**20)
+    monkeypatch.setattr("smc.storage.s3._SMALLEST_PART", 5 * 2**20)
+    data = random.Random(1).randbytes(17 * 2**20 + 12_345)
+    async with make_store() as store:
+        version = await store.commit(data, record(1))
+        assert bytes(await store.load_checkpoint(version)) == data
+        again = await store.commit(data, record(2))
+        assert again.content_hash == version.content_hash
+        # Bytes that arrive in ranges are checked like any other.
+        await store.objects.put(blob_key(version.content_hash), data[:-1] + b"x")
+        with pytest.raises(Corrupt, match="do not have the hash"):
+            await store.load_checkpoint(version)
+        await store.objects.put(blob_key(version.content_hash), data[: 11 * 2**20])
+        with pytest.raises((Corrupt, Unavailable, ConfigError)):
+            await store.load_checkpoint(version)
+
+
+async def test_uploads_keep_to_their_budget_and_the_rest_is_told_when_to_come_back() -> None:
+    budget = UploadBudget(max_count=2, max_bytes=100, max_waiting=3)
+    running, most, order = 0, 0, []
+
+    async def upload(name: int, size: int) -> None:
+        nonlocal running, most
+        async with budget.share(size):
+            running += 1
+            most = max(most, running)
+            order.append(name)
+            assert budget.bytes_in_flight <= 100 or running == 1
+            await asyncio.sleep(0.01)
+            running -= 1
+
+    tasks = [asyncio.ensure_future(upload(i, size)) for i, size in enumerate((60, 60, 10, 500))]
+    await asyncio.sleep(0)
+    tasks[2].cancel()
+    await asyncio.sleep(0)
+    tasks += [asyncio.ensure_future(upload(i, 10)) for i in (4,)]
+    await asyncio.sleep(0)
+    with pytest.raises(Busy) as caught:
+        await upload(9, 10)
+    assert caught.value.retry_after > 0
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 1, 3, 4]
+    assert most <= 2
+    assert budget.bytes_in_flight == 0
