@@ -106,7 +106,7 @@ class DevServer:
             return
         self._process.terminate()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self._process.kill()  # acknowledged writes survive it, and its shutdown can take half a minute
             self._process.wait()
