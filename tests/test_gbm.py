@@ -149,8 +149,8 @@ def test_sobol_with_normalised_forwards_is_refused() -> None:
         BlackScholesConfig(sim_params=small_simulation(sampling="sobol"), normalize_forwards=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_an_error_and_never_a_fallback() -> None:
+def test_a_missing_gpu_is_an_error_and_never_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="sees no CUDA device"):
         BlackScholes(BlackScholesConfig(sim_params=small_simulation()), "cuda")
 
