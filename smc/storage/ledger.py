@@ -409,6 +409,10 @@ class Ledger:
                 await self._write_indexes((block + 1) // SEGMENT)
                 with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
                     await asyncio.wait_for(self._closing.wait(), _HINT_INTERVAL)
+                # Of two writers' hints the older may arrive last. Whoever wrote last looks again, so the one
+                # that stays is the newest.
+                if self._tail is not None and self._tail.block - 1 == block and await self._probe(block + 1):
+                    await self.refresh()
         except (StorageError, ConfigError) as error:
             logger.info("head.json or an index not updated, readers do without: %s", error)
 

@@ -16,6 +16,7 @@ from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import Draft, blob_key, block_key
+from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import MemoryObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from tests.conftest import NO_DELAYS
@@ -86,6 +87,31 @@ async def test_a_second_writer_rebases_on_the_first(make_store: Opener) -> None:
         late = await commit(b, 2)
         assert late.counter == 2
         assert (await a.verify()).ok
+
+
+class LatePuts(MemoryObjectStore):
+    """Delivers a writer's hints of one block only after `gate` is set."""
+
+    def __init__(self, shared: MemoryObjectStore, gate: asyncio.Event) -> None:
+        self.objects, self._gate = shared.objects, gate
+
+    async def put(self, key: str, data: bytes | bytearray) -> None:
+        if key == HEAD_KEY:
+            await self._gate.wait()
+        await super().put(key, data)
+
+
+async def test_an_older_hint_that_arrives_last_is_renewed() -> None:
+    shared, gate = MemoryObjectStore(), asyncio.Event()
+    late = AsyncBlockchainModelStore("memory", objects=LatePuts(shared, gate), retry_delays=NO_DELAYS)
+    prompt = AsyncBlockchainModelStore("memory", objects=shared, retry_delays=NO_DELAYS)
+    async with late:
+        await commit(late, 0)
+        async with prompt:
+            await commit(prompt, 1)
+        assert orjson.loads(shared.objects[HEAD_KEY][0])["block"] == 1
+        gate.set()  # now the hint of block 0 overwrites that of block 1
+    assert orjson.loads(shared.objects[HEAD_KEY][0])["block"] == 1
 
 
 async def test_equal_checkpoints_are_stored_once(make_store: Opener) -> None:
