@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,32 @@ class Report:
     def write(self, path: Path | None) -> None:
         if path is not None:
             path.write_text(json.dumps({"machine": machine(), "commit": commit(), "results": self.results}, indent=1))
+
+
+def gpu_seconds(work: Callable[[], object], *, repeats: int = 30, warmup: int = 3) -> float:
+    """Median seconds of `work` on the GPU, by CUDA events, each repeat between two of them."""
+    for _ in range(warmup):
+        work()
+    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for start, end in spans:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3
+
+
+def captured(work: Callable[[], object]) -> Callable[[], None]:
+    """`work` as one CUDA graph, so that launches from a slow host do not show."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def machine() -> str:

@@ -1,7 +1,8 @@
-"""Complex-valued layers on pairs of real tensors, and the network the pricer uses by default.
+"""Complex-valued layers, and the network the pricer uses by default.
 
-Real and imaginary parts are separate real tensors throughout: fused Adam and CUDA graphs refuse complex
-parameters. A model is any module with `model(real, imag) -> (real, imag)`.
+Parameters are real tensors, viewed as complex without a copy: fused Adam refuses complex ones, and one
+complex product is half the launches of a real block product. A model is any module with
+`model(real, imag) -> (real, imag)`.
 
 Sources: complex layers and initialisation, Trabelsi et al., "Deep complex networks" (ICLR 2018);
 modReLU, Arjovsky, Shah and Bengio (2016); zReLU, Guberman (2016); cardioid, Virtue, Yu and Lustig (2017).
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from smc.arrays import require_device
+from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.gbm import SimulationParams
 
@@ -43,45 +44,32 @@ class CVNNConfig(BaseModel):
 
 
 class ComplexLinear(nn.Module):
-    """y = W x + b over the complex numbers.
+    """y = W x + b over the complex numbers, W and b kept as pairs (real, imaginary) in a last dimension.
 
-    Shapes: real and imag (..., in_features) -> two of (..., out_features).
+    Shapes: complex (..., in_features) -> complex (..., out_features).
     """
 
     def __init__(self, in_features: int, out_features: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        shape = (out_features, in_features)
         # Variance 1 / fan_in in all, shared by the two parts: what goes in comes out as large.
         scale = 1.0 / math.sqrt(2.0 * in_features)
-        self.weight_real = nn.Parameter(torch.randn(shape, dtype=dtype) * scale)
-        self.weight_imag = nn.Parameter(torch.randn(shape, dtype=dtype) * scale)
-        self.bias_real = nn.Parameter(torch.zeros(out_features, dtype=dtype))
-        self.bias_imag = nn.Parameter(torch.zeros(out_features, dtype=dtype))
+        self.weight = nn.Parameter(torch.randn(out_features, in_features, 2, dtype=dtype) * scale)
+        self.bias = nn.Parameter(torch.zeros(out_features, 2, dtype=dtype))
 
-    def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        # One real product of twice the size instead of four: launches and threads cost more than flops.
-        weight = torch.cat(
-            [
-                torch.cat([self.weight_real, -self.weight_imag], dim=1),
-                torch.cat([self.weight_imag, self.weight_real], dim=1),
-            ]
-        )
-        bias = torch.cat([self.bias_real, self.bias_imag])
-        out = functional.linear(torch.cat([real, imag], dim=-1), weight, bias)
-        return out.tensor_split(2, dim=-1)  # type: ignore[return-value]
+    def forward(self, z: Tensor) -> Tensor:
+        return functional.linear(z, torch.view_as_complex(self.weight), torch.view_as_complex(self.bias))
 
 
 class ModReLU(nn.Module):
-    """Shrinks the modulus by a learnt bias and keeps the phase. Shapes: two of (..., features) -> same."""
+    """Shrinks the modulus by a learnt bias and keeps the phase. Shapes: complex (..., features) -> same."""
 
     def __init__(self, features: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
 
-    def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        modulus = torch.sqrt(real.square() + imag.square() + torch.finfo(real.dtype).tiny)
-        gain = functional.relu(modulus + self.bias) / modulus
-        return real * gain, imag * gain
+    def forward(self, z: Tensor) -> Tensor:
+        modulus = _modulus(z)
+        return z * (functional.relu(modulus + self.bias) / modulus)
 
 
 class CVNN(nn.Module):
@@ -100,9 +88,11 @@ class CVNN(nn.Module):
         )
 
     def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.complex(real, imag)
         for layer, activation in zip(self.layers, self.activations, strict=False):
-            real, imag = activation(*layer(real, imag))
-        return self.layers[-1](real, imag)
+            z = activation(layer(z))
+        # One copy on the way back, where .real and .imag would cost four.
+        return torch.view_as_real(self.layers[-1](z)).unbind(dim=-1)  # type: ignore[return-value]
 
 
 def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN:
@@ -155,26 +145,28 @@ class _Pointwise(nn.Module):
         super().__init__()
         self._function = _POINTWISE[name]
 
-    def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        return self._function(real, imag)
+    def forward(self, z: Tensor) -> Tensor:
+        return self._function(z)
 
 
-def _split_silu(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    return functional.silu(real), functional.silu(imag)
+def _modulus(z: Tensor) -> Tensor:
+    # Not z.abs(): its derivative at 0 is none.
+    return torch.sqrt(z.real.square() + z.imag.square() + torch.finfo(z.real.dtype).tiny)
 
 
-def _cardioid(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    modulus = torch.sqrt(real.square() + imag.square() + torch.finfo(real.dtype).tiny)
-    gain = 0.5 * (1.0 + real / modulus)
-    return real * gain, imag * gain
+def _split_silu(z: Tensor) -> Tensor:
+    return torch.view_as_complex(functional.silu(torch.view_as_real(z)))
 
 
-def _zrelu(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-    open_quadrant = ((real > 0) & (imag > 0)).to(real.dtype)
-    return real * open_quadrant, imag * open_quadrant
+def _cardioid(z: Tensor) -> Tensor:
+    return z * (0.5 * (1.0 + z.real / _modulus(z)))
 
 
-_POINTWISE: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+def _zrelu(z: Tensor) -> Tensor:
+    return z * ((z.real > 0) & (z.imag > 0)).to(z.real.dtype)
+
+
+_POINTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "split_silu": _split_silu,
     "cardioid": _cardioid,
     "zrelu": _zrelu,

@@ -6,23 +6,29 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from smc.arrays import array_module, as_tensor, on_torch_stream, require_device
+from smc import gbm_cuda
 from smc.contracts import ContractsLike, contract_array
+from smc.cuda import require_device
 from smc.errors import ConfigError
-from smc.gbm_cuda import simulate_terminal
 from smc.models.numerical import Precision
-from smc.normals import box_muller, bridge_increments, philox4x32, sobol_normals
+from smc.normals import box_muller, bridge_increments, philox4x32, sobol_normals, sobol_points
 
 __all__ = ["BlackScholes", "BlackScholesConfig", "SimulationParams"]
 
 # Lanes simulated together on the CPU: three dozen temporaries of this many words fit in its caches.
 _LANES = 1 << 15
+# Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision, twice.
+_NORMALS = 1 << 28
+
+Array = npt.NDArray[np.float64]
 
 
 class SimulationParams(BaseModel):
@@ -89,7 +95,7 @@ class BlackScholesConfig(BaseModel):
 
 
 class BlackScholes:
-    """Simulates discounted payoffs. Pure: results depend on the contracts and their stream index only.
+    """Simulates terminal prices. Pure: results depend on the contracts and their stream index only.
 
     Row i of a call is stream `sim_params.skip + offset + i`, and does not depend on the batch it is in.
     """
@@ -105,18 +111,16 @@ class BlackScholes:
             self.sampling = params.sampling
         if self.sampling == "sobol" and not config.simulate_log_return and params.timesteps > 21201:
             raise ConfigError("sampling='sobol' has at most 21,201 time steps")
-        self._xp = array_module(self.device)
+        self._constants: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def terminal_prices(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
         """Simulated prices at expiry. Shapes: n contracts -> (n, M), on the engine's device.
 
         Units: currency. Raises: ConfigError for a contract that cannot exist.
         """
-        array = contract_array(contracts)
-        if self.device.type == "cpu":
-            return as_tensor(self._simulate(array, offset))
-        with torch.cuda.device(self.device), on_torch_stream(self.device):
-            return as_tensor(self._simulate(array, offset))
+        table = torch.from_numpy(contract_array(contracts)).to(self.device)
+        first = torch.tensor(self.config.sim_params.skip + offset, dtype=torch.int64, device=self.device)
+        return self.simulate(table, first)
 
     def discounted_puts(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
         """Discounted put payoffs df max(K - S_T, 0). Shapes: n contracts -> (n, M). Units: currency."""
@@ -127,75 +131,107 @@ class BlackScholes:
         discount = torch.exp(-columns[:, 3:4] * columns[:, 2:3]).to(terminal.dtype)
         return (strike - terminal).clamp_(min=0).mul_(discount)
 
-    def _simulate(self, contracts: np.ndarray[Any, Any], offset: int) -> Any:
-        xp, params = self._xp, self.config.sim_params
-        first = params.skip + offset
-        table = xp.asarray(contracts)
-        if self.device.type == "cuda" and self.sampling == "pseudorandom":
-            terminal = simulate_terminal(
-                table,
-                xp.asarray(first, dtype=xp.uint64),
-                seed=params.mc_seed,
-                paths=params.paths,
-                steps=params.timesteps,
-                threads=params.threads_per_block,
-                log_return=self.config.simulate_log_return,
-                precision=params.dtype,
-            )
+    def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Terminal prices of contracts known to be good, `first` being row 0's stream.
+
+        Reads both where they are, so that a CUDA graph that holds this call may be replayed on new ones.
+        Shapes: (n, 6) float64 and () int64, on the engine's device -> (n, M).
+        """
+        if self.device.type == "cuda":
+            terminal = self._on_gpu(table, first)
         else:
-            terminal = xp.empty((len(contracts), params.paths), dtype=params.dtype.numpy)
-            walk = self._sobol_walk if self.sampling == "sobol" else self._pseudorandom_walk
-            rows = max(1, _LANES // params.paths) if xp is np else max(1, (1 << 24) // params.paths)
-            for start in range(0, len(contracts), rows):
-                stop = min(start + rows, len(contracts))
-                streams = xp.arange(first + start, first + stop, dtype=xp.uint64)
-                terminal[start:stop] = walk(table[start:stop], streams)
+            terminal = torch.from_numpy(self._on_cpu(table.numpy(), int(first)))
         if self.config.normalize_forwards:
-            forward = table[:, 0] * xp.exp((table[:, 3] - table[:, 4]) * table[:, 2])
-            mean = terminal.mean(axis=1, dtype=xp.float64)
-            terminal *= (forward / mean).astype(terminal.dtype)[:, None]
+            forward = table[:, 0] * torch.exp((table[:, 3] - table[:, 4]) * table[:, 2])
+            mean = terminal.mean(dim=1, dtype=torch.float64)
+            terminal *= (forward / mean).to(terminal.dtype)[:, None]
         return terminal
 
-    def _pseudorandom_walk(self, table: Any, streams: Any) -> Any:
-        xp, params = self._xp, self.config.sim_params
-        per_block = 4 if params.dtype is Precision.float32 else 2
-        paths = xp.arange(params.paths, dtype=xp.uint64)[None, :]
-        low, high = (streams & xp.uint64(0xFFFFFFFF))[:, None], (streams >> xp.uint64(32))[:, None]
+    # --- on a GPU -------------------------------------------------------------------------------------
 
-        def steps() -> Any:
+    def _on_gpu(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        params = self.config.sim_params
+        common: dict[str, Any] = {
+            "seed": params.mc_seed,
+            "threads": params.threads_per_block,
+            "precision": params.dtype,
+        }
+        sizes: dict[str, Any] = {"paths": params.paths, "steps": params.timesteps}
+        if self.sampling == "pseudorandom":
+            log_return = self.config.simulate_log_return
+            return gbm_cuda.simulate_pseudorandom(table, first, log_return=log_return, **sizes, **common)
+        if self.config.simulate_log_return:
+            return gbm_cuda.simulate_sobol(table, first, **sizes, **common)
+        points, bridge = self._sobol_constants()
+        rows = max(1, _NORMALS // points.numel())
+        pieces = []
+        for start in range(0, len(table), rows):
+            part = table[start : start + rows]
+            normals = gbm_cuda.sobol_normals(points, first, start, len(part), **common)
+            walked = gbm_cuda.walk(part, bridge @ normals, threads=params.threads_per_block, precision=params.dtype)
+            pieces.append(walked)
+        return torch.cat(pieces) if pieces else table.new_empty((0, params.paths), dtype=params.dtype.torch)
+
+    def _sobol_constants(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._constants is None:
+            params = self.config.sim_params
+            points = torch.from_numpy(sobol_points(params.timesteps, params.paths).view(np.int32))
+            bridge = torch.from_numpy(bridge_increments(params.timesteps))
+            self._constants = points.to(self.device), bridge.to(self.device, params.dtype.torch)
+        return self._constants
+
+    # --- on the CPU -----------------------------------------------------------------------------------
+
+    def _on_cpu(self, table: Array, first: int) -> npt.NDArray[Any]:
+        params = self.config.sim_params
+        terminal = np.empty((len(table), params.paths), dtype=params.dtype.numpy)
+        walk = self._sobol_walk if self.sampling == "sobol" else self._pseudorandom_walk
+        rows = max(1, _LANES // params.paths)
+        for start in range(0, len(table), rows):
+            part = table[start : start + rows]
+            streams = np.arange(first + start, first + start + len(part), dtype=np.uint64)
+            terminal[start : start + rows] = walk(part, streams)
+        return terminal
+
+    def _pseudorandom_walk(self, table: Array, streams: Any) -> Any:
+        params = self.config.sim_params
+        per_block = 4 if params.dtype is Precision.float32 else 2
+        paths = np.arange(params.paths, dtype=np.uint64)[None, :]
+        low, high = (streams & np.uint64(0xFFFFFFFF))[:, None], (streams >> np.uint64(32))[:, None]
+
+        def steps() -> Iterator[Any]:
             for block in range(-(-params.timesteps // per_block)):
-                words = philox4x32(xp, params.mc_seed, (paths, block, low, high))
-                yield from box_muller(xp, words, params.dtype)[: params.timesteps - block * per_block]
+                words = philox4x32(params.mc_seed, (paths, block, low, high))
+                yield from box_muller(words, params.dtype)[: params.timesteps - block * per_block]
 
         return self._accumulate(table, steps())
 
-    def _sobol_walk(self, table: Any, streams: Any) -> Any:
-        xp, params = self._xp, self.config.sim_params
+    def _sobol_walk(self, table: Array, streams: Any) -> Any:
+        params = self.config.sim_params
         seed, paths, steps = params.mc_seed, params.paths, params.timesteps
         if self.config.simulate_log_return:
             # A bridge's increments sum to its end point, and the log scheme reads nothing else: the
             # interior dimensions cancel exactly, so they are not drawn.
-            end = sobol_normals(xp, seed, streams, paths, 1, params.dtype)[:, 0]
+            end = sobol_normals(seed, streams, paths, 1, params.dtype)[:, 0]
             return self._accumulate(table, iter((end * params.dtype.numpy.type(np.sqrt(steps)),)))
-        normals = sobol_normals(xp, seed, streams, paths, steps, params.dtype)
-        increments = xp.asarray(bridge_increments(steps).astype(params.dtype.numpy)) @ normals
+        normals = sobol_normals(seed, streams, paths, steps, params.dtype)
+        increments = bridge_increments(steps).astype(params.dtype.numpy) @ normals
         return self._accumulate(table, iter(increments[:, step] for step in range(steps)))
 
-    def _accumulate(self, table: Any, increments: Any) -> Any:
-        xp, params = self._xp, self.config.sim_params
+    def _accumulate(self, table: Array, increments: Iterator[Any]) -> Any:
         X0, _, T, r, d, v = (table[:, i : i + 1] for i in range(6))
-        dt = T / params.timesteps
-        dtype = params.dtype.numpy
-        volatility = (v * xp.sqrt(dt)).astype(dtype)
+        dt = T / self.config.sim_params.timesteps
+        dtype = self.config.sim_params.dtype.numpy
+        volatility = (v * np.sqrt(dt)).astype(dtype)
         if self.config.simulate_log_return:
             total = next(increments)
             for z in increments:
                 total = total + z
             drift = ((r - d - 0.5 * v * v) * T).astype(dtype)
-            return X0.astype(dtype) * xp.exp(volatility * total + drift)
+            return X0.astype(dtype) * np.exp(volatility * total + drift)
         price = X0.astype(dtype)
         growth = (1.0 + (r - d) * dt).astype(dtype)
         for z in increments:
             # Absorption by reflection: one Euler step may cross zero, a price may not.
-            price = xp.abs(price * (volatility * z + growth))
+            price = np.abs(price * (volatility * z + growth))
         return price

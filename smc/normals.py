@@ -1,7 +1,7 @@
 """Standard normals addressed by (seed, contract, path, step): the same for every batch and device.
 
 Two families, both pure functions of their address, so that a stream never depends on what was drawn
-before it. The functions take the array module `xp` (numpy or cupy) and work alike on both.
+before it. These are NumPy's; `smc.gbm_cuda` draws the same numbers in its kernels.
 
 Sources: Philox4x32-10, Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3"
 (SC 2011). Box and Muller (1958). Sobol (1967). Nested uniform scrambling, Owen (1995), by hashing:
@@ -12,7 +12,6 @@ Brownian bridge: Moskowitz and Caflisch (1996). Normal quantile: Wichura, AS 241
 from __future__ import annotations
 
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,63 +21,60 @@ from scipy.stats import qmc
 
 from smc.models.numerical import Precision
 
-__all__ = ["box_muller", "bridge_increments", "philox4x32", "sobol_normals"]
+__all__ = ["box_muller", "bridge_increments", "philox4x32", "sobol_normals", "sobol_points"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def philox4x32(xp: ModuleType, seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
+def philox4x32(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Four 32-bit words for each 128-bit counter, ten rounds, keyed by a 64-bit seed.
 
     Shapes: four broadcastable uint64 arrays holding 32-bit words -> four uint64 arrays of 32-bit words.
     """
-    mask, shift = xp.uint64(_MASK), xp.uint64(32)
-    m0, m1 = (xp.uint64(m) for m in _MULTIPLIERS)
+    mask, shift = np.uint64(_MASK), np.uint64(32)
+    m0, m1 = (np.uint64(m) for m in _MULTIPLIERS)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    c0, c1, c2, c3 = (xp.asarray(c, dtype=xp.uint64) for c in counter)
+    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
     for _ in range(10):
         p0, p1 = c0 * m0, c2 * m1
-        c0, c2 = (p1 >> shift) ^ c1 ^ xp.uint64(k0), (p0 >> shift) ^ c3 ^ xp.uint64(k1)
+        c0, c2 = (p1 >> shift) ^ c1 ^ np.uint64(k0), (p0 >> shift) ^ c3 ^ np.uint64(k1)
         c1, c3 = p1 & mask, p0 & mask
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
-def box_muller(xp: ModuleType, words: tuple[Any, Any, Any, Any], precision: Precision) -> list[Any]:
+def box_muller(words: tuple[Any, Any, Any, Any], precision: Precision) -> list[Any]:
     """Normals from one Philox block: four in float32, two in float64 (53-bit uniforms).
 
     Uniforms are (i + 1/2) / 2^bits, never 0 or 1: the largest float32 normal is 6.77.
     """
     w0, w1, w2, w3 = words
     if precision is Precision.float32:
-        pairs = [(_unit32(xp, w0), _unit32(xp, w1)), (_unit32(xp, w2), _unit32(xp, w3))]
-        two_pi = xp.float32(2 * np.pi)
-        minus_two = xp.float32(-2)
+        pairs = [(_unit32(w0), _unit32(w1)), (_unit32(w2), _unit32(w3))]
     else:
-        pairs = [(_unit53(xp, w0, w1), _unit53(xp, w2, w3))]
-        two_pi = xp.float64(2 * np.pi)
-        minus_two = xp.float64(-2)
+        pairs = [(_unit53(w0, w1), _unit53(w2, w3))]
+    two_pi, minus_two = precision.numpy.type(2 * np.pi), precision.numpy.type(-2)
     normals = []
     for u, angle in pairs:
-        radius = xp.sqrt(minus_two * xp.log(u))
-        normals += [radius * xp.cos(two_pi * angle), radius * xp.sin(two_pi * angle)]
+        radius = np.sqrt(minus_two * np.log(u))
+        normals += [radius * np.cos(two_pi * angle), radius * np.sin(two_pi * angle)]
     return normals
 
 
-def sobol_normals(xp: ModuleType, seed: int, contracts: Any, paths: int, dimensions: int, precision: Precision) -> Any:
+def sobol_normals(seed: int, contracts: Any, paths: int, dimensions: int, precision: Precision) -> Any:
     """Normals of `paths` Sobol points, scrambled independently for each contract and dimension.
 
     Shapes: contracts (n,) uint64 stream indices -> (n, dimensions, paths).
     """
-    points = xp.asarray(_reversed_sobol(dimensions, paths))
-    low, high = contracts & xp.uint64(_MASK), contracts >> xp.uint64(32)
-    dims = xp.arange(dimensions, dtype=xp.uint64)
+    points = sobol_points(dimensions, paths)
+    low, high = contracts & np.uint64(_MASK), contracts >> np.uint64(32)
+    dims = np.arange(dimensions, dtype=np.uint64)
     # Word 1 all ones: no pseudo-random path has this counter, whose word 1 is a block of steps.
-    keys = philox4x32(xp, seed, (dims[None, :], _MASK, low[:, None], high[:, None]))[0].astype(xp.uint32)
-    x = _owen_hash(xp, points[None, :, :], keys[:, :, None])
-    return _folded_quantile(xp, _reverse_bits(xp, x), precision)
+    keys = philox4x32(seed, (dims[None, :], _MASK, low[:, None], high[:, None]))[0].astype(np.uint32)
+    x = _owen_hash(points[None, :, :], keys[:, :, None])
+    return _folded_quantile(_reverse_bits(x), precision)
 
 
 def bridge_increments(steps: int) -> npt.NDArray[np.float64]:
@@ -111,41 +107,37 @@ def _bridge(steps: int) -> npt.NDArray[np.float64]:
 
 
 @lru_cache(maxsize=4)
-def _reversed_sobol(dimensions: int, paths: int) -> npt.NDArray[np.uint32]:
+def sobol_points(dimensions: int, paths: int) -> npt.NDArray[np.uint32]:
+    """The first Sobol points, as bit-reversed 32-bit fractions. Shapes: -> (dimensions, paths)."""
     engine = qmc.Sobol(d=dimensions, scramble=False, bits=32)
     block = 1 << max(paths - 1, 1).bit_length()
     points = (engine.random(block)[:paths] * 2.0**32).astype(np.uint32)
-    return np.ascontiguousarray(_reverse_bits(np, points).T)
+    return np.ascontiguousarray(_reverse_bits(points).T)
 
 
-def _owen_hash(xp: ModuleType, x: Any, key: Any) -> Any:
-    x = x ^ (x * xp.uint32(0x3D20ADEA))
-    x = (x + key) * ((key >> xp.uint32(16)) | xp.uint32(1))
-    x ^= x * xp.uint32(0x05526C56)
-    x ^= x * xp.uint32(0x53A22864)
+def _owen_hash(x: Any, key: Any) -> Any:
+    x = x ^ (x * np.uint32(0x3D20ADEA))
+    x = (x + key) * ((key >> np.uint32(16)) | np.uint32(1))
+    x ^= x * np.uint32(0x05526C56)
+    x ^= x * np.uint32(0x53A22864)
     return x
 
 
-def _reverse_bits(xp: ModuleType, x: Any) -> Any:
+def _reverse_bits(x: Any) -> Any:
     for shift, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF)):
-        s, m = xp.uint32(shift), xp.uint32(mask)
+        s, m = np.uint32(shift), np.uint32(mask)
         x = ((x >> s) & m) | ((x & m) << s)
-    return (x >> xp.uint32(16)) | (x << xp.uint32(16))
+    return (x >> np.uint32(16)) | (x << np.uint32(16))
 
 
-def _folded_quantile(xp: ModuleType, x: Any, precision: Precision) -> Any:
+def _folded_quantile(x: Any, precision: Precision) -> Any:
     # Fold at the median: p = min(u, 1 - u) keeps its relative precision in both tails, in float32 too.
-    upper = (x >> xp.uint32(31)).astype(bool)
-    folded = xp.where(upper, ~x, x)
+    upper = (x >> np.uint32(31)).astype(bool)
+    folded = np.where(upper, ~x, x)
     dtype = precision.numpy
     p = (folded.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-32)
-    if xp is not np:
-        from cupyx.scipy.special import ndtri as gpu_ndtri
-
-        z = gpu_ndtri(p)
-    else:
-        z = _lower_quantile32(p) if precision is Precision.float32 else ndtri(p)
-    return xp.where(upper, -z, z)
+    z = _lower_quantile32(p) if precision is Precision.float32 else ndtri(p)
+    return np.where(upper, -z, z)
 
 
 def _lower_quantile32(p: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -191,10 +183,10 @@ def _ratio(
     return horner(numerator) / horner(denominator)
 
 
-def _unit32(xp: ModuleType, word: Any) -> Any:
-    return (word.astype(xp.float32) + xp.float32(0.5)) * xp.float32(2.0**-32)
+def _unit32(word: Any) -> Any:
+    return (word.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
 
 
-def _unit53(xp: ModuleType, high: Any, low: Any) -> Any:
-    bits = (high >> xp.uint64(5)) * xp.uint64(1 << 26) + (low >> xp.uint64(6))
-    return (bits.astype(xp.float64) + xp.float64(0.5)) * xp.float64(2.0**-53)
+def _unit53(high: Any, low: Any) -> Any:
+    bits = (high >> np.uint64(5)) * np.uint64(1 << 26) + (low >> np.uint64(6))
+    return (bits.astype(np.float64) + np.float64(0.5)) * np.float64(2.0**-53)

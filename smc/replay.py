@@ -55,7 +55,7 @@ class ReplayBuffer:
     def draw(self, count: int, step: int) -> Examples:
         """`count` held contracts, with replacement, as determined by seed and step."""
         assert self._rows is not None, "draw from an empty buffer"
-        words = philox4x32(np, self._seed, (np.arange(count, dtype=np.uint64), step & 0xFFFFFFFF, step >> 32, 0))
+        words = philox4x32(self._seed, (np.arange(count, dtype=np.uint64), step & 0xFFFFFFFF, step >> 32, 0))
         held = len(self)
         newest_first = (words[0] * np.uint64(held)) >> np.uint64(32)
         slots = (self.stop - 1 - newest_first.astype(np.int64)) % self.capacity

@@ -20,8 +20,16 @@ import numpy.typing as npt
 import torch
 
 from smc.errors import ConfigError
+from smc.spectrum_cuda import MOST_PATHS, put_levels
 
-__all__ = ["PayoffDistribution", "bin_weights", "levels_from_spectrum", "quantile_levels", "quantile_spectrum"]
+__all__ = [
+    "PayoffDistribution",
+    "bin_weights",
+    "levels_from_spectrum",
+    "put_spectrum",
+    "quantile_levels",
+    "quantile_spectrum",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -32,8 +40,7 @@ def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
     Shapes: (n, M), M a multiple of N -> (n, N), ascending.
     """
     n, samples = payoffs.shape
-    if samples % network_size:
-        raise ConfigError(f"{samples} payoffs cannot be averaged into {network_size} equal slices")
+    _check_slices(samples, network_size)
     if payoffs.device.type == "cpu":  # NumPy's vectorised sort is five times torch's on one core
         ordered = torch.from_numpy(np.sort(payoffs.numpy(), axis=1))
     else:
@@ -44,6 +51,18 @@ def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
 def quantile_spectrum(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
     """The training target. Shapes: (n, M) -> complex (n, N // 2 + 1); bin 0 is the sample mean."""
     return torch.fft.rfft(quantile_levels(payoffs, network_size), norm="forward")
+
+
+def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:
+    """Spectrum of the payoff scale x max(strike - terminal, 0). `terminal` may be overwritten.
+
+    Shapes: terminal (n, M), none negative; strike and scale (n,) -> complex (n, N // 2 + 1).
+    """
+    _check_slices(terminal.shape[1], network_size)
+    if terminal.device.type == "cuda" and terminal.shape[1] <= MOST_PATHS:
+        levels = put_levels(terminal, strike, scale, network_size)
+        return torch.fft.rfft(levels, norm="forward")
+    return quantile_spectrum((strike[:, None] - terminal).clamp_(min=0).mul_(scale[:, None]), network_size)
 
 
 def levels_from_spectrum(spectrum: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -76,11 +95,6 @@ class PayoffDistribution:
         """Nearest valid distribution with this mean. Shapes: (n, N), (n,), (n,) payoff maximum."""
         ordered = np.clip(np.sort(levels, axis=1), 0.0, upper[:, None])
         return cls(_match_mean(ordered, np.clip(price, 0.0, upper), upper))
-
-    @classmethod
-    def from_put(cls, put: PayoffDistribution, shift: Array) -> PayoffDistribution:
-        """The call's distribution: call payoff = put payoff + discounted (S_T - K), see the pricer."""
-        return cls(put.levels + shift[:, None])
 
     @property
     def mean(self) -> Array:
@@ -145,6 +159,11 @@ class PayoffDistribution:
     def expectation(self, function: Callable[[Array], Array]) -> Array:
         """Expected value of a function of the discounted payoff. Shapes: (n, N) -> (n, N); -> (n,)."""
         return np.asarray(function(self.levels)).mean(axis=1)
+
+
+def _check_slices(samples: int, network_size: int) -> None:
+    if samples % network_size:
+        raise ConfigError(f"{samples} payoffs cannot be averaged into {network_size} equal slices")
 
 
 def _match_mean(levels: Array, mean: Array, upper: Array) -> Array:

@@ -50,7 +50,7 @@ def test_other_software_reads_the_file(state: GbmCVNNPricerConfig, tmp_path: obj
     with open(path, "wb") as file:
         file.write(encode(Snapshot.of(state)))
     tensors = safetensors.torch.load_file(path)
-    assert torch.equal(tensors["model.layers.0.weight_real"], state.cvnn.state_dict()["layers.0.weight_real"])
+    assert torch.equal(tensors["model.layers.0.weight"], state.cvnn.state_dict()["layers.0.weight"])
     assert tensors["rng.cpu"].dtype == torch.uint8
 
 

@@ -16,7 +16,8 @@ from smc.checkpoint import Snapshot, decode, encode, restore
 from smc.gbm import BlackScholes, BlackScholesConfig
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
 from smc.sobol_sampler import SobolSampler
-from smc.spectrum import quantile_spectrum
+from smc.spectrum import quantile_levels, quantile_spectrum
+from smc.spectrum_cuda import put_levels
 from smc.storage import AsyncBlockchainModelStore
 from tests.conftest import small_config, small_simulation, small_training
 
@@ -116,6 +117,45 @@ def test_normalised_forwards_have_the_forward_as_their_mean() -> None:
 def test_the_spectrum_is_the_same_on_both_devices() -> None:
     payoffs = engine("cuda", dtype="float64").discounted_puts(CONTRACTS)
     torch.testing.assert_close(quantile_spectrum(payoffs, 32).cpu(), quantile_spectrum(payoffs.cpu(), 32))
+
+
+def price_rows(kind: str, paths: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(paths)
+    z = torch.randn(5, paths, dtype=torch.float64, generator=generator)
+    rows = {
+        "log-normal": 100 * torch.exp(0.2 * z),
+        "narrow": 100 * torch.exp(1e-6 * z),
+        "wide": 100 * torch.exp(3.0 * z),
+        "tied": torch.round(100 * torch.exp(0.2 * z)),
+        "equal": torch.full_like(z, 80.0),
+        "above the strike": 100 + z.abs(),
+        "at zero": torch.where(z < 0, 0.0, 100 * torch.exp(z)),
+        "one far out": torch.where(torch.arange(paths) == 7, 1e-30, 90 + z.abs()),
+    }[kind]
+    return rows.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("paths", [32, 96, 1000, 8192, 12_000, 131_072])
+@pytest.mark.parametrize(
+    "kind", ["log-normal", "narrow", "wide", "tied", "equal", "above the strike", "at zero", "one far out"]
+)
+def test_levels_by_ranks_are_those_of_a_sort(kind: str, paths: int, dtype: torch.dtype) -> None:
+    prices = price_rows(kind, paths, dtype)
+    strike = torch.tensor([100, 100, 50, 1e-3, 1e6], dtype=dtype)
+    scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
+    size = paths // 8 if paths % 8 == 0 else paths // 4
+    wanted = quantile_levels((strike[:, None] - prices).clamp(min=0) * scale[:, None], size)
+    got = put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
+    torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6 if dtype == torch.float32 else 1e-13, atol=1e-6)
+    assert torch.equal(got, put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size))
+
+
+def test_a_price_that_is_no_number_shows_in_the_levels() -> None:
+    prices = torch.full((1, 64), 90.0, device="cuda")
+    prices[0, 3] = torch.nan
+    one = torch.ones(1, device="cuda")
+    assert put_levels(prices, 100 * one, one, 8).isnan().any()
 
 
 def test_training_on_the_gpu_resumes_bit_for_bit_and_its_checkpoint_opens_on_the_cpu() -> None:

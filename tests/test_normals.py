@@ -25,14 +25,14 @@ from smc.normals import _lower_quantile32, box_muller, bridge_increments, philox
 def test_philox_gives_the_published_words(
     counter: tuple[int, int, int, int], key: tuple[int, int], expected: tuple[int, ...]
 ) -> None:
-    words = philox4x32(np, key[0] | key[1] << 32, counter)
+    words = philox4x32(key[0] | key[1] << 32, counter)
     assert tuple(int(w) for w in words) == expected
 
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_box_muller_normals_are_normal_and_independent(precision: Precision) -> None:
-    words = philox4x32(np, 5, (np.arange(250_000, dtype=np.uint64), 0, 0, 0))
-    normals = box_muller(np, words, precision)
+    words = philox4x32(5, (np.arange(250_000, dtype=np.uint64), 0, 0, 0))
+    normals = box_muller(words, precision)
     for z in normals:
         assert z.dtype == precision.numpy
         assert stats.kstest(z, "norm").pvalue > 1e-4
@@ -49,7 +49,7 @@ def test_the_float32_quantile_is_accurate_in_both_regions() -> None:
 
 @pytest.mark.parametrize("precision", list(Precision))
 def test_sobol_normals_are_one_to_a_stratum(precision: Precision) -> None:
-    z = sobol_normals(np, 9, np.array([4, 5], dtype=np.uint64), 1024, 3, precision)
+    z = sobol_normals(9, np.array([4, 5], dtype=np.uint64), 1024, 3, precision)
     assert z.shape == (2, 3, 1024)
     assert z.dtype == precision.numpy
     strata = np.floor(stats.norm.cdf(z.astype(np.float64)) * 1024 * (1 - 1e-7)).astype(int)
@@ -60,7 +60,7 @@ def test_sobol_normals_are_one_to_a_stratum(precision: Precision) -> None:
 
 
 def test_each_contract_has_a_scrambling_of_its_own() -> None:
-    z = sobol_normals(np, 9, np.arange(200, dtype=np.uint64), 64, 2, Precision.float64)
+    z = sobol_normals(9, np.arange(200, dtype=np.uint64), 64, 2, Precision.float64)
     assert len({row.tobytes() for row in z[:, 0]}) == 200
     first = z[:, 0, 0]
     assert stats.kstest(first, "norm").pvalue > 1e-4
@@ -68,8 +68,8 @@ def test_each_contract_has_a_scrambling_of_its_own() -> None:
 
 
 def test_a_contract_beyond_32_bits_has_its_own_stream() -> None:
-    near = sobol_normals(np, 9, np.array([5], dtype=np.uint64), 64, 1, Precision.float64)
-    far = sobol_normals(np, 9, np.array([5 + 2**32], dtype=np.uint64), 64, 1, Precision.float64)
+    near = sobol_normals(9, np.array([5], dtype=np.uint64), 64, 1, Precision.float64)
+    far = sobol_normals(9, np.array([5 + 2**32], dtype=np.uint64), 64, 1, Precision.float64)
     assert not np.allclose(near, far)
 
 

@@ -66,12 +66,12 @@ def test_list_versions(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_inspect(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", ledger, "v0000000001"]) == 0
     out = capsys.readouterr().out
-    assert "model.layers.0.weight_real" in out
+    assert "model.layers.0.weight" in out
     assert "global_step     4" in out
     assert main(["inspect", ledger, "--json"]) == 0
     shown = orjson.loads(capsys.readouterr().out)
     assert shown["version"]["version"] == "v0000000003"
-    assert shown["tensors"]["model.layers.0.weight_real"] == ["float32", 16, 7]
+    assert shown["tensors"]["model.layers.0.weight"] == ["float32", 16, 7, 2]
 
 
 def test_an_empty_ledger(on_seaweed: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,77 @@
+"""The GPU: whether there is one to work on, and CUDA kernels over torch's memory.
+
+CuPy compiles and launches; torch owns every byte and the stream, so a kernel can be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smc.errors import ConfigError
+
+__all__ = ["Kernel", "require_device"]
+
+# A block may have this much shared memory without being asked for more, and at most so much on a GPU of
+# compute capability 8.0 or later.
+_SHARED_DEFAULT = 48 * 1024
+
+
+def require_device(device: torch.device | str) -> torch.device:
+    """The device, checked: the CPU, or a CUDA device that torch sees and CuPy can use.
+
+    Raises: ConfigError saying what is missing. There is no silent fallback from one to the other.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ConfigError(f"device {device}: only 'cpu' and 'cuda' are supported")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: torch {torch.__version__} sees no CUDA device here")
+    _cupy()
+    return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+class Kernel:
+    """One CUDA kernel, compiled when it is first launched; `defines` become preprocessor macros."""
+
+    def __init__(self, source: str, name: str, **defines: int) -> None:
+        self.source, self.name, self.defines = source, name, defines
+
+    def __call__(
+        self, grid: Sequence[int], block: int, arguments: Sequence[Tensor | np.generic], *, shared: int = 0
+    ) -> None:
+        """Launch on torch's current stream, `shared` bytes of dynamic shared memory to a block."""
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        with torch.cuda.device(device):
+            stream = _cupy().cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index)
+            raw = self.raw
+            if shared > max(_SHARED_DEFAULT, raw.max_dynamic_shared_size_bytes):
+                raw.max_dynamic_shared_size_bytes = shared
+            pointers = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+            with stream:
+                raw(tuple(grid), (block,), tuple(pointers), shared_mem=shared)
+
+    @cached_property
+    def raw(self) -> Any:
+        """CuPy's RawKernel."""
+        options = ("--std=c++17", *(f"-D{name}={value}" for name, value in self.defines.items()))
+        return _cupy().RawKernel(self.source, self.name, options=options)
+
+
+def _cupy() -> ModuleType:
+    try:
+        import cupy
+    except ImportError as error:
+        raise ConfigError(
+            "CuPy is not installed, and the simulation runs on it when the model is on a GPU: "
+            f"pip install 'spectralmc[cuda13]' or 'spectralmc[cuda12]' ({error})"
+        ) from None
+    return cupy
