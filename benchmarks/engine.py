@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -52,7 +53,6 @@ def on_gpu(report: Report) -> None:
         size = f"{n} x {1024 * batches} x {STEPS}"
         table = torch.from_numpy(sampler.sample(n)).cuda()
         path_steps = n * 1024 * batches * STEPS
-        large = n == 256
         times = {}
         strike, scale = table[:, 1].float(), torch.ones(n, device="cuda")
         times = {}
@@ -69,8 +69,6 @@ def on_gpu(report: Report) -> None:
         ratio = whole / times["log-Euler"]
         report.add(f"target chain against the paths alone, {size}", ratio, "x", at_most=2.0 if n == 256 else None)
         prices = simulated.simulate(table, first)
-        levels = gpu_seconds(captured(partial(put_spectrum, prices.clone(), strike, scale, 1024)))
-        report.add(f"levels and spectrum alone (of ordered prices at 131072), {size}", levels * 1e3, "ms")
         seconds = gpu_seconds(partial(prices.sort, dim=1), repeats=5)
         report.add(f"torch.sort of the prices alone, {size}", seconds * 1e3, "ms")
     fast = engine("cuda", 1024, 128, sampling="sobol")
@@ -103,17 +101,15 @@ def roofline(report: Report) -> None:
 
 
 def _instructions_per_step(log_return: bool) -> float:
-    from cupy.cuda import compiler
-
     kernel = path_kernel("pseudorandom", log_return, Precision.float32)
-    options = ("--std=c++17", *(f"-D{k}={v}" for k, v in kernel.defines.items()))
-    cubin, _ = compiler.compile_using_nvrtc(kernel.source, options)
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "paths.cubin"
-        path.write_bytes(cubin)
-        out = subprocess.run(["cuobjdump", "-sass", str(path)], capture_output=True, text=True, check=True).stdout
-    body = out[out.index("Function : pseudorandom") :]
-    body = body[: body.find("Function :", 20)] if body.find("Function :", 20) > 0 else body
+        source, cubin = Path(directory) / "paths.cu", Path(directory) / "paths.cubin"
+        source.write_text(kernel.source)
+        defines = [f"-D{name}={value}" for name, value in kernel.defines.items()]
+        compiled = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", *defines, "-o", str(cubin), str(source)]
+        subprocess.run(compiled, capture_output=True, check=True)
+        out = subprocess.run(["cuobjdump", "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    body = out[out.index("Function : pseudorandom") :].split("Function :")[1]
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
     address = [int(a, 16) for a, _ in lines]
     loops = []
@@ -123,6 +119,8 @@ def _instructions_per_step(log_return: bool) -> float:
             loops.append((address.index(int(target[1], 16)), i))
     start, end = max(loops, key=lambda loop: sum("MUFU.LG2" in t for _, t in lines[loop[0] : loop[1]]))
     inner = [text for _, text in lines[start : end + 1]]
+    if os.environ.get("SMC_SHOW_SASS"):
+        print("\n".join(inner))
     return len(inner) / (2 * sum("MUFU.LG2" in text for text in inner))
 
 

@@ -49,13 +49,15 @@ __device__ __forceinline__ void normals(u32 c0, u32 c1, u32 c2, u32 c3, real* z)
 typedef float real;
 #define PER_BLOCK 4
 __device__ __forceinline__ void pair(u32 a, u32 b, real* z) {
-    const float u = fmaf((float)a, 0x1p-32f, 0x1p-33f);
-    // The fast logarithm may round to just above zero next to u = 1.
-    float radius;
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(radius) : "f"(fmaxf(-2.0f * __logf(u), 0.0f)));
+    // One instruction each: u is no denormal, so the forms that flush them need no guard. Next to u = 1 the
+    // fast logarithm may round to just above zero; the absolute value is free.
+    float log2u, radius, s, c;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2u) : "f"(fmaf((float)a, 0x1p-32f, 0x1p-33f)));
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(radius) : "f"(fabsf(1.38629436111989062f * log2u)));
     // The fast sine and cosine are accurate within (-pi, pi): turn the angle by half a circle.
-    float s, c;
-    __sincosf(fmaf((float)b, 6.28318530717958648f * 0x1p-32f, -3.14159265358979324f), &s, &c);
+    const float angle = fmaf((float)b, 6.28318530717958648f * 0x1p-32f, -3.14159265358979324f);
+    asm("sin.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(angle));
+    asm("cos.approx.ftz.f32 %0, %1;" : "=f"(c) : "f"(angle));
     z[0] = -radius * c;  z[1] = -radius * s;
 }
 __device__ __forceinline__ void normals(u32 c0, u32 c1, u32 c2, u32 c3, real* z) {
