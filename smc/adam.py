@@ -22,14 +22,13 @@ class AdamState:
     exp_avg_sq: Mapping[str, Tensor]
 
 
-def adam_state(optimizer: torch.optim.Adam, model: nn.Module) -> AdamState | None:
-    """The state by reference, or None before the first step."""
+def adam_state(optimizer: torch.optim.Adam, model: nn.Module, step: int) -> AdamState | None:
+    """The state by reference, or None before the first step. Reads nothing from the device."""
     state = {n: optimizer.state[p] for n, p in model.named_parameters() if p in optimizer.state}
-    if not state:
+    if step == 0 or not state:
         return None
-    steps = int(next(iter(state.values()))["step"])
     return AdamState(
-        steps,
+        step,
         {name: values["exp_avg"] for name, values in state.items()},
         {name: values["exp_avg_sq"] for name, values in state.items()},
     )

@@ -25,14 +25,15 @@ from smc.commits import DEFAULT_MESSAGE, BackgroundCommits, CommitOutcome, Commi
 from smc.contracts import ContractsLike, resolve_domain
 from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
+from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
 from smc.pricer_config import GbmCVNNPricerConfig
-from smc.replay import Examples, ReplayBuffer
-from smc.scaling import Scaling, features, intrinsic, unit_of_price
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import PayoffDistribution, bin_weights, quantile_spectrum
+from smc.replay import ReplayBuffer
+from smc.scaling import Scaling
+from smc.spectrum import PayoffDistribution, bin_weights
 from smc.spool import CommitRecord
 from smc.training import Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
+from smc.training_step import Position, TrainingStep
 
 __all__ = [
     "GbmCVNNPricer",
@@ -68,32 +69,30 @@ class GbmCVNNPricer:
         self.domain = resolve_domain(config.domain_bounds)
         self.model = config.cvnn
         self.device = check_model(self.model, self._params.bins, self._params.dtype.torch)
-        self._engine = BlackScholes(
-            config.cfg.model_copy(update={"sim_params": self._params.model_copy(update={"skip": 0})}), self.device
-        )
-        self._sampler = SobolSampler(self.domain, seed=self._params.mc_seed, skip=config.sobol_skip)
-        self._simulated = self._params.skip
-        self._step = config.global_step
+        self._source = ExampleSource(BlackScholes(config.cfg, self.device), self.domain)
+        self._position = Position(config.global_step, config.sobol_skip, self._params.skip)
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
         self._resumed_from = config.resumed_from
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True, capturable=on_gpu)
+        self._adam_offset = -config.global_step  # from the global step to Adam's own
         if config.optimizer_state is not None:
             load_adam(self._optimizer, self.model, config.optimizer_state)
+            self._adam_offset += config.optimizer_state.step
         self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
         self._cuda_rng = list(config.torch_cuda_rng_states)
-        if not self._cuda_rng and self.device.type == "cuda":
+        if not self._cuda_rng and on_gpu:
             devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
             self._cuda_rng = [_seeded_rng_state(device, self._params.mc_seed) for device in devices]
         weights = bin_weights(self._params.network_size)
         weights[0] *= _PRICE_WEIGHT
         self._weights = weights.to(self.device, self._params.dtype.torch)
-        self._replay: ReplayBuffer | None = None
         self._lock = threading.Lock()
         self._active: int | None = None  # the thread that trains
         self._requests: queue.SimpleQueue[Future[GbmCVNNPricerConfig]] = queue.SimpleQueue()
         self._stop = threading.Event()
-        self._progress = Progress(self._step, self._step, None, training=False)
+        self._progress = Progress(config.global_step, config.global_step, None, training=False)
 
     # --- training -------------------------------------------------------------------------------------
 
@@ -119,42 +118,42 @@ class GbmCVNNPricer:
         """
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
-        fresh = self._fresh_per_batch(config)
+        at, losses = self._position, [math.nan]
         with self._training_thread(), self._own_rng():
-            self._prepare(fresh)
             plan = self._enter_plan(config)
-            first, end = self._step, self._step + config.num_batches
+            first, end, simulated = at.step, at.step + config.num_batches, at.simulated
+            train_one_batch = self._training_step(config, plan)
             commits = _Commits(self, blockchain_store, commit_message_template, experiment) if auto_commit else None
             started = time.perf_counter()
-            loss = torch.zeros(())
-            contracts = self._simulated
             try:
-                while self._step < end and not self._stop.is_set():
+                while at.step < end and not self._stop.is_set():
                     self._serve_requests()
-                    rate = plan.learning_rate(self._step)
-                    loss = self._update(self._next_batch(config, fresh), rate)
-                    self._step += 1
-                    batch = self._step - first
-                    if self._device_is_read(batch, config):
-                        value = self._finite(loss)
-                        self._progress = Progress(self._step, end, value, True, commits.pending if commits else 0)
+                    train_one_batch()
+                    batch = at.step - first
+                    commit_now = commit_interval and batch % commit_interval == 0 and at.step < end
+                    if commit_now or self._is_reported(batch, config):
+                        losses = self._finite(train_one_batch.losses()) or losses
+                    if self._is_reported(batch, config):
+                        pending = commits.pending if commits else 0
+                        self._progress = Progress(at.step, end, losses[-1], True, pending)
                         if logger is not None:
-                            seconds = time.perf_counter() - started
-                            logger(StepReport(self._step, batch, value, rate, self._simulated, seconds))
-                    if commits and commit_interval and batch % commit_interval == 0 and self._step < end:
-                        commits.submit(self._finite(loss), batch)
-                batch = self._step - first
-                if commits and commits.last_step != self._step and batch:
-                    commits.submit(self._finite(loss), batch, final=True)
+                            rate, seconds = plan.learning_rate(at.step - 1), time.perf_counter() - started
+                            logger(StepReport(at.step, batch, losses[-1], rate, at.simulated, seconds))
+                    if commits and commit_now:
+                        commits.submit(losses[-1], batch)
+                batch = at.step - first
+                losses = self._finite(train_one_batch.losses()) or losses
+                if commits and commits.last_step != at.step and batch:
+                    commits.submit(losses[-1], batch, final=True)
             finally:
                 outcomes = commits.close() if commits else ()
             return TrainingResult(
-                batches=self._step - first,
-                global_step=self._step,
-                loss=self._finite(loss),
+                batches=at.step - first,
+                global_step=at.step,
+                loss=losses[-1],
                 seconds=time.perf_counter() - started,
-                contracts=self._simulated - contracts,
-                stopped=self._step < end,
+                contracts=at.simulated - simulated,
+                stopped=at.step < end,
                 commits=outcomes,
             )
 
@@ -205,70 +204,49 @@ class GbmCVNNPricer:
         return prediction.greeks(self._predictor(), contracts, kind, outside)
 
     def _predictor(self) -> prediction.Predictor:
-        if self._scaling is None:
-            self._scaling = self._measure_scaling()
-        return prediction.Predictor(self.model, self._scaling, self.domain, self._params.network_size)
-
-    # --- one training step ----------------------------------------------------------------------------
-
-    def _next_batch(self, config: TrainingConfig, fresh: int) -> Examples:
-        first = self._simulated
-        new = self._simulate(self._sampler.sample(fresh), first)
-        self._simulated += fresh
-        if fresh == config.batch_size:
-            return new
-        assert self._replay is not None
-        self._replay.insert(new, first)
-        old = self._replay.draw(config.batch_size - fresh, self._step)
-        return Examples(*(torch.cat(pair) for pair in zip(new, old, strict=True)))
-
-    def _simulate(self, contracts: np.ndarray, first: int) -> Examples:
-        payoffs = self._engine.discounted_puts(contracts, offset=first)
-        spectrum = quantile_spectrum(payoffs, self._params.network_size)
-        table = torch.from_numpy(contracts).to(self.device)
-        dtype = self._params.dtype.torch
-        unit = unit_of_price(table).to(dtype)[:, None]
-        real, imag = spectrum.real / unit, spectrum.imag / unit
-        real[:, 0] -= intrinsic(table).to(dtype)
-        return Examples(features(table, self.domain).to(dtype), real, imag)
-
-    def _update(self, batch: Examples, rate: float) -> Tensor:
-        assert self._scaling is not None
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        out_real, out_imag = self.model(batch.inputs, torch.zeros_like(batch.inputs))
-        real, imag = self._scaling.restore(out_real, out_imag)
-        squared = (real - batch.real).square() + (imag - batch.imag).square()
-        loss = (squared @ self._weights).mean()
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        return loss.detach()
+        return prediction.Predictor(self.model, self._measured_scaling(), self.domain, self._params.network_size)
 
     # --- state ----------------------------------------------------------------------------------------
 
-    def _prepare(self, fresh: int) -> None:
-        if self._scaling is None:
-            self._scaling = self._measure_scaling()
-        if self._replay is None:
-            self._replay = ReplayBuffer(self._params.buffer_size, self._params.mc_seed)
-            # What the buffer held is simulated again: it is a function of the counters alone.
-            missing = min(self._params.buffer_size, self._simulated, self._sampler.skip)
-            sampler = SobolSampler(self.domain, seed=self._params.mc_seed, skip=self._sampler.skip - missing)
-            first = self._simulated - missing
-            while first < self._simulated:
-                count = min(256, self._simulated - first)
-                self._replay.insert(self._simulate(sampler.sample(count), first), first)
-                first += count
+    def _training_step(self, config: TrainingConfig, plan: TrainingPlan) -> TrainingStep:
+        fresh = self._fresh_per_batch(config)
+        replay = self._filled_replay() if fresh < config.batch_size else None
+        return TrainingStep(
+            self.model,
+            self._optimizer,
+            self._source,
+            self._measured_scaling(),
+            self._weights,
+            plan.learning_rate,
+            self._position,
+            fresh=fresh,
+            batch_size=config.batch_size,
+            replay=replay,
+        )
 
-    def _measure_scaling(self) -> Scaling:
-        sampler = SobolSampler(self.domain, seed=self._params.mc_seed)
-        examples = self._simulate(sampler.sample(_SCALING_CONTRACTS), 0)
-        return Scaling.of(examples.real, examples.imag)
+    def _filled_replay(self) -> ReplayBuffer:
+        """What the buffer held is simulated again: it is a function of the counters alone."""
+        at, capacity = self._position, self._params.buffer_size
+        missing = min(capacity, at.simulated, at.drawn)
+        replay = ReplayBuffer(capacity, self._params.mc_seed, at.simulated - missing, self._examples(0, 0, 1))
+        for start in range(-missing, 0, 256):
+            count = min(256, -start)
+            first = torch.tensor(at.simulated + start, device=self.device)
+            replay.insert(self._examples(at.drawn + start, at.simulated + start, count), first)
+        return replay
+
+    def _examples(self, drawn: int, simulated: int, count: int) -> Examples:
+        return self._source.simulate(self._source.contracts(drawn, count), torch.tensor(simulated, device=self.device))
+
+    def _measured_scaling(self) -> Scaling:
+        if self._scaling is None:
+            self._scaling = Scaling.of(self._examples(0, 0, _SCALING_CONTRACTS).targets)
+        return self._scaling
 
     def _enter_plan(self, config: TrainingConfig) -> TrainingPlan:
-        if self._plan is None or not self._plan.covers(self._step, config):
-            self._plan = TrainingPlan(config=config, start=self._step)
+        step = self._position.step
+        if self._plan is None or not self._plan.covers(step, config):
+            self._plan = TrainingPlan(config=config, start=step)
         return self._plan
 
     def _fresh_per_batch(self, config: TrainingConfig) -> int:
@@ -278,17 +256,17 @@ class GbmCVNNPricer:
             return config.batch_size
         return min(config.batch_size, max(4, config.batch_size // 8))
 
-    def _device_is_read(self, batch: int, config: TrainingConfig) -> bool:
+    def _is_reported(self, batch: int, config: TrainingConfig) -> bool:
         return self.device.type == "cpu" or batch % _GPU_REPORT_EVERY == 0 or batch == config.num_batches
 
-    def _finite(self, loss: Tensor) -> float:
-        value = float(loss)
-        if not math.isfinite(value):
+    def _finite(self, losses: list[float]) -> list[float]:
+        if not all(map(math.isfinite, losses)):
+            wrong = next(loss for loss in losses if not math.isfinite(loss))
             raise NumericsError(
-                f"the loss is {value} at step {self._step}: nothing from here on is committed; "
+                f"the loss is {wrong} at step {self._position.step}: nothing from here on is committed; "
                 "lower learning_rate, or resume from the last version"
             )
-        return value
+        return losses
 
     def _copy(self) -> GbmCVNNPricerConfig:
         state = self._state()
@@ -301,14 +279,15 @@ class GbmCVNNPricer:
         """The state by reference: the next step changes what it points to."""
         if self._active is not None:
             self._cpu_rng, self._cuda_rng = torch.get_rng_state().numpy().tobytes(), self._cuda_states()
-        params = self._params.model_copy(update={"skip": self._simulated})
+        at = self._position
+        params = self._params.model_copy(update={"skip": at.simulated})
         return GbmCVNNPricerConfig(
             cfg=self._cfg.model_copy(update={"sim_params": params}),
             domain_bounds=self.domain,
             cvnn=self.model,
-            optimizer_state=adam_state(self._optimizer, self.model),
-            global_step=self._step,
-            sobol_skip=self._sampler.skip,
+            optimizer_state=adam_state(self._optimizer, self.model, at.step + self._adam_offset),
+            global_step=at.step,
+            sobol_skip=at.drawn,
             torch_cpu_rng_state=self._cpu_rng,
             torch_cuda_rng_states=self._cuda_rng,
             scaling=self._scaling,

@@ -27,33 +27,28 @@ _SHARPNESS = 1.7
 class Scaling:
     """Per-bin mean and standard deviation of scaled spectra, measured on the first training contracts.
 
-    Shapes: each (bins,). Part of every checkpoint: a model means nothing without it.
+    Shapes: mean (bins, 2), its real and imaginary parts; spread (bins,). Part of every checkpoint: a model
+    means nothing without it.
     """
 
-    mean_real: Tensor
-    mean_imag: Tensor
+    mean: Tensor
     spread: Tensor
 
     @classmethod
-    def of(cls, real: Tensor, imag: Tensor) -> Scaling:
-        """Measured on scaled spectra. Shapes: two of (n, bins)."""
-        variance = real.var(dim=0) + imag.var(dim=0)
-        spread = variance.sqrt()
+    def of(cls, targets: Tensor) -> Scaling:
+        """Measured on scaled spectra. Shapes: (n, bins, 2)."""
+        spread = targets.var(dim=0).sum(dim=1).sqrt()
         # A bin that does not vary (the imaginary part of bin 0 never does) is still divided by something.
         floor = spread.max() * 1e-6 + torch.finfo(spread.dtype).tiny
-        return cls(real.mean(dim=0), imag.mean(dim=0), spread.clamp(min=float(floor)))
+        return cls(targets.mean(dim=0), spread.clamp(min=float(floor)))
 
     def to(self, device: torch.device) -> Scaling:
         """The same on another device."""
-        return Scaling(self.mean_real.to(device), self.mean_imag.to(device), self.spread.to(device))
-
-    def standardise(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled spectra to network outputs. Shapes: two of (n, bins) -> same."""
-        return (real - self.mean_real) / self.spread, (imag - self.mean_imag) / self.spread
+        return Scaling(self.mean.to(device), self.spread.to(device))
 
     def restore(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
-        """Network outputs to scaled spectra: the inverse of `standardise`."""
-        return real * self.spread + self.mean_real, imag * self.spread + self.mean_imag
+        """Network outputs to scaled spectra. Shapes: two of (n, bins) -> same."""
+        return real * self.spread + self.mean[:, 0], imag * self.spread + self.mean[:, 1]
 
 
 def features(contracts: Tensor, domain: Mapping[str, BoundSpec]) -> Tensor:

@@ -44,9 +44,13 @@ class SobolSampler:
 
     def sample(self, n: int) -> npt.NDArray[np.float64]:
         """The next n contracts. Shapes: -> (n, 6)."""
-        points = self.unit_points(self.skip, n)
+        contracts = self.at(self.skip, n)
         self.skip += n
-        return self._lower + self._width * points
+        return contracts
+
+    def at(self, start: int, n: int) -> npt.NDArray[np.float64]:
+        """Contracts start ... start + n - 1, without moving `skip`. Shapes: -> (n, 6)."""
+        return self._lower + self._width * self.unit_points(start, n)
 
     def unit_points(self, start: int, n: int) -> npt.NDArray[np.float64]:
         """Points start ... start + n - 1 of the sequence in the unit cube, without moving `skip`."""

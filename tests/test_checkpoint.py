@@ -65,9 +65,9 @@ def test_a_template_gives_the_architecture_and_is_not_changed(state: GbmCVNNPric
 @pytest.mark.parametrize(
     ("hidden", "message"),
     [
-        ((16, 17), r"'layers.1.bias_imag' is \(17,\) torch.float32 in the template and \(16,\)"),
-        ((16, 16, 17), "'layers.3.bias_imag' is only in model_template"),
-        ((16,), "'layers.1.bias_imag' is"),
+        ((16, 17), r"'layers.1.bias' is \(17, 2\) torch.float32 in the template and \(16, 2\)"),
+        ((16, 16, 17), "'layers.3.bias' is only in model_template"),
+        ((16,), "'layers.1.bias' is"),
     ],
 )
 def test_a_template_that_does_not_fit_is_refused(

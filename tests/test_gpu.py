@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from scipy import stats
 
 from smc import black_scholes
 from smc.checkpoint import Snapshot, decode, encode, restore
+from smc.cuda import Kernel
+from smc.errors import NumericsError
 from smc.gbm import BlackScholes, BlackScholesConfig
+from smc.gbm_cuda import PATHS_SOURCE
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
 from smc.sobol_sampler import SobolSampler
 from smc.spectrum import quantile_levels, quantile_spectrum
 from smc.spectrum_cuda import put_levels
 from smc.storage import AsyncBlockchainModelStore
+from smc.training_step import TrainingStep
 from tests.conftest import small_config, small_simulation, small_training
 
 pytestmark = pytest.mark.gpu
@@ -156,6 +161,183 @@ def test_a_price_that_is_no_number_shows_in_the_levels() -> None:
     prices[0, 3] = torch.nan
     one = torch.ones(1, device="cuda")
     assert put_levels(prices, 100 * one, one, 8).isnan().any()
+
+
+# Writes every word and every normal that the path kernel would draw, at the same counters.
+DUMP = r"""
+extern "C" __global__ void dump(const u64 stream, const u64 seed, const int paths, const int blocks, u32* words, real* z) {
+    const int path = blockIdx.x * blockDim.x + threadIdx.x, block = blockIdx.y;
+    if (path >= paths) return;
+    u32 c0 = path, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+    philox4x32_10(c0, c1, c2, c3, (u32)seed, (u32)(seed >> 32));
+    const u64 at = (u64)block * paths + path;
+    if (words) { words[4 * at] = c0; words[4 * at + 1] = c1; words[4 * at + 2] = c2; words[4 * at + 3] = c3; }
+    if (z) {
+        real n[PER_BLOCK];
+        normals(c0, c1, c2, c3, n);
+        for (int i = 0; i < PER_BLOCK; ++i) z[((u64)block * PER_BLOCK + i) * paths + path] = n[i];
+    }
+}
+"""
+
+
+def drawn_normals(stream: int, paths: int, blocks: int, double: bool = False) -> torch.Tensor:
+    """Shapes: -> (steps, paths)."""
+    kernel = Kernel(PATHS_SOURCE + DUMP, "dump", LOG_RETURN=1, DOUBLE=int(double))
+    dtype = torch.float64 if double else torch.float32
+    z = torch.empty((blocks * (2 if double else 4), paths), dtype=dtype, device="cuda")
+    nothing = z.new_empty(0)
+    sizes = (np.uint64(stream), np.uint64(7), np.int32(paths), np.int32(blocks))
+    kernel((-(-paths // 256), blocks), 256, (*sizes, nothing, z))
+    return z
+
+
+def test_a_billion_normals_have_the_moments_the_distribution_and_the_tails_of_normals() -> None:
+    per_call, blocks, calls = 1 << 20, 16, 15
+    count = per_call * blocks * 4 * calls
+    assert count >= 1_000_000_000
+    moments = torch.zeros(6, dtype=torch.float64, device="cuda")
+    edges = torch.linspace(-6, 6, 4801, device="cuda", dtype=torch.float32)
+    below = torch.zeros(len(edges), dtype=torch.int64, device="cuda")
+    tails = dict.fromkeys((3.0, 4.0, 5.0, 5.5, 6.0), 0)
+    for call in range(calls):
+        z = drawn_normals(call, per_call, blocks).view(-1)
+        histogram = torch.bincount(torch.bucketize(z, edges), minlength=len(edges) + 1)
+        below += histogram.cumsum(0)[:-1]
+        for t in tails:
+            tails[t] += int((z.abs() > t).sum())
+        power = torch.ones_like(z, dtype=torch.float64)
+        for k in range(6):
+            power *= z
+            moments[k] += power.sum()
+    # Standard errors of the first six moments: sqrt((E z^2k - (E z^k)^2) / n).
+    exact, variance = np.array([0, 1, 0, 3, 0, 15]), np.array([1, 2, 15, 96, 945, 10170])
+    score = (moments.cpu().numpy() / count - exact) / np.sqrt(variance / count)
+    distance = np.abs(below.cpu().numpy() / count - stats.norm.cdf(edges.cpu().double().numpy())).max()
+    expected = {t: 2 * count * stats.norm.sf(t) for t in tails}
+    print(f"{count:,} normals: moments {np.round(score, 2)} standard errors off, KS {distance * count**0.5:.2f}")
+    print("tails: " + ", ".join(f"|z| > {t:g}: {tails[t]:,} of {expected[t]:,.1f}" for t in tails))
+    assert np.abs(score).max() < 4
+    assert distance * np.sqrt(count) < 1.95  # p = 1e-3
+    for t, seen in tails.items():
+        assert abs(seen - expected[t]) < 4 * np.sqrt(expected[t]) + 1, (t, seen, expected[t])
+
+
+def test_no_two_contracts_paths_or_steps_share_their_random_words() -> None:
+    kernel = Kernel(PATHS_SOURCE + DUMP, "dump", LOG_RETURN=1, DOUBLE=0)
+    paths, blocks = 4096, 25
+    seen = []
+    for stream in (0, 1, 2, 31, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40):
+        words = torch.empty((blocks * paths, 4), dtype=torch.int32, device="cuda")
+        sizes = (np.uint64(stream), np.uint64(7), np.int32(paths), np.int32(blocks))
+        kernel((paths // 256, blocks), 256, (*sizes, words, torch.empty(0, device="cuda")))
+        seen.append(words.view(torch.int64)[:, 0])
+    every = torch.cat(seen)
+    assert len(every.unique()) == len(every)
+
+
+def test_neighbouring_contracts_paths_and_steps_are_uncorrelated() -> None:
+    a, b = (drawn_normals(stream, 1 << 20, 25).double() for stream in (4, 5))
+    pairs = {
+        "contracts": (a, b),
+        "paths": (a[:, :-1], a[:, 1:]),
+        "steps": (a[:-1], a[1:]),
+        "steps of next contracts": (a[:-1], b[1:]),
+        "squares of steps": (a[:-1].square() - 1, a[1:].square() - 1),
+    }
+    for name, (x, y) in pairs.items():
+        score = float((x * y).mean() / (x.std() * y.std())) * x.numel() ** 0.5
+        assert abs(score) < 4.5, (name, score)
+
+
+def test_float64_log_euler_is_within_four_standard_errors_of_the_closed_form_at_1e9_paths() -> None:
+    contracts = CONTRACTS[:3]
+    simulated = engine("cuda", dtype="float64", network_size=1024, batches_per_mc_run=1 << 16, timesteps=4)
+    total = torch.zeros(2, len(contracts), dtype=torch.float64, device="cuda")
+    for call in range(15):
+        for i, contract in enumerate(contracts):
+            payoffs = simulated.discounted_puts(contract, offset=3 * call + i)[0]
+            total[:, i] += torch.stack([payoffs.sum(), payoffs.square().sum()])
+    count = 15 * 1024 * (1 << 16)
+    assert count >= 1_000_000_000
+    mean, square = (total / count).cpu().numpy()
+    z = (mean - black_scholes.price(contracts)) / np.sqrt((square - mean**2) / count)
+    print(f"float64 log-Euler, {count:,} paths a contract: {np.round(z, 2)} standard errors off")
+    assert np.abs(z).max() < 4
+
+
+def losses_of(training: TrainingConfig, *, eager: bool = False, **changes: Any) -> tuple[list[float], GbmCVNNPricer]:
+    pricer = GbmCVNNPricer(small_config("cuda", **changes))
+    found: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if eager:
+            patch.setattr(TrainingStep, "_captured", lambda self: None)
+        read = TrainingStep.losses
+        patch.setattr(TrainingStep, "losses", lambda self: found.extend(new := read(self)) or new)
+        pricer.train(training)
+    return found, pricer
+
+
+@pytest.mark.parametrize(
+    ("changes", "training"),
+    [
+        ({}, {}),
+        ({"dtype": "float64"}, {}),
+        ({"sampling": "sobol"}, {}),
+        ({"buffer_size": 96}, {"fresh_per_batch": 5}),
+    ],
+    ids=["default", "float64", "sobol", "replay"],
+)
+def test_the_graphs_losses_are_the_eager_ones(
+    changes: dict[str, Any], training: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_training(200, **training)
+    captured, one = losses_of(config, **changes)
+    assert "eagerly" not in caplog.text
+    eager, two = losses_of(config, eager=True, **changes)
+    assert len(captured) == len(eager) == 200
+    np.testing.assert_allclose(captured, eager, rtol=1e-4 if changes.get("dtype") != "float64" else 1e-10)
+    np.testing.assert_allclose(one.predict_price(CONTRACTS), two.predict_price(CONTRACTS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [{}, {"fresh_per_batch": 5}], ids=["all fresh", "replay"])
+@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
+def test_a_run_resumed_mid_graph_is_bit_for_bit_the_same(training: dict[str, Any], sampling: str) -> None:
+    whole = GbmCVNNPricer(small_config("cuda", buffer_size=96, sampling=sampling))
+    whole.train(small_training(130, **training))
+    first = GbmCVNNPricer(small_config("cuda", buffer_size=96, sampling=sampling))
+    first.train(small_training(130, **training), logger=lambda report: first.stop() if report.step == 50 else None)
+    assert first.progress.step == 50
+    second = GbmCVNNPricer(first.snapshot())
+    second.train(small_training(80, **training))
+    assert encode(Snapshot.of(second.snapshot())) == encode(Snapshot.of(whole.snapshot()))
+
+
+def test_a_model_that_cannot_be_captured_trains_eagerly_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    class Peeking(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, real: torch.Tensor, imag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            assert float(real.abs().max()) < 1e6  # reads the device: no graph can hold that
+            return self.inner(real, imag)
+
+    plain = GbmCVNNPricer(small_config("cuda"))
+    plain.train(small_training(60))
+    config = small_config("cuda")
+    peeking = GbmCVNNPricer(replace(config, cvnn=Peeking(config.cvnn)))
+    result = peeking.train(small_training(60))
+    assert caplog.text.count("Training steps run eagerly: the step cannot be captured as a CUDA graph") == 1
+    assert result.batches == 60
+    np.testing.assert_allclose(peeking.predict_price(CONTRACTS), plain.predict_price(CONTRACTS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_training_on_the_gpu() -> None:
+    pricer = GbmCVNNPricer(small_config("cuda"))
+    with pytest.raises(NumericsError, match="the loss is"):
+        pricer.train(small_training(200, learning_rate=1e30, schedule="constant"))
+    assert pricer.progress.step <= 60
 
 
 def test_training_on_the_gpu_resumes_bit_for_bit_and_its_checkpoint_opens_on_the_cpu() -> None:

@@ -1,0 +1,218 @@
+"""One training step: contracts, targets, forward, loss, backward, Adam. On a GPU one CUDA graph, replayed.
+
+Everything that changes from step to step is read from device memory: a window of upcoming contracts, learning
+rates and replay slots is prepared at once, and a counter on the device walks through it. So the eager step
+and the captured one are the same lines, and nothing is read back but the losses, when they are asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from smc.examples import Contracts, Examples, ExampleSource
+from smc.replay import ReplayBuffer
+from smc.scaling import Scaling
+
+__all__ = ["Position", "TrainingStep"]
+
+logger = logging.getLogger("smc.training")
+
+# Contracts prepared at a time: on a GPU enough that preparing them is rare, on a CPU a block of the stream.
+_AHEAD = {"cuda": 1 << 15, "cpu": 1 << 10}
+
+
+@dataclass
+class Position:
+    """Where training stands: steps done, contracts drawn from the Sobol stream, contracts simulated."""
+
+    step: int
+    drawn: int
+    simulated: int
+
+
+class TrainingStep:
+    """Trains `model` by one batch a call, moving `position` on.
+
+    A batch is `fresh` new contracts and, with a replay buffer, others that it holds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Adam,
+        source: ExampleSource,
+        scaling: Scaling,
+        bin_weights: Tensor,
+        learning_rate: Callable[[int], float],
+        position: Position,
+        *,
+        fresh: int,
+        batch_size: int,
+        replay: ReplayBuffer | None,
+    ) -> None:
+        self._model, self._optimizer, self._source, self._replay = model, optimizer, source, replay
+        self._learning_rate, self.position = learning_rate, position
+        self._fresh, self._old = fresh, batch_size - fresh
+        device = bin_weights.device
+        self._device = device
+        # The loss in one difference: outputs and targets on the scale whose squares are to be summed.
+        root = bin_weights.sqrt()[:, None]
+        self._gain, self._target_mean, self._target_gain = scaling.spread[:, None] * root, scaling.mean, root
+        self._steps = max(1, _AHEAD[device.type] // fresh)
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)  # step within the window
+        self._rows = torch.arange(fresh, device=device)
+        self._losses = torch.zeros(self._steps, dtype=bin_weights.dtype, device=device)
+        self._base = torch.zeros((), dtype=torch.int64, device=device)
+        self._rates = torch.zeros(self._steps, dtype=torch.float64, device=device)
+        self._rate = torch.zeros((), device=device)
+        self._slots = torch.zeros((self._steps, self._old), dtype=torch.int64, device=device)
+        self._window: Contracts | None = None
+        self._left = self._read = 0
+        self._replayed: Callable[[], None] | None = None
+        if device.type == "cuda":
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate
+            self._refill()
+            self._replayed = self._captured()
+        else:
+            logger.info("Training steps run eagerly: CUDA graphs need a GPU, the model is on the CPU")
+
+    def __call__(self) -> None:
+        """One step. On a GPU it is only launched."""
+        if self._left == 0:
+            self._refill()
+        (self._replayed or self._step)()
+        self._left -= 1
+        self.position.step += 1
+        self.position.drawn += self._fresh
+        self.position.simulated += self._fresh
+
+    def losses(self) -> list[float]:
+        """Losses of the steps since the last call, as far as the window holds them: the newest is the last."""
+        done = self._steps - self._left
+        values: list[float] = self._losses[self._read : done].tolist()
+        self._read = done
+        return values
+
+    # --- the step -------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self._next_batch())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._set_rate()
+        self._optimizer.step()
+        self._losses.index_copy_(0, self._at, loss.detach().view(1))
+        self._at += 1
+
+    def _next_batch(self) -> Examples:
+        assert self._window is not None
+        first = torch.add(self._base, self._at[0], alpha=self._fresh)
+        new = self._source.simulate(self._window.select(torch.add(self._rows, self._at, alpha=self._fresh)), first)
+        if self._replay is None:
+            return new
+        self._replay.insert(new, first)
+        old = self._replay.take(self._slots.index_select(0, self._at)[0])
+        return Examples(*(torch.cat(pair) for pair in zip(new, old, strict=True)))
+
+    def _loss(self, batch: Examples) -> Tensor:
+        real, imag = self._model(batch.inputs, torch.zeros_like(batch.inputs))
+        target = (batch.targets - self._target_mean) * self._target_gain
+        squared = functional.mse_loss(torch.stack([real, imag], dim=-1) * self._gain, target, reduction="sum")
+        return squared / len(target)
+
+    def _set_rate(self) -> None:
+        rate = self._rates.index_select(0, self._at)[0]
+        if self._device.type == "cuda":
+            self._rate.copy_(rate)
+        else:
+            for group in self._optimizer.param_groups:
+                group["lr"] = float(rate)
+
+    # --- what changes from step to step ---------------------------------------------------------------
+
+    def _refill(self) -> None:
+        """Prepare the next window. Copies into the tensors that a graph reads, in order with its replays."""
+        at = self.position
+        contracts = self._source.contracts(at.drawn, self._steps * self._fresh)
+        rates = torch.tensor([self._learning_rate(at.step + i) for i in range(self._steps)], dtype=torch.float64)
+        _replace(self._rates, rates)
+        if self._replay is not None:
+            stops = range(at.simulated + self._fresh, at.simulated + self._fresh * (self._steps + 1), self._fresh)
+            draws = [self._replay.draw(self._old, at.step + i, stop) for i, stop in enumerate(stops)]
+            _replace(self._slots, torch.from_numpy(np.stack(draws)))
+        if self._window is None:
+            self._window = contracts
+        else:
+            for held, new in zip(self._window, contracts, strict=True):
+                held.copy_(new)
+        self._base.fill_(at.simulated)
+        self._at.zero_()
+        self._left, self._read = self._steps, 0
+
+    # --- capture --------------------------------------------------------------------------------------
+
+    def _captured(self) -> Callable[[], None] | None:
+        """The step as a CUDA graph; None, and a line in the log, if it cannot be one."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with self._undone(), torch.cuda.stream(stream):
+                for _ in range(3):  # what is set up at a first call must not be part of the graph
+                    self._step()
+                    self._at.zero_()
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on: a commit may copy a snapshot to the host meanwhile.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self._step()
+        except Exception as error:
+            torch.cuda.synchronize(self._device)
+            reason = (str(error) or repr(error)).splitlines()[0]
+            logger.warning("Training steps run eagerly: the step cannot be captured as a CUDA graph (%s)", reason)
+            return None
+        return graph.replay
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        """What training steps changed is as it was before, in the same memory."""
+        _start_adam(self._optimizer)
+        tensors = [*self._model.state_dict().values(), self._losses]
+        for state in self._optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        saved = [tensor.clone() for tensor in tensors]
+        random = torch.cuda.get_rng_state(self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize(self._device)
+            with torch.no_grad():
+                for tensor, was in zip(tensors, saved, strict=True):
+                    tensor.copy_(was)
+            self._at.zero_()
+            torch.cuda.set_rng_state(random, self._device)
+
+
+def _start_adam(optimizer: torch.optim.Adam) -> None:
+    """Give a fresh optimiser the state that its first step would."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _replace(held: Tensor, new: Tensor) -> None:
+    # Pinned, so that the copy is only queued behind the steps that still read the old values.
+    held.copy_(new.pin_memory() if held.device.type == "cuda" else new, non_blocking=True)
