@@ -5,7 +5,8 @@ CuPy compiles and launches; torch owns every byte and the stream, so a kernel ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 
-__all__ = ["Kernel", "require_device"]
+__all__ = ["Kernel", "NotCapturable", "capture", "require_device"]
 
 # A block may have this much shared memory without being asked for more, and at most so much on a GPU of
 # compute capability 8.0 or later.
@@ -64,6 +65,39 @@ class Kernel:
         """CuPy's RawKernel."""
         options = ("--std=c++17", *(f"-D{name}={value}" for name, value in self.defines.items()))
         return _cupy().RawKernel(self.source, self.name, options=options)
+
+
+class NotCapturable(Exception):
+    """Some work cannot be a CUDA graph; the message says why."""
+
+
+def capture(
+    work: Callable[[], None], device: torch.device, *, rehearsal: AbstractContextManager[None] | None = None
+) -> Callable[[], None]:
+    """`work` as a CUDA graph; -> what replays it, on the current stream.
+
+    It runs once before, within `rehearsal`, because what a first call sets up must not be part of the graph.
+    Raises: NotCapturable.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with rehearsal or nullcontext():
+            with torch.cuda.stream(stream):
+                work()
+            torch.cuda.current_stream(device).wait_stream(stream)
+        # Other threads go on meanwhile: a commit may copy a snapshot to the host.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            work()
+    except Exception as error:
+        torch.cuda.synchronize(device)
+        cause: BaseException = error
+        while cause.__context__ is not None:  # the failed end of the capture hides what made it fail
+            cause = cause.__context__
+        reason = (str(cause) or repr(cause)).splitlines()[0]
+        raise NotCapturable(f"it cannot be captured as a CUDA graph ({reason})") from error
+    return graph.replay
 
 
 def _cupy() -> ModuleType:

@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from smc import prediction
 from smc.adam import AdamState, adam_state, load_adam
 from smc.black_scholes import Greeks, OptionKind
 from smc.checkpoint import Snapshot
@@ -27,6 +26,7 @@ from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
+from smc.prediction import Array, Outside, Predictor
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import ReplayBuffer
 from smc.scaling import Scaling
@@ -182,29 +182,31 @@ class GbmCVNNPricer:
     # --- prediction -----------------------------------------------------------------------------------
 
     def predict_price(
-        self, contracts: ContractsLike, kind: OptionKind = "put", *, outside: prediction.Outside = "refuse"
-    ) -> np.ndarray:
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+    ) -> Array | Tensor:
         """Present values, calls by parity, held within the no-arbitrage bounds.
 
-        Shapes: n contracts -> (n,) float64. T = 0 and v = 0 are exact, without the network.
+        Shapes: n contracts, or an (n, 6) array or tensor -> (n,) float64, a tensor on its device if given one.
+        T = 0 and v = 0 are exact, without the network.
         Raises: ConfigError for a contract outside the trained domain, unless outside='warn'.
         """
-        return prediction.price(self._predictor(), contracts, kind, outside)
+        return self._predictor.price(contracts, kind, outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike, *, outside: prediction.Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """Distribution of the discounted put payoff. Shapes: n contracts -> levels (n, N)."""
-        return prediction.distribution(self._predictor(), contracts, outside)
+        return self._predictor.distribution(contracts, outside)
 
     def predict_greeks(
-        self, contracts: ContractsLike, kind: OptionKind = "put", *, outside: prediction.Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
-        return prediction.greeks(self._predictor(), contracts, kind, outside)
+        return self._predictor.greeks(contracts, kind, outside)
 
-    def _predictor(self) -> prediction.Predictor:
-        return prediction.Predictor(self.model, self._measured_scaling(), self.domain, self._params.network_size)
+    @cached_property
+    def _predictor(self) -> Predictor:
+        return Predictor(self.model, self._measured_scaling(), self.domain, self._params.network_size)
 
     # --- state ----------------------------------------------------------------------------------------
 

@@ -1,13 +1,14 @@
 """What a trained network says of a contract: price, distribution, Greeks, within what must hold.
 
-The functions take a `Predictor`, the part of a pricer that prediction needs.
+Arrays in, arrays out: contracts on the host give NumPy arrays; a tensor gives tensors on its own device, and on
+a GPU a million of them never leave it. There the work of a chunk is one CUDA graph.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -17,123 +18,190 @@ from torch import Tensor, nn
 
 from smc import black_scholes
 from smc.black_scholes import Greeks, OptionKind
-from smc.contracts import BoundSpec, ContractsLike, contract_array, outside_domain
+from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain
+from smc.cuda import NotCapturable, capture
 from smc.errors import ConfigError
 from smc.scaling import Scaling, features, intrinsic, unit_of_price
-from smc.spectrum import PayoffDistribution, levels_from_spectrum
+from smc.spectrum import PayoffDistribution, levels_from_spectrum, valid_levels
 
-__all__ = ["Outside", "Predictor", "distribution", "greeks", "price"]
+__all__ = ["Outside", "Predictor"]
+
+logger = logging.getLogger("smc.prediction")
 
 Outside = Literal["refuse", "warn"]
 Array = npt.NDArray[np.float64]
 
 _CHUNK = 65536
+# Rows of the graphs that are captured when first needed: a few contracts do not pay for a whole chunk.
+_GRAPH_ROWS = (256, 4096, _CHUNK)
 
 
-@dataclass(frozen=True)
 class Predictor:
     """A network with the scaling and domain that give its output a meaning."""
 
-    model: nn.Module
-    scaling: Scaling
-    domain: Mapping[str, BoundSpec]
-    network_size: int
+    def __init__(self, model: nn.Module, scaling: Scaling, domain: Mapping[str, BoundSpec], network_size: int) -> None:
+        self._model, self._scaling, self._domain, self._size = model, scaling, domain, network_size
+        self._device = scaling.spread.device
+        self._graphs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
+        self._capturable = self._device.type == "cuda"
 
-    def spectrum(self, contracts: Tensor) -> tuple[Tensor, Tensor]:
-        """Spectrum of the discounted put payoff. Shapes: (n, 6) float64 -> two of (n, bins) float64.
+    def price(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Array | Tensor:
+        """Prices within the no-arbitrage bounds. Shapes: -> (n,) float64."""
+        _check_kind(kind)
+        table, home = self._table(contracts, outside)
+        put = self._in_chunks("price", self._put, table)
+        value = put if kind == "put" else (put + _forward_value(table)).clamp_(min=0)
+        return _returned(value, home)
 
-        Units: currency.
-        """
-        inputs = features(contracts, self.domain).to(self.scaling.spread.dtype)
-        real, imag = self.scaling.restore(*self.model(inputs, torch.zeros_like(inputs)))
-        unit = unit_of_price(contracts)[:, None]
+    def distribution(self, contracts: ContractsLike | Tensor, outside: Outside) -> PayoffDistribution:
+        """Valid distributions of the put whose means are the prices. Shapes: -> levels (n, N)."""
+        table, home = self._table(contracts, outside)
+        return PayoffDistribution(_returned(self._in_chunks("levels", self._put_levels, table), home))
+
+    def greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
+        """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
+        _check_kind(kind)
+        table, _ = self._table(contracts, outside)
+        array = table.cpu().numpy()
+        learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
+        out = Greeks(*(np.array(values) for values in black_scholes.greeks(array, "put")))
+        for rows in (learnt[i : i + _CHUNK] for i in range(0, len(learnt), _CHUNK)):
+            part = torch.from_numpy(array[rows]).to(self._device).requires_grad_()
+            value, _ = self._spectrum(part)
+            (first,) = torch.autograd.grad(value[:, 0].sum(), part, create_graph=True)
+            (second,) = torch.autograd.grad(first[:, 0].sum(), part)
+            delta, dT, rho, vega = (first[:, i].detach().cpu().numpy() for i in (0, 2, 3, 5))
+            for target, values in zip(out, (delta, second[:, 0].cpu().numpy(), vega, -dT, rho), strict=True):
+                target[rows] = values
+        if kind == "put":
+            return out
+        X0, K, T, r, d, _ = array.T
+        df, q = np.exp(-r * T), np.exp(-d * T)
+        # Call = put + X0 q - K df, differentiated.
+        return Greeks(out.delta + q, out.gamma, out.vega, out.theta + d * X0 * q - r * K * df, out.rho + T * K * df)
+
+    # --- from contracts to values, on the device ------------------------------------------------------
+
+    def _spectrum(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Spectrum of the discounted put payoff. Shapes: (n, 6) float64 -> two of (n, bins) float64."""
+        inputs = features(table, self._domain).to(self._scaling.spread.dtype)
+        real, imag = self._scaling.restore(*self._model(inputs, torch.zeros_like(inputs)))
+        unit = unit_of_price(table)[:, None]
         real, imag = real.double() * unit, imag.double() * unit
-        price = real[:, :1] + intrinsic(contracts)[:, None] * unit
+        price = real[:, :1] + intrinsic(table)[:, None] * unit
         return torch.cat([price, real[:, 1:]], dim=1), imag
 
-    @property
-    def device(self) -> torch.device:
-        return self.scaling.spread.device
+    def _put(self, table: Tensor) -> Tensor:
+        learnt, certain = _known(table)
+        lower, upper = _put_bounds(table)
+        price = self._spectrum(learnt)[0][:, 0]
+        return torch.where(_random(table), torch.clamp(price, lower, upper), certain)
+
+    def _put_levels(self, table: Tensor) -> Tensor:
+        learnt, certain = _known(table)
+        lower, upper = _put_bounds(table)
+        real, imag = self._spectrum(learnt)
+        levels = levels_from_spectrum(torch.complex(real, imag), self._size)
+        valid = valid_levels(levels, torch.clamp(real[:, 0], lower, upper), upper)
+        return torch.where(_random(table)[:, None], valid, certain[:, None])
+
+    def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
+        n = len(table)
+        with torch.no_grad():
+            if n == 0:
+                return function(table)
+            rows = next((r for r in _GRAPH_ROWS if r >= n), _CHUNK)
+            work = self._graph(name, function, rows) if self._capturable else function
+            pieces = [work(table[start : start + rows]) for start in range(0, n, rows)]
+            return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _graph(self, name: str, function: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+        """`function` on up to `rows` contracts as one CUDA graph, captured once; as it is, if it cannot be."""
+        if (name, rows) not in self._graphs:
+            middle = [(b.lower + b.upper) / 2 for b in (self._domain[field] for field in FIELDS)]
+            given = torch.tensor(middle, dtype=torch.float64, device=self._device).expand(rows, -1).contiguous()
+            results: list[Tensor] = []
+
+            def work() -> None:
+                results[:] = [function(given)]
+
+            try:
+                replay = capture(work, self._device)
+            except NotCapturable as error:
+                logger.warning("Prediction runs eagerly: %s", error)
+                self._capturable = False
+                return function
+
+            def replayed(part: Tensor) -> Tensor:
+                given[: len(part)] = part
+                replay()
+                return results[0][: len(part)].clone()
+
+            self._graphs[name, rows] = replayed
+        return self._graphs[name, rows]
+
+    # --- what was asked -------------------------------------------------------------------------------
+
+    def _table(self, contracts: ContractsLike | Tensor, outside: Outside) -> tuple[Tensor, torch.device | None]:
+        """The contracts on this device, checked, and where the answer belongs (None: to NumPy)."""
+        if outside not in ("refuse", "warn"):
+            raise ConfigError(f"outside must be 'refuse' or 'warn', got {outside!r}")
+        if isinstance(contracts, Tensor):
+            table = contracts.detach().to(self._device, torch.float64)
+            if not self._is_within(table):
+                table = torch.from_numpy(self._checked(contract_array(contracts), outside)).to(self._device)
+            return table, contracts.device
+        array = self._checked(contract_array(contracts), outside)
+        return torch.from_numpy(array).to(self._device), None
+
+    def _is_within(self, table: Tensor) -> bool:
+        """Whether the device sees nothing to complain of: one number read back, however many contracts."""
+        if table.ndim != 2 or table.shape[1] != len(FIELDS) or len(table) == 0:
+            return False
+        bounds = [self._domain[field] for field in FIELDS]
+        limits = torch.tensor([[b.lower, b.upper] for b in bounds], dtype=torch.float64).to(self._device)
+        low, high = torch.aminmax(table, dim=0)  # NaN in, NaN out
+        return bool(((low >= limits[:, 0]) & (high <= limits[:, 1])).all())
+
+    def _checked(self, array: Array, outside: Outside) -> Array:
+        learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
+        inside = array if len(learnt) == len(array) else array[learnt]
+        for name, row in outside_domain(inside, self._domain).items():
+            at = int(learnt[row])
+            bound = self._domain[name]
+            value = array[at, FIELDS.index(name)]
+            text = (
+                f"contracts[{at}].{name} = {value:g} is outside the trained domain [{bound.lower:g}, {bound.upper:g}]"
+            )
+            if outside == "refuse":
+                raise ConfigError(text + "; pass outside='warn' to extrapolate")
+            warnings.warn(text + ": extrapolated", stacklevel=5)
+        return array
 
 
-def price(predictor: Predictor, contracts: ContractsLike, kind: OptionKind, outside: Outside) -> Array:
-    """Prices within the no-arbitrage bounds. Shapes: -> (n,)."""
-    array, learnt = _checked(predictor, contracts, kind, outside)
-    put = black_scholes.price(array)  # exact where nothing is random; the rest is overwritten
-    with torch.no_grad():
-        for rows in _chunks(learnt):
-            real, _ = predictor.spectrum(torch.from_numpy(array[rows]).to(predictor.device))
-            put[rows] = real[:, 0].cpu().numpy()
-    put = np.clip(put, *_put_bounds(array))
-    if kind == "put":
-        return put
-    return np.maximum(put + _forward_value(array), 0.0)
-
-
-def distribution(predictor: Predictor, contracts: ContractsLike, outside: Outside) -> PayoffDistribution:
-    """Valid distributions whose means are the prices. Shapes: -> levels (n, N)."""
-    array, learnt = _checked(predictor, contracts, "put", outside)
-    n = predictor.network_size
-    discount = np.exp(-array[:, 3] * array[:, 2])
-    certain = discount * np.maximum(array[:, 1] - array[:, 0] * np.exp((array[:, 3] - array[:, 4]) * array[:, 2]), 0)
-    levels = np.repeat(certain[:, None], n, axis=1)
-    with torch.no_grad():
-        for rows in _chunks(learnt):
-            real, imag = predictor.spectrum(torch.from_numpy(array[rows]).to(predictor.device))
-            levels[rows] = levels_from_spectrum(torch.complex(real, imag), n).cpu().numpy()
-    lower, upper = _put_bounds(array)
-    return PayoffDistribution.from_levels(levels, np.clip(levels.mean(axis=1), lower, upper), upper)
-
-
-def greeks(predictor: Predictor, contracts: ContractsLike, kind: OptionKind, outside: Outside) -> Greeks:
-    """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
-    array, learnt = _checked(predictor, contracts, kind, outside)
-    exact = black_scholes.greeks(array, "put")
-    out = Greeks(*(np.array(values) for values in exact))
-    for rows in _chunks(learnt):
-        table = torch.from_numpy(array[rows]).to(predictor.device).requires_grad_()
-        value, _ = predictor.spectrum(table)
-        (first,) = torch.autograd.grad(value[:, 0].sum(), table, create_graph=True)
-        (second,) = torch.autograd.grad(first[:, 0].sum(), table)
-        delta, dT, rho, vega = (first[:, i].detach().cpu().numpy() for i in (0, 2, 3, 5))
-        for target, values in zip(out, (delta, second[:, 0].cpu().numpy(), vega, -dT, rho), strict=True):
-            target[rows] = values
-    if kind == "put":
-        return out
-    X0, K, T, r, d, _ = array.T
-    df, q = np.exp(-r * T), np.exp(-d * T)
-    # Call = put + X0 q - K df, differentiated.
-    return Greeks(out.delta + q, out.gamma, out.vega, out.theta + d * X0 * q - r * K * df, out.rho + T * K * df)
-
-
-def _checked(
-    predictor: Predictor, contracts: ContractsLike, kind: OptionKind, outside: Outside
-) -> tuple[Array, npt.NDArray[np.intp]]:
+def _check_kind(kind: OptionKind) -> None:
     if kind not in ("put", "call"):
         raise ConfigError(f"kind must be 'put' or 'call', got {kind!r}")
-    if outside not in ("refuse", "warn"):
-        raise ConfigError(f"outside must be 'refuse' or 'warn', got {outside!r}")
-    array = contract_array(contracts)
-    learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
-    for name, row in outside_domain(array[learnt], predictor.domain).items():
-        at = int(learnt[row])
-        bound = predictor.domain[name]
-        value = array[at, list(predictor.domain).index(name)]
-        text = f"contracts[{at}].{name} = {value:g} is outside the trained domain [{bound.lower:g}, {bound.upper:g}]"
-        if outside == "refuse":
-            raise ConfigError(text + "; pass outside='warn' to extrapolate")
-        warnings.warn(text + ": extrapolated", stacklevel=4)
-    return array, learnt
 
 
-def _chunks(rows: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-    return [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
+def _returned(values: Tensor, home: torch.device | None) -> Array | Tensor:
+    return values.cpu().numpy() if home is None else values.to(home)
 
 
-def _put_bounds(array: Array) -> tuple[Array, Array]:
-    return np.maximum(-_forward_value(array), 0.0), array[:, 1] * np.exp(-array[:, 3] * array[:, 2])
+def _random(table: Tensor) -> Tensor:
+    return (table[:, 2] > 0) & (table[:, 5] > 0)
 
 
-def _forward_value(array: Array) -> Array:
-    X0, K, T, r, d, _ = array.T
-    return np.asarray(X0 * np.exp(-d * T) - K * np.exp(-r * T))
+def _known(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Contracts fit for the network, and the put's value where T = 0 or v = 0 and nothing is random."""
+    learnt = torch.where(_random(table)[:, None], table, torch.ones_like(table))
+    return learnt, (-_forward_value(table)).clamp(min=0)
+
+
+def _put_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
+    return (-_forward_value(table)).clamp(min=0), table[:, 1] * torch.exp(-table[:, 3] * table[:, 2])
+
+
+def _forward_value(table: Tensor) -> Tensor:
+    X0, K, T, r, d, _ = table.unbind(dim=1)
+    return X0 * torch.exp(-d * T) - K * torch.exp(-r * T)

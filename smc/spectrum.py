@@ -29,6 +29,7 @@ __all__ = [
     "put_spectrum",
     "quantile_levels",
     "quantile_spectrum",
+    "valid_levels",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -85,45 +86,50 @@ class PayoffDistribution:
 
     Valid by construction: `from_levels` sorts the levels, holds them within the payoff's bounds and
     keeps the mean at the price. Between the levels the quantile function is taken as linear.
-    Shapes: levels (n, N) ascending. Units: currency, discounted.
+    Shapes: levels (n, N) ascending, an array or a tensor on any device; what is computed from them is NumPy's.
+    Units: currency, discounted.
     """
 
-    levels: Array
+    levels: Array | torch.Tensor
 
     @classmethod
     def from_levels(cls, levels: Array, price: Array, upper: Array) -> PayoffDistribution:
         """Nearest valid distribution with this mean. Shapes: (n, N), (n,), (n,) payoff maximum."""
-        ordered = np.clip(np.sort(levels, axis=1), 0.0, upper[:, None])
-        return cls(_match_mean(ordered, np.clip(price, 0.0, upper), upper))
+        return cls(valid_levels(*(torch.from_numpy(values) for values in (levels, price, upper))).numpy())
+
+    @property
+    def host_levels(self) -> Array:
+        """The levels as a NumPy array, wherever they are."""
+        return self.levels if isinstance(self.levels, np.ndarray) else self.levels.cpu().numpy()
 
     @property
     def mean(self) -> Array:
         """Expected discounted payoff, the price. Shapes: -> (n,)."""
-        return self.levels.mean(axis=1)
+        return self.host_levels.mean(axis=1)
 
     @property
     def std(self) -> Array:
         """Standard deviation of the discounted payoff. Shapes: -> (n,)."""
-        return np.asarray(self.levels.std(axis=1))
+        return np.asarray(self.host_levels.std(axis=1))
 
     def quantile(self, u: npt.ArrayLike) -> Array:
         """Quantile function at levels u in [0, 1]. Shapes: (m,) -> (n, m)."""
         levels = np.atleast_1d(np.asarray(u, dtype=np.float64))
         _check_probability(levels)
-        n = self.levels.shape[1]
+        n = self.host_levels.shape[1]
         position = np.clip(levels * n - 0.5, 0, n - 1)
         below = np.minimum(position.astype(int), max(n - 2, 0))
         share = position - below
         above = np.minimum(below + 1, n - 1)
-        return self.levels[:, below] * (1 - share) + self.levels[:, above] * share
+        return self.host_levels[:, below] * (1 - share) + self.host_levels[:, above] * share
 
     def cdf(self, x: npt.ArrayLike) -> Array:
         """Probability that the discounted payoff is at most x. Shapes: (m,) -> (n, m)."""
         values = np.atleast_1d(np.asarray(x, dtype=np.float64))
-        n = self.levels.shape[1]
+        n = self.host_levels.shape[1]
         middles = (np.arange(n) + 0.5) / n
         rows = []
-        for row in self.levels:
+        for row in self.host_levels:
             # Ties are an atom of the distribution: the right end of a run of equal levels counts.
             unique, last = np.unique(row[::-1], return_index=True)
             at = middles[n - 1 - last]
@@ -142,23 +148,23 @@ class PayoffDistribution:
         """
         _check_probability(np.array([u]))
         if u == 1.0:
-            return self.levels[:, -1].copy()
-        n = self.levels.shape[1]
+            return self.host_levels[:, -1].copy()
+        n = self.host_levels.shape[1]
         whole = int(np.floor(u * n))
         weights = np.zeros(n)
         weights[whole:] = 1.0
         cut = u * n - whole
         weights[whole] = 1.0 - cut
-        tail = self.levels @ weights
+        tail = self.host_levels @ weights
         if cut > 0 and 0 < whole < n - 1:
             # The kept part of the cut slice lies in its upper end: follow the local slope.
-            slope = (self.levels[:, whole + 1] - self.levels[:, whole - 1]) / 2
+            slope = (self.host_levels[:, whole + 1] - self.host_levels[:, whole - 1]) / 2
             tail = tail + slope * cut * (1 - cut) / 2
         return np.asarray(tail / (n * (1 - u)))
 
     def expectation(self, function: Callable[[Array], Array]) -> Array:
         """Expected value of a function of the discounted payoff. Shapes: (n, N) -> (n, N); -> (n,)."""
-        return np.asarray(function(self.levels)).mean(axis=1)
+        return np.asarray(function(self.host_levels)).mean(axis=1)
 
 
 def _check_slices(samples: int, network_size: int) -> None:
@@ -166,14 +172,18 @@ def _check_slices(samples: int, network_size: int) -> None:
         raise ConfigError(f"{samples} payoffs cannot be averaged into {network_size} equal slices")
 
 
-def _match_mean(levels: Array, mean: Array, upper: Array) -> Array:
+def valid_levels(levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """Levels in order, within the payoff's bounds, with the price as their mean.
+
+    Shapes: (n, N), (n,), (n,) payoff maximum -> (n, N).
+    """
+    upper = upper[:, None]
+    ordered = torch.minimum(levels.sort(dim=1).values.clamp_(min=0), upper)
+    mean, current = torch.minimum(price.clamp(min=0)[:, None], upper), ordered.mean(dim=1, keepdim=True)
     # Shift within the bounds: scale towards zero, or towards the upper bound; both keep the order.
-    current = levels.mean(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        down = np.where(current > 0, mean / current, 0.0)[:, None] * levels
-        room = np.where(upper > current, (upper - mean) / (upper - current), 0.0)[:, None]
-    up = upper[:, None] - room * (upper[:, None] - levels)
-    return np.where((mean <= current)[:, None], down, up)
+    down = torch.where(current > 0, mean / current, 0.0) * ordered
+    room = torch.where(upper > current, (upper - mean) / (upper - current), 0.0)
+    return torch.where(mean <= current, down, upper - room * (upper - ordered))
 
 
 def _check_probability(levels: npt.NDArray[Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from smc.cuda import NotCapturable, capture
 from smc.examples import Contracts, Examples, ExampleSource
 from smc.replay import ReplayBuffer
 from smc.scaling import Scaling
@@ -161,29 +162,15 @@ class TrainingStep:
     # --- capture --------------------------------------------------------------------------------------
 
     def _captured(self) -> Callable[[], None] | None:
-        """The step as a CUDA graph; None, and a line in the log, if it cannot be one."""
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self._device))
         try:
-            with self._undone(), torch.cuda.stream(stream):
-                for _ in range(3):  # what is set up at a first call must not be part of the graph
-                    self._step()
-                    self._at.zero_()
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads go on: a commit may copy a snapshot to the host meanwhile.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self._step()
-        except Exception as error:
-            torch.cuda.synchronize(self._device)
-            reason = (str(error) or repr(error)).splitlines()[0]
-            logger.warning("Training steps run eagerly: the step cannot be captured as a CUDA graph (%s)", reason)
+            return capture(self._step, self._device, rehearsal=self._undone())
+        except NotCapturable as error:
+            logger.warning("Training steps run eagerly: %s", error)
             return None
-        return graph.replay
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
-        """What training steps changed is as it was before, in the same memory."""
+        """What a step changes is afterwards as it was before, in the same memory."""
         _start_adam(self._optimizer)
         tensors = [*self._model.state_dict().values(), self._losses]
         for state in self._optimizer.state.values():

@@ -73,6 +73,35 @@ def test_distributions_are_valid_and_have_the_price_as_mean(trained: GbmCVNNPric
     assert np.sqrt(np.square(w2).mean()) < 0.015
 
 
+def test_tensors_are_priced_as_tensors_like_the_same_contracts_in_an_array(trained: GbmCVNNPricer) -> None:
+    contracts = CONTRACTS.copy()
+    contracts[3, 2] = contracts[4, 5] = 0.0  # certain, priced without the network
+    table = torch.from_numpy(contracts)
+    for kind in ("put", "call"):
+        prices = trained.predict_price(table, kind)
+        assert isinstance(prices, torch.Tensor)
+        np.testing.assert_array_equal(prices.numpy(), trained.predict_price(contracts, kind))
+    np.testing.assert_allclose(
+        trained.predict_price(contracts)[3:5], black_scholes.price(contracts)[3:5], rtol=1e-12, atol=1e-12
+    )
+    distribution = trained.predict_distribution(table)
+    assert isinstance(distribution.levels, torch.Tensor)
+    np.testing.assert_allclose(distribution.mean, trained.predict_price(contracts), rtol=1e-9, atol=1e-9)
+
+
+def test_a_tensor_is_checked_like_an_array(trained: GbmCVNNPricer) -> None:
+    table = torch.from_numpy(CONTRACTS[:3].copy())
+    table[1, 1] = 400.0
+    with pytest.raises(ConfigError, match=r"contracts\[1\].K = 400 is outside the trained domain"):
+        trained.predict_price(table)
+    table[1, 1] = torch.nan
+    with pytest.raises(ConfigError, match=r"contracts\[1\].K must be finite"):
+        trained.predict_price(table)
+    with pytest.raises(ConfigError, match="expected shape"):
+        trained.predict_price(table[:, :4])
+    assert trained.predict_price(table[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("kind", ["put", "call"])
 def test_greeks_are_derivatives_of_the_predicted_price(trained: GbmCVNNPricer, kind: black_scholes.OptionKind) -> None:
     params = small_simulation(dtype="float64")
@@ -81,7 +110,7 @@ def test_greeks_are_derivatives_of_the_predicted_price(trained: GbmCVNNPricer, k
     inner = CONTRACTS[:32] * 0.98 + 0.02 * np.array([100, 100, 1, 0.04, 0.02, 0.3])
     greeks = pricer.predict_greeks(inner, kind)
     # Where the price is held at its no-arbitrage bound, the bound's derivative is not the network's.
-    raw = pricer._predictor().spectrum(torch.from_numpy(inner))[0][:, 0].detach().numpy()
+    raw = pricer._predictor._spectrum(torch.from_numpy(inner))[0][:, 0].detach().numpy()
     free = np.abs(raw - pricer.predict_price(inner)) < 1e-12
     assert free.sum() > 8
 

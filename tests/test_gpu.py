@@ -165,7 +165,9 @@ def test_a_price_that_is_no_number_shows_in_the_levels() -> None:
 
 # Writes every word and every normal that the path kernel would draw, at the same counters.
 DUMP = r"""
-extern "C" __global__ void dump(const u64 stream, const u64 seed, const int paths, const int blocks, u32* words, real* z) {
+extern "C" __global__ void dump(
+    const u64 stream, const u64 seed, const int paths, const int blocks, u32* words, real* z)
+{
     const int path = blockIdx.x * blockDim.x + threadIdx.x, block = blockIdx.y;
     if (path >= paths) return;
     u32 c0 = path, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
@@ -360,6 +362,27 @@ def test_training_on_the_gpu_resumes_bit_for_bit_and_its_checkpoint_opens_on_the
     assert on_cpu.device.type == "cpu"
     np.testing.assert_allclose(on_cpu.predict_price(CONTRACTS), whole.predict_price(CONTRACTS), atol=2e-3)
     assert whole.snapshot().torch_cuda_rng_states
+
+
+@pytest.mark.parametrize("count", [1, 300, 70_000])
+def test_prediction_by_graph_equals_prediction_eagerly(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    pricer = GbmCVNNPricer(small_config("cuda"))
+    pricer.train(small_training(60))
+    contracts = SobolSampler({}, seed=3).sample(count)
+    contracts[0, 2] = 0.0
+    table = torch.from_numpy(contracts).cuda()
+    prices, levels = pricer.predict_price(table), pricer.predict_distribution(table).levels
+    assert prices.is_cuda
+    assert levels.is_cuda
+    assert not caplog.text
+    np.testing.assert_array_equal(prices.cpu().numpy(), pricer.predict_price(contracts))
+    pricer.train(small_training(20))  # in place: the graphs read the new weights
+    captured = pricer.predict_price(contracts, "call"), pricer.predict_distribution(contracts).levels
+    pricer._predictor._capturable = False
+    eager = pricer.predict_price(contracts, "call"), pricer.predict_distribution(contracts).levels
+    for one, other in zip(captured, eager, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert not np.array_equal(prices.cpu().numpy(), pricer.predict_price(contracts))
 
 
 def test_a_gpu_trained_pricer_prices_within_a_few_basis_points() -> None:
