@@ -54,7 +54,8 @@ def forward_and_backward(step: TrainingStep, batch: Examples) -> None:
 
 def measure(report: Report, options: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.train_step needs a CUDA GPU")
+        print("needs a CUDA GPU: nothing measured")
+        return
     first = torch.zeros((), dtype=torch.int64, device="cuda")
     for batch_size, batches in ((32, 8), (256, 128)):
         large = batch_size == 256
