@@ -81,12 +81,14 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with + if the tree differs from it."""
+    """The checked-out commit, with + if the tree differs from it; SMC_COMMIT where there is no repository."""
+    if "SMC_COMMIT" in os.environ:
+        return os.environ["SMC_COMMIT"]
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SMC_COMMIT", "unknown")
+        return "unknown"
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 

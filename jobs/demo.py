@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.recipes import read_sweep
-from jobs.session import exit_status
+from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc import black_scholes
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"The ledger stays: make s3, then . {options.dir}/s3/s3.env and python -m smc.storage --help")
         return status
 
-    return exit_status(run)
+    return run_job(run)
 
 
 async def _show_ledger(store: AsyncBlockchainModelStore) -> int:

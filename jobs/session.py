@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from smc.errors import Corrupt, SpectralMCError
+from smc.command_line import exit_status
 
-__all__ = ["connect", "exit_status"]
+__all__ = ["connect", "run_job"]
 
 
 def connect() -> None:
@@ -29,17 +28,7 @@ def connect() -> None:
     ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
 
 
-def exit_status(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
+def run_job(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
     """Run a job; -> 0 done, 1 corrupt ledger or failed experiment, 2 it could not be carried out."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    try:
-        return asyncio.run(main())
-    except Corrupt as error:
-        print(f"corrupt: {error}", file=sys.stderr)
-        return 1
-    except (SpectralMCError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_status(lambda: asyncio.run(main()))

@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jobs.recipes import read_sweep
-from jobs.session import connect, exit_status
+from jobs.session import connect, run_job
 from smc.errors import ConfigError, SpectralMCError
 from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{options.file}: no ledger given: pass --ledger, or set `ledger:` in the file")
         return report(await run_experiments(experiments, ledger, extend=options.extend))
 
-    return exit_status(run)
+    return run_job(run)
 
 
 def report(outcomes: Sequence[ExperimentOutcome]) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from jobs.recipes import RECIPES, make_experiment
-from jobs.session import exit_status
+from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc.errors import ConfigError
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
         return report(await run_experiments([experiment], options.ledger, extend=options.extend))
 
-    return exit_status(run)
+    return run_job(run)
 
 
 def _setting(text: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from smc.errors import Corrupt, SpectralMCError
+from smc.command_line import exit_status
 from smc.spool import Spool
 from smc.storage.chain import ModelVersion
 from smc.storage.dev_server import DevServer
@@ -36,18 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    try:
-        return int(options.run(options))
-    except Corrupt as error:
-        print(f"corrupt: {error}", file=sys.stderr)
-        return 1
-    except (SpectralMCError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 0
-    except KeyboardInterrupt:
-        return 130
+    return exit_status(lambda: int(options.run(options)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,11 +125,17 @@ def test_unreachable_storage_is_one_line_and_status_2(
     assert error.count("\n") == 1
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str) -> None:
+    import ray
+
     path = tmp_path / "sweep.yaml"
     path.write_text("recipe: tiny\ndefaults: {training: {num_batches: 1000000}}\nexperiments: {a: }\n")
     command = [sys.executable, "-m", "jobs.sweep", str(path), "--ledger", on_seaweed]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while not {"a"} <= {v.experiment for v in versions(on_seaweed)}:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.5)
