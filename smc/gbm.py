@@ -7,6 +7,7 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -187,10 +188,18 @@ class BlackScholes:
         terminal = np.empty((len(table), params.paths), dtype=params.dtype.numpy)
         walk = self._sobol_walk if self.sampling == "sobol" else self._pseudorandom_walk
         rows = max(1, _LANES // params.paths)
-        for start in range(0, len(table), rows):
+
+        def fill(start: int) -> None:
             part = table[start : start + rows]
             streams = np.arange(first + start, first + start + len(part), dtype=np.uint64)
             terminal[start : start + rows] = walk(part, streams)
+
+        starts = range(0, len(table), rows)
+        if len(starts) == 1:
+            fill(0)
+        else:  # NumPy lets go of the interpreter: torch's threads are as many as there is work for
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(fill, starts))
         return terminal
 
     def _pseudorandom_walk(self, table: Array, streams: Any) -> Any:

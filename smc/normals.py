@@ -36,11 +36,18 @@ def philox4x32(seed: int, counter: tuple[Any, Any, Any, Any]) -> tuple[Any, Any,
     mask, shift = np.uint64(_MASK), np.uint64(32)
     m0, m1 = (np.uint64(m) for m in _MULTIPLIERS)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in counter)
+    shape = np.broadcast_shapes(*(np.shape(c) for c in counter))
+    c0, c1, c2, c3 = (np.broadcast_to(np.asarray(c, dtype=np.uint64), shape).copy() for c in counter)
+    # In place: a fresh array for every operation would cost more than the operation.
+    p0, p1 = np.empty_like(c0), np.empty_like(c0)
     for _ in range(10):
-        p0, p1 = c0 * m0, c2 * m1
-        c0, c2 = (p1 >> shift) ^ c1 ^ np.uint64(k0), (p0 >> shift) ^ c3 ^ np.uint64(k1)
-        c1, c3 = p1 & mask, p0 & mask
+        np.multiply(c0, m0, out=p0)
+        np.multiply(c2, m1, out=p1)
+        for product, high, low, key in ((p1, c0, c1, k0), (p0, c2, c3, k1)):
+            np.right_shift(product, shift, out=high)
+            high ^= low
+            high ^= np.uint64(key)
+            np.bitwise_and(product, mask, out=low)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
