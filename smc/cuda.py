@@ -19,8 +19,7 @@ from smc.errors import ConfigError
 
 __all__ = ["Kernel", "NotCapturable", "capture", "require_device"]
 
-# A block may have this much shared memory without being asked for more, and at most so much on a GPU of
-# compute capability 8.0 or later.
+# A block may have this much dynamic shared memory without the kernel being told to allow more.
 _SHARED_DEFAULT = 48 * 1024
 
 

@@ -164,7 +164,7 @@ class BlackScholes:
         if self.config.simulate_log_return:
             return gbm_cuda.simulate_sobol(table, first, **sizes, **common)
         points, bridge = self._sobol_constants()
-        rows = max(1, _NORMALS // points.numel())
+        rows = min(gbm_cuda.MOST_ROWS, max(1, _NORMALS // points.numel()))
         pieces = []
         for start in range(0, len(table), rows):
             part = table[start : start + rows]

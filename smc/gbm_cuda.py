@@ -16,7 +16,15 @@ from torch import Tensor
 from smc.cuda import Kernel
 from smc.models.numerical import Precision
 
-__all__ = ["PATHS_SOURCE", "path_kernel", "simulate_pseudorandom", "simulate_sobol", "sobol_normals", "walk"]
+__all__ = [
+    "MOST_ROWS",
+    "PATHS_SOURCE",
+    "path_kernel",
+    "simulate_pseudorandom",
+    "simulate_sobol",
+    "sobol_normals",
+    "walk",
+]
 
 PATHS_SOURCE = r"""
 typedef unsigned int u32;
@@ -79,7 +87,7 @@ struct Dynamics {
     __device__ real euler(real price, real z) const { return fabs(price * fma(volatility, z, growth)); }
 };
 
-extern "C" __global__ void pseudorandom(
+extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
     const double* __restrict__ contracts,   // (n, 6): X0, K, T, r, d, v
     const u64* __restrict__ first,          // stream index of contract 0
     const u64 offset, const u64 seed, const int paths, const int steps,
@@ -128,7 +136,7 @@ __device__ real sobol_normal(u32 point, u32 dimension, u64 stream, u64 seed) {
     return upper ? -z : z;
 }
 
-extern "C" __global__ void sobol_end(
+extern "C" __global__ __launch_bounds__(1024) void sobol_end(
     const double* __restrict__ contracts, const u64* __restrict__ first,
     const u64 offset, const u64 seed, const int paths, const int steps, real* __restrict__ out)
 {
@@ -140,7 +148,7 @@ extern "C" __global__ void sobol_end(
     out[(u64)blockIdx.y * paths + path] = gbm.after(z * sqrt((real)steps));
 }
 
-extern "C" __global__ void sobol_points(
+extern "C" __global__ __launch_bounds__(1024) void sobol_points(
     const u32* __restrict__ points,         // (dimensions, paths), bit-reversed
     const u64* __restrict__ first, const u64 offset, const u64 seed, const int paths, const int dimensions,
     real* __restrict__ out)                 // (n, dimensions, paths)
@@ -152,7 +160,7 @@ extern "C" __global__ void sobol_points(
         sobol_normal(point, dimension, *first + offset + blockIdx.z, seed);
 }
 
-extern "C" __global__ void walk(
+extern "C" __global__ __launch_bounds__(1024) void walk(
     const double* __restrict__ contracts, const real* __restrict__ increments,  // (n, steps, paths)
     const int paths, const int steps, real* __restrict__ out)
 {
@@ -166,8 +174,8 @@ extern "C" __global__ void walk(
 }
 """
 
-# Grid dimensions y and z hold at most this many blocks.
-_GRID = 65535
+MOST_ROWS = 65535
+"""Contracts of one launch: grid dimensions y and z hold no more blocks."""
 
 
 def simulate_pseudorandom(
@@ -215,8 +223,8 @@ def _by_rows(
     precision: Precision,
 ) -> Tensor:  # fmt: skip
     out = torch.empty((len(contracts), paths), dtype=precision.torch, device=contracts.device)
-    for start in range(0, len(contracts), _GRID):
-        part = contracts[start : start + _GRID]
+    for start in range(0, len(contracts), MOST_ROWS):
+        part = contracts[start : start + MOST_ROWS]
         sizes = (np.uint64(start), np.uint64(seed), np.int32(paths), np.int32(steps))
         kernel((-(-paths // threads), len(part)), threads, (part, first, *sizes, out[start:]))
     return out

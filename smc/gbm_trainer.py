@@ -263,9 +263,10 @@ class GbmCVNNPricer:
 
     def _finite(self, losses: list[float]) -> list[float]:
         if not all(map(math.isfinite, losses)):
-            wrong = next(loss for loss in losses if not math.isfinite(loss))
+            first, wrong = next((i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss))
+            step = self._position.step - len(losses) + first + 1
             raise NumericsError(
-                f"the loss is {wrong} at step {self._position.step}: nothing from here on is committed; "
+                f"the loss is {wrong} at step {step}: nothing from here on is committed; "
                 "lower learning_rate, or resume from the last version"
             )
         return losses

@@ -183,8 +183,8 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
 }
 """
 
-# Shared memory for the two copies of a contract's prices, beside its counters.
-_SHARED = 160 * 1024
+# Shared memory that the kernel takes beside its counters and prices.
+_STATIC = 1024
 
 
 def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tensor:
@@ -197,12 +197,14 @@ def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tens
     levels = torch.empty((n, size), dtype=prices.dtype, device=prices.device)
     if n == 0:
         return levels
-    # About two prices to a bucket, as far as there is room for the counters.
+    room = torch.cuda.get_device_properties(prices.device).shared_memory_per_block_optin - _STATIC
+    # About two prices to a bucket, as far as there is room for the counters of two blocks.
     threads = max(64, min(1024, 1 << (paths // 8).bit_length()))
-    buckets = max(threads, min(16384, 1 << (paths // 2).bit_length() - 1))
+    most = min(16384, 1 << (room // 4).bit_length() - 1)
+    buckets = max(threads, min(most, 1 << (paths // 2).bit_length() - 1))
     width = prices.element_size()
     held = 2 * paths * width
-    fits = held + 4 * buckets <= _SHARED
+    fits = held + 4 * buckets <= room
     scratch = prices.new_empty(0) if fits else torch.empty_like(prices)
     arguments = (prices, strike, scale, scratch, np.int32(paths), np.int32(size), np.int32(buckets), levels)
     _kernel(prices.dtype)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))

@@ -113,6 +113,20 @@ def test_a_contract_is_the_same_in_every_batch_and_block_size() -> None:
     assert torch.equal(engine("cuda", threads_per_block=256, skip=10).terminal_prices(CONTRACTS[10:]), whole[10:])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
+@pytest.mark.parametrize("log_return", [True, False])
+def test_the_largest_block_and_more_contracts_than_a_grid_holds(dtype: str, sampling: str, log_return: bool) -> None:
+    common: dict[str, Any] = {
+        "dtype": dtype, "sampling": sampling, "simulate_log_return": log_return, "timesteps": 2, "network_size": 2,
+        "batches_per_mc_run": 1,
+    }  # fmt: skip
+    contracts = SobolSampler({}, seed=4).sample(70_000)
+    whole = engine("cuda", threads_per_block=1024, **common).terminal_prices(contracts)
+    some = engine("cuda", threads_per_block=32, skip=65_530, **common).terminal_prices(contracts[65_530:65_540])
+    assert torch.equal(whole[65_530:65_540], some)
+
+
 def test_normalised_forwards_have_the_forward_as_their_mean() -> None:
     X0, _, T, r, d, _ = CONTRACTS.T
     terminal = engine("cuda", normalize_forwards=True, dtype="float64").terminal_prices(CONTRACTS)

@@ -214,8 +214,8 @@ def check_after(tail: Tail, entries: Sequence[Entry]) -> Tail:
         if entry.fields["parent_hash"] != parent:
             raise _corrupt(
                 key,
-                f"entry {entry.index}: parent_hash is {entry.fields['parent_hash'][:12]}..., "
-                f"the entry before it has hash {parent[:12]}...",
+                f"entry {entry.index}: parent_hash is {entry.fields['parent_hash']}, "
+                f"the entry before it has hash {parent}",
             )
         if entry.index != index:
             raise _corrupt(key, f"entry {entry.index} stands where entry {index} should")
