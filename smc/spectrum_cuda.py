@@ -197,7 +197,8 @@ def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tens
     levels = torch.empty((n, size), dtype=prices.dtype, device=prices.device)
     if n == 0:
         return levels
-    room = torch.cuda.get_device_properties(prices.device).shared_memory_per_block_optin - _STATIC
+    properties = torch.cuda.get_device_properties(prices.device)
+    room = properties.shared_memory_per_block_optin - _STATIC  # type: ignore[attr-defined]  # missing in torch's stubs
     # About two prices to a bucket, as far as there is room for the counters of two blocks.
     threads = max(64, min(1024, 1 << (paths // 8).bit_length()))
     most = min(16384, 1 << (room // 4).bit_length() - 1)
