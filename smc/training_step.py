@@ -77,6 +77,7 @@ class TrainingStep:
         self._slots = torch.zeros((self._steps, self._old), dtype=torch.int64, device=device)
         self._window: Contracts | None = None
         self._left = self._read = 0
+        self._unread: list[float] = []
         self._replayed: Callable[[], None] | None = None
         if device.type == "cuda":
             for group in optimizer.param_groups:
@@ -97,11 +98,11 @@ class TrainingStep:
         self.position.simulated += self._fresh
 
     def losses(self) -> list[float]:
-        """Losses of the steps since the last call, as far as the window holds them: the newest is the last."""
+        """Losses of the steps since the last call, read from the device. The newest is the last."""
         done = self._steps - self._left
-        values: list[float] = self._losses[self._read : done].tolist()
+        unread, self._unread = [*self._unread, *self._losses[self._read : done].tolist()], []
         self._read = done
-        return values
+        return unread
 
     # --- the step -------------------------------------------------------------------------------------
 
@@ -143,6 +144,8 @@ class TrainingStep:
     def _refill(self) -> None:
         """Prepare the next window. Copies into the tensors that a graph reads, in order with its replays."""
         at = self.position
+        if self._window is not None:
+            self._unread = self.losses()
         contracts = self._source.contracts(at.drawn, self._steps * self._fresh)
         rates = torch.tensor([self._learning_rate(at.step + i) for i in range(self._steps)], dtype=torch.float64)
         _replace(self._rates, rates)

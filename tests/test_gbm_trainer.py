@@ -73,6 +73,28 @@ def test_distributions_are_valid_and_have_the_price_as_mean(trained: GbmCVNNPric
     assert np.sqrt(np.square(w2).mean()) < 0.015
 
 
+def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    read: list[float] = []
+    pricer = GbmCVNNPricer(small_config())
+    whole = GbmCVNNPricer(small_config())
+    reports: list[StepReport] = []
+    whole.train(small_training(20), logger=reports.append)
+    monkeypatch.setattr("smc.training_step._AHEAD", {"cpu": 32})  # of contracts: eight steps
+    monkeypatch.setattr(GbmCVNNPricer, "_is_reported", lambda self, batch, config: batch in (5, 20))
+    finite = GbmCVNNPricer._finite
+
+    def keep(self: GbmCVNNPricer, losses: list[float]) -> list[float]:
+        steps.append(len(losses))
+        read.extend(losses)
+        return finite(self, losses)
+
+    monkeypatch.setattr(GbmCVNNPricer, "_finite", keep)
+    pricer.train(small_training(20))
+    assert [n for n in steps if n] == [5, 15]
+    np.testing.assert_array_equal(np.float32(read), np.float32([report.loss for report in reports]))
+
+
 def test_tensors_are_priced_as_tensors_like_the_same_contracts_in_an_array(trained: GbmCVNNPricer) -> None:
     contracts = CONTRACTS.copy()
     contracts[3, 2] = contracts[4, 5] = 0.0  # certain, priced without the network
