@@ -55,7 +55,6 @@ def on_gpu(report: Report) -> None:
         path_steps = n * 1024 * batches * STEPS
         times = {}
         strike, scale = table[:, 1].float(), torch.ones(n, device="cuda")
-        times = {}
         for scheme, bar in (("log-Euler", 1.1), ("Euler", 1.0)):
             simulated = engine("cuda", 1024, batches, log_return=scheme == "log-Euler")
             times[scheme] = gpu_seconds(captured(partial(simulated.simulate, table, first)))

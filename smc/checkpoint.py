@@ -42,7 +42,7 @@ class CheckpointMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     simulation: BlackScholesConfig
     domain: dict[str, BoundSpec]
     network: CVNNConfig | None = Field(description="None for a model that build_cvnn did not make")
@@ -101,16 +101,20 @@ def encode(snapshot: Snapshot) -> bytes:
 def decode(data: bytes | bytearray) -> Snapshot:
     """The snapshot in a checkpoint file.
 
-    Raises: Corrupt if these bytes are not a checkpoint of this format.
+    Raises: Corrupt if these bytes are no checkpoint, ConfigError if another version of the format wrote them.
     """
     try:
         tensors = safetensors.torch.load(data)  # type: ignore[arg-type]  # any buffer will do
         header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header["__metadata__"][_METADATA_KEY]
+        if (written := orjson.loads(text).get("format")) != 2:
+            raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 2")
         metadata = CheckpointMetadata.model_validate_json(text)
     except ValidationError as error:
         raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise Corrupt(f"not a checkpoint: {error!r}") from None
     return Snapshot(tensors, metadata)
 

@@ -79,10 +79,12 @@ def capture(
     Raises: NotCapturable.
     """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
     graph = torch.cuda.CUDAGraph()
+    generator = torch.cuda.default_generators[torch.device(device).index or 0]
+    random = generator.clone_state()
     try:
         with rehearsal or nullcontext():
+            stream.wait_stream(torch.cuda.current_stream(device))  # for what the rehearsal puts aside, too
             with torch.cuda.stream(stream):
                 work()
             torch.cuda.current_stream(device).wait_stream(stream)
@@ -91,6 +93,7 @@ def capture(
             work()
     except Exception as error:
         torch.cuda.synchronize(device)
+        generator.graphsafe_set_state(random)  # a capture that fails leaves it expecting one
         cause: BaseException = error
         while cause.__context__ is not None:  # the failed end of the capture hides what made it fail
             cause = cause.__context__

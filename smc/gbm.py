@@ -144,7 +144,10 @@ class BlackScholes:
             terminal = torch.from_numpy(self._on_cpu(table.numpy(), int(first)))
         if self.config.normalize_forwards:
             forward = table[:, 0] * torch.exp((table[:, 3] - table[:, 4]) * table[:, 2])
-            mean = terminal.mean(dim=1, dtype=torch.float64)
+            if self.device.type == "cuda":
+                mean = terminal.mean(dim=1, dtype=torch.float64)
+            else:  # torch's mean of a single row depends on the number of threads
+                mean = torch.from_numpy(terminal.numpy().mean(axis=1, dtype=np.float64))
             terminal *= (forward / mean).to(terminal.dtype)[:, None]
         return terminal
 

@@ -93,8 +93,8 @@ extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
     const u64 offset, const u64 seed, const int paths, const int steps,
     real* __restrict__ out)                 // (n, paths)
 {
-    const int path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= paths) return;
+    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
+    if (path >= (u32)paths) return;
     const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
     const u64 stream = *first + offset + blockIdx.y;
     const u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
@@ -140,8 +140,8 @@ extern "C" __global__ __launch_bounds__(1024) void sobol_end(
     const double* __restrict__ contracts, const u64* __restrict__ first,
     const u64 offset, const u64 seed, const int paths, const int steps, real* __restrict__ out)
 {
-    const int path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= paths) return;
+    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
+    if (path >= (u32)paths) return;
     const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
     // The first Sobol coordinate of point i is the bit-reversed Gray code of i.
     const real z = sobol_normal(path ^ (path >> 1), 0, *first + offset + blockIdx.y, seed);
@@ -153,8 +153,8 @@ extern "C" __global__ __launch_bounds__(1024) void sobol_points(
     const u64* __restrict__ first, const u64 offset, const u64 seed, const int paths, const int dimensions,
     real* __restrict__ out)                 // (n, dimensions, paths)
 {
-    const int path = blockIdx.x * blockDim.x + threadIdx.x, dimension = blockIdx.y;
-    if (path >= paths) return;
+    const u32 path = blockIdx.x * blockDim.x + threadIdx.x, dimension = blockIdx.y;
+    if (path >= (u32)paths) return;
     const u32 point = points[(u64)dimension * paths + path];
     out[((u64)blockIdx.z * dimensions + dimension) * paths + path] =
         sobol_normal(point, dimension, *first + offset + blockIdx.z, seed);
@@ -164,8 +164,8 @@ extern "C" __global__ __launch_bounds__(1024) void walk(
     const double* __restrict__ contracts, const real* __restrict__ increments,  // (n, steps, paths)
     const int paths, const int steps, real* __restrict__ out)
 {
-    const int path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= paths) return;
+    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
+    if (path >= (u32)paths) return;
     const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
     const real* z = increments + (u64)blockIdx.y * steps * paths + path;
     real price = gbm.X0;

@@ -1,7 +1,7 @@
 """What a trained network says of a contract: price, distribution, Greeks, within what must hold.
 
-Arrays in, arrays out: contracts on the host give NumPy arrays; a tensor gives tensors on its own device, and on
-a GPU a million of them never leave it. There the work of a chunk is one CUDA graph.
+Prices and distributions: contracts on the host give NumPy arrays; a tensor gives tensors on its own device, and on
+a GPU a million of them never leave it. There the work of a chunk is one CUDA graph. Greeks are NumPy's.
 """
 
 from __future__ import annotations
@@ -132,10 +132,15 @@ class Predictor:
                 self._capturable = False
                 return function
 
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
             def replayed(part: Tensor) -> Tensor:
+                done.wait()  # for a call on another stream, which uses the same memory
                 given[: len(part)] = part
                 replay()
-                return results[0][: len(part)].clone()
+                answer = results[0][: len(part)].clone()
+                done.record()
+                return answer
 
             self._graphs[name, rows] = replayed
         return self._graphs[name, rows]

@@ -34,12 +34,16 @@ class ReplayBuffer:
         for rows, new in zip(self._rows, examples, strict=True):
             rows.index_copy_(0, slots, new[count - keep :])
 
-    def draw(self, count: int, step: int, stop: int) -> npt.NDArray[np.int64]:
-        """Slots of `count` held contracts, with replacement, when contracts below `stop` are in."""
-        words = philox4x32(self._seed, (np.arange(count, dtype=np.uint64), step & 0xFFFFFFFF, step >> 32, 0))
-        held = min(self.capacity, stop - self._start)
-        newest_first = (words[0] * np.uint64(held)) >> np.uint64(32)
-        return np.asarray((stop - 1 - newest_first.astype(np.int64)) % self.capacity)
+    def draw(self, count: int, steps: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Slots of `count` held contracts for each step, with replacement, when contracts below its stop are in.
+
+        Shapes: steps and stops (m,) -> (m, count).
+        """
+        step = steps.astype(np.uint64)[:, None]
+        counter = (np.arange(count, dtype=np.uint64), step & np.uint64(0xFFFFFFFF), step >> np.uint64(32), 0)
+        held = np.minimum(self.capacity, stops - self._start).astype(np.uint64)[:, None]
+        newest_first = (philox4x32(self._seed, counter)[0] * held) >> np.uint64(32)
+        return np.asarray((stops[:, None] - 1 - newest_first.astype(np.int64)) % self.capacity)
 
     def take(self, slots: Tensor) -> Examples:
         """The contracts in these slots. Shapes: slots (n,) int64 on the buffer's device."""

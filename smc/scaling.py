@@ -2,7 +2,7 @@
 
 A put divided by K df w, after a smooth intrinsic value is taken off bin 0, varies over the domain by a
 factor of a few instead of a thousand; each bin is then standardised. Raw inputs and outputs cost three
-orders of magnitude in accuracy (docs/numerics.md).
+orders of magnitude in accuracy.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,12 @@ def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
 
 def quantile_spectrum(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
     """The training target. Shapes: (n, M) -> complex (n, N // 2 + 1); bin 0 is the sample mean."""
-    return torch.fft.rfft(quantile_levels(payoffs, network_size), norm="forward")
+    levels = quantile_levels(payoffs, network_size)
+    if len(levels) == 1:
+        # With several threads torch rounds a single row otherwise than the same row among others, and a target
+        # must not depend on the batch it was simulated in.
+        return torch.fft.rfft(levels.repeat(2, 1), norm="forward")[:1]
+    return torch.fft.rfft(levels, norm="forward")
 
 
 def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -97,7 +103,7 @@ class PayoffDistribution:
         """Nearest valid distribution with this mean. Shapes: (n, N), (n,), (n,) payoff maximum."""
         return cls(valid_levels(*(torch.from_numpy(values) for values in (levels, price, upper))).numpy())
 
-    @property
+    @cached_property
     def host_levels(self) -> Array:
         """The levels as a NumPy array, wherever they are."""
         return self.levels if isinstance(self.levels, np.ndarray) else self.levels.cpu().numpy()

@@ -199,7 +199,7 @@ def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tens
         return levels
     properties = torch.cuda.get_device_properties(prices.device)
     room = properties.shared_memory_per_block_optin - _STATIC  # type: ignore[attr-defined]  # missing in torch's stubs
-    # About two prices to a bucket, as far as there is room for the counters of two blocks.
+    # About two prices to a bucket, as far as there is room for their counters.
     threads = max(64, min(1024, 1 << (paths // 8).bit_length()))
     most = min(16384, 1 << (room // 4).bit_length() - 1)
     buckets = max(threads, min(most, 1 << (paths // 2).bit_length() - 1))

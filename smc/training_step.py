@@ -28,6 +28,8 @@ logger = logging.getLogger("smc.training")
 
 # Contracts prepared at a time: on a GPU enough that preparing them is rare, on a CPU a block of the stream.
 _AHEAD = {"cuda": 1 << 15, "cpu": 1 << 10}
+# Replay slots drawn at a time: 32 MiB of them.
+_MOST_SLOTS = 1 << 22
 
 
 @dataclass
@@ -67,7 +69,7 @@ class TrainingStep:
         # The loss in one difference: outputs and targets on the scale whose squares are to be summed.
         root = bin_weights.sqrt()[:, None]
         self._gain, self._target_mean, self._target_gain = scaling.spread[:, None] * root, scaling.mean, root
-        self._steps = max(1, _AHEAD[device.type] // fresh)
+        self._steps = max(1, min(_AHEAD[device.type] // fresh, _MOST_SLOTS // max(1, self._old)))
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # step within the window
         self._rows = torch.arange(fresh, device=device)
         self._losses = torch.zeros(self._steps, dtype=bin_weights.dtype, device=device)
@@ -150,9 +152,9 @@ class TrainingStep:
         rates = torch.tensor([self._learning_rate(at.step + i) for i in range(self._steps)], dtype=torch.float64)
         _replace(self._rates, rates)
         if self._replay is not None:
-            stops = range(at.simulated + self._fresh, at.simulated + self._fresh * (self._steps + 1), self._fresh)
-            draws = [self._replay.draw(self._old, at.step + i, stop) for i, stop in enumerate(stops)]
-            _replace(self._slots, torch.from_numpy(np.stack(draws)))
+            steps = np.arange(self._steps)
+            stops = at.simulated + self._fresh * (steps + 1)
+            _replace(self._slots, torch.from_numpy(self._replay.draw(self._old, at.step + steps, stops)))
         if self._window is None:
             self._window = contracts
         else:

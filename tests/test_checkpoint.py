@@ -121,3 +121,10 @@ def test_errors_survive_pickling() -> None:
     assert (str(busy), busy.retry_after) == ("full", 2.5)
     corrupt = pickle.loads(pickle.dumps(Corrupt("bad", (("log/0", "why"),))))
     assert corrupt.problems == (("log/0", "why"),)
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_its_number(state: GbmCVNNPricerConfig) -> None:
+    data = encode(Snapshot.of(state))
+    assert data.count(b'\\"format\\":2') == 1
+    with pytest.raises(ConfigError, match="has format 1, this version of spectralmc reads format 2"):
+        decode(data.replace(b'\\"format\\":2', b'\\"format\\":1'))

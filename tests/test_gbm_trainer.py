@@ -95,6 +95,37 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(np.float32(read), np.float32([report.loss for report in reports]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "training", "normalize"),
+    [
+        ({"buffer_size": 257}, {}, False),
+        ({}, {"fresh_per_batch": 1}, False),
+        ({"dtype": "float64", "network_size": 256, "batches_per_mc_run": 256}, {"fresh_per_batch": 1}, True),
+    ],
+    ids=["a chunk of one row", "one row at a time", "normalised"],
+)
+def test_a_resumed_run_is_the_same_with_two_threads(
+    changes: dict[str, Any], training: dict[str, Any], normalize: bool
+) -> None:
+    config = small_config(**changes)
+    config = replace(config, cfg=config.cfg.model_copy(update={"normalize_forwards": normalize}))
+    plan = small_training(8 if normalize else 160, **training)
+    half = plan.num_batches // 2
+    try:
+        torch.set_num_threads(2)
+        states = []
+        for stop in (None, half):
+            pricer = GbmCVNNPricer(replace(config, cvnn=copy.deepcopy(config.cvnn)))
+            pricer.train(plan, logger=lambda r, p=pricer, s=stop: p.stop() if r.step == s else None)  # type: ignore[misc]
+            if stop:
+                pricer = GbmCVNNPricer(pricer.snapshot())
+                pricer.train(plan.model_copy(update={"num_batches": plan.num_batches - stop}))
+            states.append(encode(Snapshot.of(pricer.snapshot())))
+        assert states[0] == states[1]
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_tensors_are_priced_as_tensors_like_the_same_contracts_in_an_array(trained: GbmCVNNPricer) -> None:
     contracts = CONTRACTS.copy()
     contracts[3, 2] = contracts[4, 5] = 0.0  # certain, priced without the network

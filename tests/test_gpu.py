@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.nn import functional
 
 from smc import black_scholes
 from smc.checkpoint import Snapshot, decode, encode, restore
@@ -23,7 +24,7 @@ from smc.sobol_sampler import SobolSampler
 from smc.spectrum import quantile_levels, quantile_spectrum
 from smc.spectrum_cuda import put_levels
 from smc.storage import AsyncBlockchainModelStore
-from smc.training_step import TrainingStep
+from smc.training_step import _AHEAD, TrainingStep
 from tests.conftest import small_config, small_simulation, small_training
 
 pytestmark = pytest.mark.gpu
@@ -155,18 +156,21 @@ def price_rows(kind: str, paths: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("paths", [32, 96, 1000, 8192, 12_000, 131_072])
+@pytest.mark.parametrize(
+    ("paths", "size"),
+    [(32, 32), (96, 32), (1000, 125), (8192, 1024), (12_000, 40), (12_000, 12_000), (131_072, 1024), (131_072, 2)],
+)
 @pytest.mark.parametrize(
     "kind", ["log-normal", "narrow", "wide", "tied", "equal", "above the strike", "at zero", "one far out"]
 )
-def test_levels_by_ranks_are_those_of_a_sort(kind: str, paths: int, dtype: torch.dtype) -> None:
+def test_levels_by_ranks_are_those_of_a_sort(kind: str, paths: int, size: int, dtype: torch.dtype) -> None:
     prices = price_rows(kind, paths, dtype)
     strike = torch.tensor([100, 100, 50, 1e-3, 1e6], dtype=dtype)
     scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
-    size = paths // 8 if paths % 8 == 0 else paths // 4
     wanted = quantile_levels((strike[:, None] - prices).clamp(min=0) * scale[:, None], size)
     got = put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
-    torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6 if dtype == torch.float32 else 1e-13, atol=1e-6)
+    # A slice of 65,536 payoffs is summed in single precision by both.
+    torch.testing.assert_close(got.cpu(), wanted, rtol=2e-5 if dtype == torch.float32 else 1e-12, atol=1e-6)
     assert torch.equal(got, put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size))
 
 
@@ -322,11 +326,22 @@ def test_the_graphs_losses_are_the_eager_ones(
 
 
 @pytest.mark.parametrize("training", [{}, {"fresh_per_batch": 5}], ids=["all fresh", "replay"])
-@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
-def test_a_run_resumed_mid_graph_is_bit_for_bit_the_same(training: dict[str, Any], sampling: str) -> None:
-    whole = GbmCVNNPricer(small_config("cuda", buffer_size=96, sampling=sampling))
+@pytest.mark.parametrize("dynamics", ["pseudorandom", "sobol", "sobol-euler", "normalised"])
+@pytest.mark.parametrize("ahead", [1 << 15, 256])
+def test_a_run_resumed_mid_graph_is_bit_for_bit_the_same(
+    training: dict[str, Any], dynamics: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_AHEAD, "cuda", ahead)  # windows that end in the middle of the run, too
+
+    def config() -> GbmCVNNPricerConfig:
+        sampling = "sobol" if dynamics.startswith("sobol") else "pseudorandom"
+        built = small_config("cuda", buffer_size=96, sampling=sampling)
+        changes = {"simulate_log_return": dynamics != "sobol-euler", "normalize_forwards": dynamics == "normalised"}
+        return replace(built, cfg=built.cfg.model_copy(update=changes))
+
+    whole = GbmCVNNPricer(config())
     whole.train(small_training(130, **training))
-    first = GbmCVNNPricer(small_config("cuda", buffer_size=96, sampling=sampling))
+    first = GbmCVNNPricer(config())
     first.train(small_training(130, **training), logger=lambda report: first.stop() if report.step == 50 else None)
     assert first.progress.step == 50
     second = GbmCVNNPricer(first.snapshot())
@@ -342,7 +357,7 @@ def test_a_model_that_cannot_be_captured_trains_eagerly_and_says_why(caplog: pyt
 
         def forward(self, real: torch.Tensor, imag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             assert float(real.abs().max()) < 1e6  # reads the device: no graph can hold that
-            return self.inner(real, imag)
+            return self.inner(functional.dropout(real, 1e-9), imag)
 
     plain = GbmCVNNPricer(small_config("cuda"))
     plain.train(small_training(60))
@@ -352,6 +367,7 @@ def test_a_model_that_cannot_be_captured_trains_eagerly_and_says_why(caplog: pyt
     assert caplog.text.count("Training steps run eagerly: it cannot be captured as a CUDA graph (CUDA error: ") == 1
     assert "not permitted when stream is capturing" in caplog.text
     assert result.batches == 60
+    torch.randn(3, device="cuda")  # the generator is none the worse
     np.testing.assert_allclose(peeking.predict_price(CONTRACTS), plain.predict_price(CONTRACTS), rtol=1e-4, atol=1e-4)
 
 

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(message)s")
-    return exit_status(lambda: int(options.run(options)))
+    return exit_status(lambda: int(options.run(options)), may_be_cut=options.may_be_cut)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.add_argument("bucket", help="bucket, or s3://bucket/prefix")
         sub.add_argument("--json", action="store_true", help="print JSON")
-        sub.set_defaults(run=lambda options: asyncio.run(_with_store(command, options)))
+        only_prints = command in (_list_versions, _inspect)
+        sub.set_defaults(run=lambda options: asyncio.run(_with_store(command, options)), may_be_cut=only_prints)
         return sub
 
     verify = on_ledger("verify", "recompute every hash of the ledger", _verify)
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument(
         "--bucket", action="append", help=f"a bucket to create; repeatable (default: {', '.join(_DEV_BUCKETS)})"
     )
-    server.set_defaults(run=_dev_server)
+    server.set_defaults(run=_dev_server, may_be_cut=False)
     return parser
 
 

@@ -413,6 +413,8 @@ class Ledger:
                 # that stays is the newest.
                 if self._tail is not None and self._tail.block - 1 == block and await self._probe(block + 1):
                     await self.refresh()
+        except Corrupt as error:  # of the log, which was read to see whether the hint is the newest
+            logger.error("%s", error)
         except (StorageError, ConfigError) as error:
             logger.info("head.json or an index not updated, readers do without: %s", error)
 
