@@ -169,16 +169,16 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     int lanes = 1;
     while (lanes < 32 && lanes * 2 <= slice) lanes *= 2;
     const int groups = T / lanes, part = t % lanes;
-    const real gain = scale[blockIdx.x] / slice;
+    const double gain = (double)scale[blockIdx.x] / slice;
     for (int base = 0; base < size; base += groups) {
         const int c = base + t / lanes;
-        real sum = 0;
+        double sum = 0;  // a slice may hold many thousands
         if (c < size) {
             const u32 stop = min((u32)(c + 1) * slice, paying);
             for (u32 j = (u32)c * slice + part; j < stop; j += lanes) sum += K - sorted[j];
         }
         for (int d = lanes >> 1; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        if (c < size && part == 0) levels[(u64)blockIdx.x * size + size - 1 - c] = sum * gain;
+        if (c < size && part == 0) levels[(u64)blockIdx.x * size + size - 1 - c] = (real)(sum * gain);
     }
 }
 """
