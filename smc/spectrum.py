@@ -35,6 +35,9 @@ __all__ = [
 
 Array = npt.NDArray[np.float64]
 
+# Of the interval of shifts that may be needed: what is left is a 2^-32 of the payoff's range.
+_HALVINGS = 32
+
 
 def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
     """Sort and average: the quantile function over `network_size` equal slices.
@@ -179,17 +182,27 @@ def _check_slices(samples: int, network_size: int) -> None:
 
 
 def valid_levels(levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """Levels in order, within the payoff's bounds, with the price as their mean.
+    """The levels in order, shifted and held within the payoff's bounds, so that the price is their mean.
 
+    Of all levels in the same order within the bounds and with this mean, these are the nearest in W2: the
+    projection onto a box and a sum is one shift, clipped. To scale them instead would move the tail.
     Shapes: (n, N), (n,), (n,) payoff maximum -> (n, N).
     """
-    upper = upper[:, None]
-    ordered = torch.minimum(levels.sort(dim=1).values.clamp_(min=0), upper)
-    mean, current = torch.minimum(price.clamp(min=0)[:, None], upper), ordered.mean(dim=1, keepdim=True)
-    # Shift within the bounds: scale towards zero, or towards the upper bound; both keep the order.
-    down = torch.where(current > 0, mean / current, 0.0) * ordered
-    room = torch.where(upper > current, (upper - mean) / (upper - current), 0.0)
-    return torch.where(mean <= current, down, upper - room * (upper - ordered))
+    size = levels.shape[1]
+    ordered, upper = levels.sort(dim=1).values, upper[:, None]
+    wanted = torch.minimum(price.clamp(min=0)[:, None], upper)
+    # The mean after a shift rises with it, from 0 at `low` to `upper` at `high`: halve the interval.
+    low, high = -ordered[:, -1:], upper - ordered[:, :1]
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        above = torch.minimum((ordered + middle).clamp_(min=0), upper).mean(dim=1, keepdim=True) > wanted
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    held = torch.minimum((ordered + low).clamp_(min=0), upper)
+    # What halving left open goes to the levels that are free to move, in proportion to their room.
+    room = upper - held
+    missing = (wanted - held.mean(dim=1, keepdim=True)) * size
+    total = room.sum(dim=1, keepdim=True)
+    return torch.minimum(held + room * torch.where(total > 0, missing / total, 0.0).clamp_(min=0), upper)
 
 
 def _check_probability(levels: npt.NDArray[Any]) -> None:
