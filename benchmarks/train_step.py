@@ -17,6 +17,7 @@ from smc.cvnn import CVNNConfig, build_cvnn
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.optimizer import make_optimizer
 from smc.scaling import Scaling
 from smc.spectrum import bin_weights
 from smc.training_step import Position, TrainingStep
@@ -35,9 +36,9 @@ def training_step(batches: int, batch_size: int, hidden: tuple[int, ...]) -> tup
     examples = source.simulate(source.contracts(0, 64), torch.zeros((), dtype=torch.int64, device="cuda"))
     step = TrainingStep(
         model,
-        torch.optim.Adam(model.parameters(), fused=True, capturable=True),
+        make_optimizer("adam", model),
         source,
-        Scaling.of(examples.targets),
+        Scaling.of(examples.targets[:, 0]),
         bin_weights(SIZE).float().cuda(),
         lambda step: 1e-3,
         Position(0, 0, 0),

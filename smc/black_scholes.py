@@ -94,41 +94,35 @@ def payoff_quantile(contracts: ContractsLike, u: npt.ArrayLike, kind: OptionKind
     return t.discount[:, None] * np.maximum(_sign(kind) * (terminal - t.K[:, None]), 0.0)
 
 
-def payoff_bin_averages(contracts: ContractsLike, bins: int) -> Array:
-    """Means of the discounted put payoff's quantile function over `bins` equal slices of [0, 1].
+def payoff_bin_averages(contracts: ContractsLike, bins: int, kind: OptionKind = "put") -> Array:
+    """Means of the discounted payoff's quantile function over `bins` equal slices of [0, 1].
 
-    Shapes: n contracts -> (n, bins), ascending; the row mean is the put price.
+    Shapes: n contracts -> (n, bins), ascending; the row mean is the price.
     """
     edges = np.linspace(0.0, 1.0, bins + 1)
-    return _put_quantile_integral(contracts, edges[:-1], edges[1:]) * bins
+    return _quantile_integral(contracts, edges[:-1], edges[1:], kind) * bins
 
 
 def cvar(contracts: ContractsLike, u: float, kind: OptionKind = "put") -> Array:
     """Mean of the discounted payoff over its worst 1 - u of outcomes for the seller. Shapes: -> (n,)."""
-    if kind == "put":
-        return _put_quantile_integral(contracts, np.array([u]), np.array([1.0]))[:, 0] / (1 - u)
-    t = _terms(contracts)
-    # Upper tail of the call: z above both the tail's start and the strike.
-    start = np.maximum(ndtri(u), -t.d2)
-    with np.errstate(invalid="ignore"):
-        tail = t.forward * ndtr(-(start - t.w)) - t.K * ndtr(-start)
-    certain = np.maximum(t.forward - t.K, 0.0) * (1 - u)
-    return t.discount * np.where(t.w > 0, tail, certain) / (1 - u)
+    return _quantile_integral(contracts, np.array([u]), np.array([1.0]), kind)[:, 0] / (1 - u)
 
 
-def _put_quantile_integral(contracts: ContractsLike, lower: Array, upper: Array) -> Array:
+def _quantile_integral(contracts: ContractsLike, lower: Array, upper: Array, kind: OptionKind) -> Array:
     t = _terms(contracts)
-    # Quantile u of the put is reached at z = ndtri(1 - u) of the terminal price, and the payoff is
-    # positive for z below -d2.
-    strike = -t.d2[:, None]
-    low = np.minimum(ndtri(1 - upper)[None, :], strike)
-    high = np.minimum(ndtri(1 - lower)[None, :], strike)
-    w = t.w[:, None]
+    sign = _sign(kind)
+    # Quantile u of the payoff is reached where y, the price's normal or for a call its negative, is ndtri(1 - u),
+    # and the payoff is positive for y below +-d2: both tails are computed near 0, not near 1.
+    exercised = sign * t.d2[:, None]
+    low = np.minimum(ndtri(1 - upper)[None, :], exercised)
+    high = np.minimum(ndtri(1 - lower)[None, :], exercised)
+    w = sign * t.w[:, None]
     with np.errstate(invalid="ignore"):
         cash = t.K[:, None] * (ndtr(high) - ndtr(low))
-        asset = t.forward[:, None] * (ndtr(high - w) - ndtr(low - w))
-    certain = np.maximum(t.K - t.forward, 0.0)[:, None] * (upper - lower)[None, :]
-    return np.asarray(t.discount[:, None] * np.where(w > 0, np.maximum(cash - asset, 0.0), certain))
+        asset = t.forward[:, None] * (ndtr(high + w) - ndtr(low + w))
+    certain = np.maximum(sign * (t.forward - t.K), 0.0)[:, None] * (upper - lower)[None, :]
+    value = np.where(t.w[:, None] > 0, np.maximum(sign * (asset - cash), 0.0), certain)
+    return np.asarray(t.discount[:, None] * value)
 
 
 def _terms(contracts: ContractsLike) -> _Terms:

@@ -1,6 +1,6 @@
 """A checkpoint: a pricer's whole state as one safetensors file, and back. No pickle anywhere.
 
-Tensors are named `model.*`, `adam.exp_avg.*`, `adam.exp_avg_sq.*`, `scaling.*`, `rng.cpu`, `rng.cuda.N`;
+Tensors are named `model.*`, `optimizer.KIND.*`, `scaling.*`, `rng.cpu`, `rng.cuda.N`;
 everything else is JSON in the file's metadata. The bytes depend on the state alone, so equal states have
 equal content hashes.
 """
@@ -23,11 +23,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from smc.adam import AdamState
 from smc.contracts import BoundSpec
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError, Corrupt
 from smc.gbm import BlackScholesConfig
+from smc.optimizer import OptimizerName, OptimizerState
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
 from smc.training import TrainingPlan
@@ -42,14 +42,15 @@ class CheckpointMetadata(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     simulation: BlackScholesConfig
     domain: dict[str, BoundSpec]
     network: CVNNConfig | None = Field(description="None for a model that build_cvnn did not make")
     model_class: str
     global_step: int = Field(ge=0)
     sobol_skip: int = Field(ge=0)
-    adam_step: int = Field(ge=0)
+    optimizer: OptimizerName | None
+    optimizer_step: int = Field(ge=0)
     plan: TrainingPlan | None
     libraries: dict[str, str]
 
@@ -65,10 +66,9 @@ class Snapshot:
     def of(cls, config: GbmCVNNPricerConfig) -> Snapshot:
         """A copy of this state, tensors cloned where they live."""
         tensors = {f"model.{name}": value for name, value in config.cvnn.state_dict().items()}
-        adam = config.optimizer_state
-        if adam is not None:
-            tensors |= {f"adam.exp_avg.{name}": value for name, value in adam.exp_avg.items()}
-            tensors |= {f"adam.exp_avg_sq.{name}": value for name, value in adam.exp_avg_sq.items()}
+        optimizer = config.optimizer_state
+        if optimizer is not None:
+            tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
         if config.scaling is not None:
             tensors |= {f"scaling.{name}": value for name, value in vars(config.scaling).items()}
         if config.torch_cpu_rng_state is not None:
@@ -83,7 +83,8 @@ class Snapshot:
             model_class=f"{type(config.cvnn).__module__}.{type(config.cvnn).__qualname__}",
             global_step=config.global_step,
             sobol_skip=config.sobol_skip,
-            adam_step=adam.step if adam is not None else 0,
+            optimizer=optimizer.name if optimizer is not None else None,
+            optimizer_step=optimizer.step if optimizer is not None else 0,
             plan=config.plan,
             libraries=_libraries(),
         )
@@ -107,8 +108,8 @@ def decode(data: bytes | bytearray) -> Snapshot:
         tensors = safetensors.torch.load(data)  # type: ignore[arg-type]  # any buffer will do
         header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         text = header["__metadata__"][_METADATA_KEY]
-        if (written := orjson.loads(text).get("format")) != 2:
-            raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 2")
+        if (written := orjson.loads(text).get("format")) != 3:
+            raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 3")
         metadata = CheckpointMetadata.model_validate_json(text)
     except ValidationError as error:
         raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
@@ -136,15 +137,17 @@ def restore(
     if config_template is not None:
         _check_same(metadata, config_template)
     device = next(model.parameters()).device
-    exp_avg = _named(tensors, "adam.exp_avg.", device)
-    exp_avg_sq = _named(tensors, "adam.exp_avg_sq.", device)
     scaling = _named(tensors, "scaling.", device)
+    optimizer = None
+    if metadata.optimizer is not None:
+        moments = _named(tensors, "optimizer.", device)
+        optimizer = OptimizerState(metadata.optimizer, metadata.optimizer_step, moments)
     cuda_states = sorted((n for n in tensors if n.startswith("rng.cuda.")), key=lambda n: int(n[9:]))
     return GbmCVNNPricerConfig(
         cfg=metadata.simulation,
         domain_bounds=metadata.domain,
         cvnn=model,
-        optimizer_state=AdamState(metadata.adam_step, exp_avg, exp_avg_sq) if exp_avg else None,
+        optimizer_state=optimizer,
         global_step=metadata.global_step,
         sobol_skip=metadata.sobol_skip,
         torch_cpu_rng_state=_tensor_bytes(tensors["rng.cpu"]) if "rng.cpu" in tensors else None,

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,22 +25,32 @@ from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.gbm import SimulationParams
 
-__all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "build_cvnn", "check_model"]
+__all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "RealNetwork", "build_cvnn", "check_model"]
 
-FEATURES: Final = 7
+FEATURES: Final = 9
 """Inputs of a model: the features of one contract, see `smc.scaling`."""
 
 Activation = Literal["split_silu", "cardioid", "modrelu", "zrelu"]
 
 
 class CVNNConfig(BaseModel):
-    """Shape of the default network: widths of its complex hidden layers, and their activation."""
+    """Shape of the default network: widths of its hidden layers, their activation, and whether they are complex.
+
+    The real one is the baseline to compare with: of the same size in parameters, not in widths.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden: tuple[int, ...] = Field(default=(64, 64, 64), min_length=1)
     activation: Activation = "split_silu"
+    numbers: Literal["complex", "real"] = "complex"
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
+
+    @model_validator(mode="after")
+    def _real_activation(self) -> CVNNConfig:
+        if self.numbers == "real" and self.activation != "split_silu":
+            raise ValueError(f"numbers='real' has activation='split_silu', which is SiLU, got {self.activation!r}")
+        return self
 
 
 class ComplexLinear(nn.Module):
@@ -95,14 +105,36 @@ class CVNN(nn.Module):
         return torch.view_as_real(self.layers[-1](z)).unbind(dim=-1)  # type: ignore[return-value]
 
 
-def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN:
+class RealNetwork(nn.Module):
+    """A real multilayer perceptron that says real and imaginary parts side by side. Its imaginary input is not read.
+
+    Shapes: two of (n, in_features) -> two of (n, out_features).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: CVNNConfig, *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config = config
+        widths = (in_features, *config.hidden, 2 * out_features)
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in pairwise(widths))
+
+    def forward(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+        x = real
+        for layer in self.layers[:-1]:
+            x = functional.silu(layer(x))
+        return self.layers[-1](x).chunk(2, dim=-1)
+
+
+def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN | RealNetwork:
     """A network of the right shape for these simulations, initialised from `config.seed`.
 
     Shapes: two of (n, FEATURES) -> two of (n, sim_params.bins). On the CPU; move it with `.cuda()`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return CVNN(FEATURES, sim_params.bins, config, dtype=sim_params.dtype.torch)
+        network = CVNN if config.numbers == "complex" else RealNetwork
+        return network(FEATURES, sim_params.bins, config, dtype=sim_params.dtype.torch)
 
 
 def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device:

@@ -186,11 +186,16 @@ class BlackScholes:
 
     # --- on the CPU -----------------------------------------------------------------------------------
 
+    @property
+    def rows_at_once(self) -> int:
+        """Contracts that one thread of a CPU simulates together."""
+        return max(1, _LANES // self.config.sim_params.paths)
+
     def _on_cpu(self, table: Array, first: int) -> npt.NDArray[Any]:
         params = self.config.sim_params
         terminal = np.empty((len(table), params.paths), dtype=params.dtype.numpy)
         walk = self._sobol_walk if self.sampling == "sobol" else self._pseudorandom_walk
-        rows = max(1, _LANES // params.paths)
+        rows = self.rows_at_once
 
         def fill(start: int) -> None:
             part = table[start : start + rows]

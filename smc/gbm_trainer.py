@@ -10,14 +10,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from smc.adam import AdamState, adam_state, load_adam
 from smc.black_scholes import Greeks, OptionKind
 from smc.checkpoint import Snapshot
 from smc.commits import DEFAULT_MESSAGE, BackgroundCommits, CommitOutcome, CommitRequest, CommitTarget, check_template
@@ -26,6 +25,7 @@ from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
+from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_state
 from smc.prediction import Array, Outside, Predictor
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import ReplayBuffer
@@ -69,17 +69,17 @@ class GbmCVNNPricer:
         self.domain = resolve_domain(config.domain_bounds)
         self.model = config.cvnn
         self.device = check_model(self.model, self._params.bins, self._params.dtype.torch)
-        self._source = ExampleSource(BlackScholes(config.cfg, self.device), self.domain)
+        self._engine = BlackScholes(config.cfg, self.device)
         self._position = Position(config.global_step, config.sobol_skip, self._params.skip)
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
         self._resumed_from = config.resumed_from
         on_gpu = self.device.type == "cuda"
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True, capturable=on_gpu)
-        self._adam_offset = -config.global_step  # from the global step to Adam's own
+        self._optimizer = make_optimizer("soap", self.model)
+        self._optimizer_offset = -config.global_step  # from the global step to the optimiser's own
         if config.optimizer_state is not None:
-            load_adam(self._optimizer, self.model, config.optimizer_state)
-            self._adam_offset += config.optimizer_state.step
+            self._optimizer = load_optimizer(self.model, config.optimizer_state)
+            self._optimizer_offset += config.optimizer_state.step
         self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
         self._cuda_rng = list(config.torch_cuda_rng_states)
         if not self._cuda_rng and on_gpu:
@@ -119,10 +119,10 @@ class GbmCVNNPricer:
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
         at, losses = self._position, [math.nan]
-        with self._training_thread(), self._own_rng():
+        with self._training_thread(), self._own_rng(), contextlib.ExitStack() as stack:
             plan = self._enter_plan(config)
             first, end, simulated = at.step, at.step + config.num_batches, at.simulated
-            train_one_batch = self._training_step(config, plan)
+            train_one_batch = stack.enter_context(self._training_step(config, plan))
             commits = _Commits(self, blockchain_store, commit_message_template, experiment) if auto_commit else None
             started = time.perf_counter()
             try:
@@ -193,10 +193,13 @@ class GbmCVNNPricer:
         return self._predictor.price(contracts, kind, outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
-        """Distribution of the discounted put payoff. Shapes: n contracts -> levels (n, N)."""
-        return self._predictor.distribution(contracts, outside)
+        """Distribution of the discounted payoff, its mean the price. Shapes: n contracts -> levels (n, N).
+
+        A put's is what the network learnt. A call's follows from it by reflection, which holds for log-normal prices.
+        """
+        return self._predictor.distribution(contracts, kind, outside)
 
     def predict_greeks(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
@@ -210,39 +213,55 @@ class GbmCVNNPricer:
 
     # --- state ----------------------------------------------------------------------------------------
 
-    def _training_step(self, config: TrainingConfig, plan: TrainingPlan) -> TrainingStep:
-        fresh = self._fresh_per_batch(config)
-        replay = self._filled_replay() if fresh < config.batch_size else None
-        return TrainingStep(
-            self.model,
-            self._optimizer,
-            self._source,
-            self._measured_scaling(),
-            self._weights,
-            plan.learning_rate,
-            self._position,
-            fresh=fresh,
-            batch_size=config.batch_size,
-            replay=replay,
-        )
+    @contextlib.contextmanager
+    def _training_step(self, config: TrainingConfig, plan: TrainingPlan) -> Iterator[TrainingStep]:
+        source = ExampleSource(self._engine, self.domain, differential=config.differential > 0)
+        self._continue_with(config.optimizer)
+        fresh, scaling = self._fresh_per_batch(config), self._measured_scaling()
+        with _half_the_threads(self.device) as executor:
+            # Within, because sums are rounded by the number of threads: what the buffer held was made like this.
+            replay = self._filled_replay(source) if fresh < config.batch_size else None
+            yield TrainingStep(
+                self.model,
+                self._optimizer,
+                source,
+                scaling,
+                self._weights,
+                plan.learning_rate,
+                self._position,
+                fresh=fresh,
+                batch_size=config.batch_size,
+                replay=replay,
+                differential=config.differential,
+                executor=executor,
+            )
 
-    def _filled_replay(self) -> ReplayBuffer:
+    def _continue_with(self, name: OptimizerName) -> None:
+        """The optimiser of this name: the one there is, or a fresh one."""
+        state = optimizer_state(self._optimizer, self.model, self._position.step + self._optimizer_offset)
+        if state is None or state.name != name:
+            self._optimizer = make_optimizer(name, self.model)
+            self._optimizer_offset = -self._position.step
+
+    def _filled_replay(self, source: ExampleSource) -> ReplayBuffer:
         """What the buffer held is simulated again: it is a function of the counters alone."""
         at, capacity = self._position, self._params.buffer_size
         missing = min(capacity, at.simulated, at.drawn)
-        replay = ReplayBuffer(capacity, self._params.mc_seed, at.simulated - missing, self._examples(0, 0, 1))
+        one = self._examples(source, 0, 0, 1)
+        replay = ReplayBuffer(capacity, self._params.mc_seed, at.simulated - missing, one)
         for start in range(-missing, 0, 256):
             count = min(256, -start)
             first = torch.tensor(at.simulated + start, device=self.device)
-            replay.insert(self._examples(at.drawn + start, at.simulated + start, count), first)
+            replay.insert(self._examples(source, at.drawn + start, at.simulated + start, count), first)
         return replay
 
-    def _examples(self, drawn: int, simulated: int, count: int) -> Examples:
-        return self._source.simulate(self._source.contracts(drawn, count), torch.tensor(simulated, device=self.device))
+    def _examples(self, source: ExampleSource, drawn: int, simulated: int, count: int) -> Examples:
+        return source.simulate(source.contracts(drawn, count), torch.tensor(simulated, device=self.device))
 
     def _measured_scaling(self) -> Scaling:
         if self._scaling is None:
-            self._scaling = Scaling.of(self._examples(0, 0, _SCALING_CONTRACTS).targets)
+            source = ExampleSource(self._engine, self.domain)
+            self._scaling = Scaling.of(self._examples(source, 0, 0, _SCALING_CONTRACTS).targets[:, 0])
         return self._scaling
 
     def _enter_plan(self, config: TrainingConfig) -> TrainingPlan:
@@ -273,10 +292,10 @@ class GbmCVNNPricer:
 
     def _copy(self) -> GbmCVNNPricerConfig:
         state = self._state()
-        adam = state.optimizer_state
-        if adam is not None:
-            adam = AdamState(adam.step, _cloned(adam.exp_avg), _cloned(adam.exp_avg_sq))
-        return replace(state, cvnn=copy.deepcopy(self.model), optimizer_state=adam)
+        moments = state.optimizer_state
+        if moments is not None:
+            moments = replace(moments, tensors={n: t.detach().clone() for n, t in moments.tensors.items()})
+        return replace(state, cvnn=copy.deepcopy(self.model), optimizer_state=moments)
 
     def _state(self) -> GbmCVNNPricerConfig:
         """The state by reference: the next step changes what it points to."""
@@ -288,7 +307,7 @@ class GbmCVNNPricer:
             cfg=self._cfg.model_copy(update={"sim_params": params}),
             domain_bounds=self.domain,
             cvnn=self.model,
-            optimizer_state=adam_state(self._optimizer, self.model, at.step + self._adam_offset),
+            optimizer_state=optimizer_state(self._optimizer, self.model, at.step + self._optimizer_offset),
             global_step=at.step,
             sobol_skip=at.drawn,
             torch_cpu_rng_state=self._cpu_rng,
@@ -384,13 +403,27 @@ def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, inte
         raise ConfigError(f"commit_interval must be a whole number of batches, at least 1, got {interval!r}")
 
 
+@contextlib.contextmanager
+def _half_the_threads(device: torch.device) -> Iterator[Executor | None]:
+    """On a CPU with several threads, half of torch's for the network, as many others to simulate ahead of it."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield None
+        return
+    rest = threads - threads // 2
+    torch.set_num_threads(rest)
+    # Each new thread settles the number for itself, as in `_training_thread`.
+    executor = ThreadPoolExecutor(threads // 2, "smc-simulation", torch.set_num_threads, (rest,))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
 def _seeded_rng_state(device: str, seed: int) -> bytes:
     return torch.Generator(device).manual_seed(seed % 2**63).get_state().cpu().numpy().tobytes()
 
 
 def _cuda_rng_states() -> list[bytes]:
     return [state.cpu().numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
-
-
-def _cloned(tensors: object) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in dict(tensors).items()}  # type: ignore[call-overload]

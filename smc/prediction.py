@@ -22,7 +22,7 @@ from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outs
 from smc.cuda import NotCapturable, capture
 from smc.errors import ConfigError
 from smc.scaling import Scaling, features, intrinsic, unit_of_price
-from smc.spectrum import PayoffDistribution, levels_from_spectrum, valid_levels
+from smc.spectrum import PayoffDistribution, levels_from_spectrum, reflected_levels, valid_levels
 
 __all__ = ["Outside", "Predictor"]
 
@@ -53,10 +53,12 @@ class Predictor:
         value = put if kind == "put" else (put + _forward_value(table)).clamp_(min=0)
         return _returned(value, home)
 
-    def distribution(self, contracts: ContractsLike | Tensor, outside: Outside) -> PayoffDistribution:
-        """Valid distributions of the put whose means are the prices. Shapes: -> levels (n, N)."""
+    def distribution(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> PayoffDistribution:
+        """Valid distributions whose means are the prices. Shapes: -> levels (n, N)."""
+        _check_kind(kind)
         table, home = self._table(contracts, outside)
-        return PayoffDistribution(_returned(self._in_chunks("levels", self._put_levels, table), home))
+        levels = self._put_levels if kind == "put" else self._call_levels
+        return PayoffDistribution(_returned(self._in_chunks(f"{kind} levels", levels, table), home))
 
     def greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
         """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
@@ -104,6 +106,18 @@ class Predictor:
         levels = levels_from_spectrum(torch.complex(real, imag), self._size)
         valid = valid_levels(levels, torch.clamp(real[:, 0], lower, upper), upper)
         return torch.where(_random(table)[:, None], valid, certain[:, None])
+
+    def _call_levels(self, table: Tensor) -> Tensor:
+        """By reflection of a put's, shifted onto the price that parity gives."""
+        learnt, _ = _known(table)
+        X0, K, T, r, d, v = learnt.unbind(dim=1)
+        discount = torch.exp(-r * T)
+        reflected = (X0 * torch.exp((r - d - v.square() / 2) * T)).square() / K
+        put = self._put_levels(torch.stack([X0, reflected, T, r, d, v], dim=1))
+        levels = reflected_levels(put, K, reflected, discount, v * torch.sqrt(T))
+        price = (self._put(table) + _forward_value(table)).clamp(min=0)
+        valid = valid_levels(levels, price, torch.full_like(price, torch.inf))
+        return torch.where(_random(table)[:, None], valid, price[:, None])
 
     def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
         n = len(table)

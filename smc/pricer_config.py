@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from smc.adam import AdamState
 from smc.contracts import BoundSpec
 from smc.gbm import BlackScholesConfig
+from smc.optimizer import OptimizerState
 from smc.scaling import Scaling
 from smc.training import TrainingPlan
 
@@ -28,7 +28,7 @@ class GbmCVNNPricerConfig:
     cfg: BlackScholesConfig
     domain_bounds: Mapping[str, BoundSpec]
     cvnn: nn.Module
-    optimizer_state: AdamState | None = None
+    optimizer_state: OptimizerState | None = None
     global_step: int = 0
     sobol_skip: int = 0
     torch_cpu_rng_state: bytes | None = None

@@ -28,7 +28,7 @@ class ReplayBuffer:
 
     def insert(self, examples: Examples, first: Tensor) -> None:
         """Insert contracts first, first + 1, ... Shapes: first () int64 on the buffer's device."""
-        count = len(examples.inputs)
+        count = len(examples.weights)
         keep = min(count, self.capacity)
         slots = (torch.arange(count - keep, count, device=first.device) + first) % self.capacity
         for rows, new in zip(self._rows, examples, strict=True):

@@ -28,8 +28,10 @@ __all__ = [
     "bin_weights",
     "levels_from_spectrum",
     "put_spectrum",
+    "put_spectrum_and_slope",
     "quantile_levels",
     "quantile_spectrum",
+    "reflected_levels",
     "valid_levels",
 ]
 
@@ -46,11 +48,7 @@ def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
     """
     n, samples = payoffs.shape
     _check_slices(samples, network_size)
-    if payoffs.device.type == "cpu":  # NumPy's vectorised sort is five times torch's on one core
-        ordered = torch.from_numpy(np.sort(payoffs.numpy(), axis=1))
-    else:
-        ordered = payoffs.sort(dim=1).values
-    return ordered.view(n, network_size, -1).mean(dim=2)
+    return _sorted(payoffs).view(n, network_size, -1).mean(dim=2)
 
 
 def quantile_spectrum(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -73,6 +71,30 @@ def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tens
         levels = put_levels(terminal, strike, scale, network_size)
         return torch.fft.rfft(levels, norm="forward")
     return quantile_spectrum((strike[:, None] - terminal).clamp_(min=0).mul_(scale[:, None]), network_size)
+
+
+def put_spectrum_and_slope(
+    terminal: torch.Tensor,
+    strike: torch.Tensor,
+    scale: torch.Tensor,
+    d_scale: torch.Tensor,
+    d_log: tuple[torch.Tensor, torch.Tensor],
+    network_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`put_spectrum`, and its derivative as `scale` moves by `d_scale` and ln S by a + b ln(S / K), (a, b) = `d_log`.
+
+    Shapes: terminal (n, M), all others (n,) -> two of complex (n, N // 2 + 1).
+    """
+    _check_slices(terminal.shape[1], network_size)
+    strike, scale, d_scale, a, b = (values[:, None] for values in (strike, scale, d_scale, *d_log))
+    # Payoffs ascend where prices descend.
+    ordered = _sorted(terminal).flip(1)
+    payoff = (strike - ordered).clamp_(min=0)
+    slope = torch.where(payoff > 0, ordered * (a + b * torch.log(ordered / strike)), 0.0)
+    slope = payoff * d_scale - slope * scale
+    levels = torch.stack([payoff * scale, slope]).view(2 * len(strike), network_size, -1).mean(dim=2)
+    value, derivative = torch.fft.rfft(levels, norm="forward").chunk(2)
+    return value, derivative
 
 
 def levels_from_spectrum(spectrum: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -176,9 +198,41 @@ class PayoffDistribution:
         return np.asarray(function(self.host_levels)).mean(axis=1)
 
 
+def _sorted(rows: torch.Tensor) -> torch.Tensor:
+    if rows.device.type == "cpu":  # NumPy's vectorised sort is five times torch's on one core
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1))
+    return rows.sort(dim=1).values
+
+
 def _check_slices(samples: int, network_size: int) -> None:
     if samples % network_size:
         raise ConfigError(f"{samples} payoffs cannot be averaged into {network_size} equal slices")
+
+
+def reflected_levels(
+    levels: torch.Tensor,
+    strike: torch.Tensor,
+    reflected: torch.Tensor,
+    discount: torch.Tensor,
+    deviation: torch.Tensor,
+) -> torch.Tensor:
+    """Levels of a call from those of the put struck at `reflected` = (median price at expiry)^2 / `strike`.
+
+    The logarithm of a log-normal price, of this standard deviation, is as far above its median as below it with the
+    same probability: in law S is median^2 / S, and the call pays strike / S times what that put does. The mean of
+    1 / S over a slice is that of S, inverted, times a factor that the slice has under the log-normal law.
+    Source: put-call symmetry, Carr and Bowie, "Static simplicity" (1994).
+    Shapes: levels (n, N) of the discounted put, within its bounds; all others (n,) -> (n, N), ascending.
+    """
+    strike, reflected, discount, w = (values[:, None] for values in (strike, reflected, discount, deviation))
+    size = levels.shape[1]
+    # Slices of the put, lowest payoff and so highest price first.
+    edges = torch.special.ndtri(torch.linspace(1, 0, size + 1, dtype=levels.dtype, device=levels.device))
+    up, down = (torch.special.ndtr(edges - s * w).diff(dim=1).mul_(-size) for s in (1.0, -1.0))
+    factor = up * down * torch.exp(w.square())
+    price = torch.maximum(reflected - levels / discount, 1e-6 * reflected)
+    call = torch.where(levels > 0, strike * (reflected * factor / price - 1), 0.0)
+    return discount * call.clamp(min=0).cummax(dim=1).values
 
 
 def valid_levels(levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -186,20 +240,21 @@ def valid_levels(levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor)
 
     Of all levels in the same order within the bounds and with this mean, these are the nearest in W2: the
     projection onto a box and a sum is one shift, clipped. To scale them instead would move the tail.
-    Shapes: (n, N), (n,), (n,) payoff maximum -> (n, N).
+    Shapes: (n, N), (n,), (n,) payoff maximum, which may be infinite -> (n, N).
     """
     size = levels.shape[1]
     ordered, upper = levels.sort(dim=1).values, upper[:, None]
     wanted = torch.minimum(price.clamp(min=0)[:, None], upper)
-    # The mean after a shift rises with it, from 0 at `low` to `upper` at `high`: halve the interval.
-    low, high = -ordered[:, -1:], upper - ordered[:, :1]
+    # The mean after a shift rises with it, from 0 at `low` to the price or more at `high`: halve the interval.
+    low, high = -ordered[:, -1:], wanted - ordered[:, :1]
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         above = torch.minimum((ordered + middle).clamp_(min=0), upper).mean(dim=1, keepdim=True) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
     held = torch.minimum((ordered + low).clamp_(min=0), upper)
-    # What halving left open goes to the levels that are free to move, in proportion to their room.
-    room = upper - held
+    # What halving left open goes to the levels that are free to move, in proportion to their room; no level need
+    # more than double where the payoff has no bound.
+    room = torch.minimum(upper, 2 * (held[:, -1:] + wanted)) - held
     missing = (wanted - held.mean(dim=1, keepdim=True)) * size
     total = room.sum(dim=1, keepdim=True)
     return torch.minimum(held + room * torch.where(total > 0, missing / total, 0.0).clamp_(min=0), upper)

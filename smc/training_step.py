@@ -1,4 +1,4 @@
-"""One training step: contracts, targets, forward, loss, backward, Adam. On a GPU one CUDA graph, replayed.
+"""One training step: contracts, targets, forward, loss, backward, optimiser. On a GPU one CUDA graph, replayed.
 
 Everything that changes from step to step is read from device memory: a window of upcoming contracts, learning
 rates and replay slots is prepared at once, and a counter on the device walks through it. So the eager step
@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from smc.cuda import NotCapturable, capture
-from smc.examples import Contracts, Examples, ExampleSource
+from smc.examples import Contracts, Examples, ExamplesAhead, ExampleSource
+from smc.optimizer import Optimizer
 from smc.replay import ReplayBuffer
 from smc.scaling import Scaling
+from smc.soap import TURN_EVERY, Soap
 
 __all__ = ["Position", "TrainingStep"]
 
@@ -44,13 +46,14 @@ class Position:
 class TrainingStep:
     """Trains `model` by one batch a call, moving `position` on.
 
-    A batch is `fresh` new contracts and, with a replay buffer, others that it holds.
+    A batch is `fresh` new contracts and, with a replay buffer, others that it holds. `differential` weighs the
+    error of derivatives in the loss. On a CPU `executor` simulates ahead.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Adam,
+        optimizer: Optimizer,
         source: ExampleSource,
         scaling: Scaling,
         bin_weights: Tensor,
@@ -60,10 +63,12 @@ class TrainingStep:
         fresh: int,
         batch_size: int,
         replay: ReplayBuffer | None,
+        differential: float = 0.0,
+        executor: Executor | None = None,
     ) -> None:
         self._model, self._optimizer, self._source, self._replay = model, optimizer, source, replay
         self._learning_rate, self.position = learning_rate, position
-        self._fresh, self._old = fresh, batch_size - fresh
+        self._fresh, self._old, self._differential = fresh, batch_size - fresh, differential
         device = bin_weights.device
         self._device = device
         # The loss in one difference: outputs and targets on the scale whose squares are to be summed.
@@ -78,7 +83,10 @@ class TrainingStep:
         self._rate = torch.zeros((), device=device)
         self._slots = torch.zeros((self._steps, self._old), dtype=torch.int64, device=device)
         self._window: Contracts | None = None
-        self._left = self._read = 0
+        self._ahead: ExamplesAhead | None = None
+        if device.type == "cpu":
+            self._ahead = ExamplesAhead(source, position.drawn, position.simulated, executor)
+        self._left, self._read = 0, self._steps
         self._unread: list[float] = []
         self._replayed: Callable[[], None] | None = None
         if device.type == "cuda":
@@ -98,6 +106,8 @@ class TrainingStep:
         self.position.step += 1
         self.position.drawn += self._fresh
         self.position.simulated += self._fresh
+        if isinstance(self._optimizer, Soap) and self.position.step % TURN_EVERY == 0:
+            self._optimizer.turn()
 
     def losses(self) -> list[float]:
         """Losses of the steps since the last call, read from the device. The newest is the last."""
@@ -118,9 +128,12 @@ class TrainingStep:
         self._at += 1
 
     def _next_batch(self) -> Examples:
-        assert self._window is not None
         first = torch.add(self._base, self._at[0], alpha=self._fresh)
-        new = self._source.simulate(self._window.select(torch.add(self._rows, self._at, alpha=self._fresh)), first)
+        if self._ahead is not None:
+            new = self._ahead.take(self._fresh)
+        else:
+            assert self._window is not None
+            new = self._source.simulate(self._window.select(torch.add(self._rows, self._at, alpha=self._fresh)), first)
         if self._replay is None:
             return new
         self._replay.insert(new, first)
@@ -128,10 +141,21 @@ class TrainingStep:
         return Examples(*(torch.cat(pair) for pair in zip(new, old, strict=True)))
 
     def _loss(self, batch: Examples) -> Tensor:
-        real, imag = self._model(batch.inputs, torch.zeros_like(batch.inputs))
-        target = (batch.targets - self._target_mean) * self._target_gain
-        squared = functional.mse_loss(torch.stack([real, imag], dim=-1) * self._gain, target, reduction="sum")
-        return squared / len(target)
+        values = batch.inputs[:, 0]
+        if not self._differential:
+            error = self._gain * self._output(values) - self._target_gain * (batch.targets[:, 0] - self._target_mean)
+            return self._mean_square(error, batch.weights)
+        output, slope = torch.func.jvp(self._output, (values,), (batch.inputs[:, 1],))  # type: ignore[misc]
+        error = self._gain * output - self._target_gain * (batch.targets[:, 0] - self._target_mean)
+        d_error = self._gain * slope - self._target_gain * batch.targets[:, 1]
+        d_weights = self._differential * batch.weights
+        return self._mean_square(error, batch.weights) + self._mean_square(d_error, d_weights)
+
+    def _output(self, inputs: Tensor) -> Tensor:
+        return torch.stack(self._model(inputs, torch.zeros_like(inputs)), dim=-1)
+
+    def _mean_square(self, error: Tensor, weights: Tensor) -> Tensor:
+        return (error.square().flatten(1).sum(dim=1) * weights).mean()
 
     def _set_rate(self) -> None:
         rate = self._rates.index_select(0, self._at)[0]
@@ -146,20 +170,20 @@ class TrainingStep:
     def _refill(self) -> None:
         """Prepare the next window. Copies into the tensors that a graph reads, in order with its replays."""
         at = self.position
-        if self._window is not None:
-            self._unread = self.losses()
-        contracts = self._source.contracts(at.drawn, self._steps * self._fresh)
+        self._unread = self.losses()
         rates = torch.tensor([self._learning_rate(at.step + i) for i in range(self._steps)], dtype=torch.float64)
         _replace(self._rates, rates)
         if self._replay is not None:
             steps = np.arange(self._steps)
             stops = at.simulated + self._fresh * (steps + 1)
             _replace(self._slots, torch.from_numpy(self._replay.draw(self._old, at.step + steps, stops)))
-        if self._window is None:
-            self._window = contracts
-        else:
-            for held, new in zip(self._window, contracts, strict=True):
-                held.copy_(new)
+        if self._ahead is None:
+            contracts = self._source.contracts(at.drawn, self._steps * self._fresh)
+            if self._window is None:
+                self._window = contracts
+            else:
+                for held, new in zip(self._window, contracts, strict=True):
+                    held.copy_(new)
         self._base.fill_(at.simulated)
         self._at.zero_()
         self._left, self._read = self._steps, 0
@@ -176,7 +200,6 @@ class TrainingStep:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """What a step changes is afterwards as it was before, in the same memory."""
-        _start_adam(self._optimizer)
         tensors = [*self._model.state_dict().values(), self._losses]
         for state in self._optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -191,18 +214,6 @@ class TrainingStep:
                     tensor.copy_(was)
             self._at.zero_()
             torch.cuda.set_rng_state(random, self._device)
-
-
-def _start_adam(optimizer: torch.optim.Adam) -> None:
-    """Give a fresh optimiser the state that its first step would."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter not in optimizer.state:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _replace(held: Tensor, new: Tensor) -> None:

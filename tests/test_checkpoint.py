@@ -110,7 +110,7 @@ def test_bytes_that_are_not_a_checkpoint_are_corrupt(state: GbmCVNNPricerConfig,
         "header": data[:8] + b"\xff" * 20 + data[28:],
         "length": (10 * 2**30).to_bytes(8, "little") + data[8:],
         "pickle": pickle.dumps({"weights": [1, 2]}),
-        "metadata": safetensors.torch.save({"x": torch.zeros(1)}, metadata={"spectralmc": '{"format": 2}'}),
+        "metadata": safetensors.torch.save({"x": torch.zeros(1)}, metadata={"spectralmc": '{"format": 3}'}),
     }[damage]
     with pytest.raises(Corrupt):
         decode(damaged)
@@ -125,6 +125,6 @@ def test_errors_survive_pickling() -> None:
 
 def test_a_checkpoint_of_another_format_is_refused_by_its_number(state: GbmCVNNPricerConfig) -> None:
     data = encode(Snapshot.of(state))
-    assert data.count(b'\\"format\\":2') == 1
-    with pytest.raises(ConfigError, match="has format 1, this version of spectralmc reads format 2"):
-        decode(data.replace(b'\\"format\\":2', b'\\"format\\":1'))
+    assert data.count(b'\\"format\\":3') == 1
+    with pytest.raises(ConfigError, match="has format 1, this version of spectralmc reads format 3"):
+        decode(data.replace(b'\\"format\\":3', b'\\"format\\":1'))

@@ -309,9 +309,9 @@ def test_float64_trains_in_float64() -> None:
     config = small_config(dtype="float64")
     pricer = GbmCVNNPricer(config)
     pricer.train(small_training(3))
-    adam = pricer.snapshot().optimizer_state
-    assert adam is not None
-    assert all(t.dtype == torch.float64 for t in adam.exp_avg.values())
+    moments = pricer.snapshot().optimizer_state
+    assert moments is not None
+    assert all(t.dtype == torch.float64 for t in moments.tensors.values())
 
 
 def test_a_loss_that_is_not_finite_stops_training() -> None:
@@ -325,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_training() -> None:
 class Wrong(torch.nn.Module):
     def __init__(self, out: Any) -> None:
         super().__init__()
-        self.layer = torch.nn.Linear(7, 17)
+        self.layer = torch.nn.Linear(9, 17)
         self._out = out
 
     def forward(self, real: torch.Tensor, imag: torch.Tensor) -> Any:
@@ -347,7 +347,7 @@ def test_a_model_that_cannot_serve_is_refused_with_what_is_wanted(model: torch.n
     with pytest.raises(ConfigError, match=message) as caught:
         GbmCVNNPricer(replace(small_config(), cvnn=model))
     if "cannot serve" in message:
-        assert "(batch, 7)" in str(caught.value)
+        assert "(batch, 9)" in str(caught.value)
         assert "(batch, 17)" in str(caught.value)
         assert "build_cvnn(sim_params)" in str(caught.value)
 
@@ -370,10 +370,12 @@ def test_moments_that_do_not_fit_are_refused() -> None:
     pricer.train(small_training(1))
     state = pricer.snapshot()
     assert state.optimizer_state is not None
-    name = next(iter(state.optimizer_state.exp_avg))
-    bad = replace(state.optimizer_state, exp_avg={**state.optimizer_state.exp_avg, name: torch.zeros(3)})
-    with pytest.raises(ConfigError, match="optimizer_state: moment of"):
-        GbmCVNNPricer(replace(state, optimizer_state=bad))
+    tensors = state.optimizer_state.tensors
+    name = next(iter(tensors))
+    missing = {kept: value for kept, value in tensors.items() if kept != name}
+    for wrong, got in (({**tensors, name: torch.zeros(3)}, r"of shape \(3,\)"), (missing, "missing")):
+        with pytest.raises(ConfigError, match=f"optimizer_state: {name} must have shape .* it is {got}"):
+            GbmCVNNPricer(replace(state, optimizer_state=replace(state.optimizer_state, tensors=wrong)))
 
 
 @pytest.mark.parametrize("changes", [{"num_batches": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"lr": 0.1}])

@@ -11,7 +11,15 @@ from smc import black_scholes
 from smc.errors import ConfigError
 from smc.gbm import BlackScholes, BlackScholesConfig
 from smc.sobol_sampler import SobolSampler
-from smc.spectrum import PayoffDistribution, bin_weights, levels_from_spectrum, quantile_levels, quantile_spectrum
+from smc.spectrum import (
+    PayoffDistribution,
+    bin_weights,
+    levels_from_spectrum,
+    quantile_levels,
+    quantile_spectrum,
+    reflected_levels,
+    valid_levels,
+)
 from tests.conftest import small_simulation
 
 samples = hnp.arrays(np.float64, st.tuples(st.integers(1, 3), st.just(24)), elements=st.floats(0, 200, width=32))
@@ -92,3 +100,28 @@ def test_levels_outside_zero_and_one_are_refused() -> None:
     for bad in (-0.1, 1.1, np.nan):
         with pytest.raises(ConfigError, match="probability levels"):
             some.quantile(bad)
+
+
+def test_a_calls_levels_are_its_puts_reflected() -> None:
+    contracts = SobolSampler({}, seed=8).sample(512)
+    X0, K, T, r, d, v = contracts.T
+    reflected = np.square(X0 * np.exp((r - d - v * v / 2) * T)) / K
+    puts = contracts.copy()
+    puts[:, 1] = reflected
+    terms = (K, reflected, np.exp(-r * T), v * np.sqrt(T))
+    levels = reflected_levels(
+        torch.from_numpy(black_scholes.payoff_bin_averages(puts, 256)), *(torch.from_numpy(t) for t in terms)
+    )
+    exact = black_scholes.payoff_bin_averages(contracts, 256, "call")
+    w2 = np.sqrt(np.square(levels.numpy() - exact).mean(axis=1)) / X0 * 1e4
+    assert np.sqrt(np.square(w2).mean()) < 1.0  # the slice that the strike cuts in two
+    assert np.all(np.diff(levels, axis=1) >= 0)
+
+
+def test_a_payoff_without_bound_is_shifted_onto_its_price() -> None:
+    levels = torch.tensor([[-1.0, 0.5, 2.0, 9.0], [0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    price = torch.tensor([1.0, 0.25, 100.0], dtype=torch.float64)
+    valid = valid_levels(levels, price, torch.full((3,), torch.inf, dtype=torch.float64))
+    torch.testing.assert_close(valid.mean(dim=1), price)
+    assert valid.min() >= 0
+    torch.testing.assert_close(valid[2], levels[2] + 97.5)
