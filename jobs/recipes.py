@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from smc.errors import ConfigError
 from smc.experiment import Experiment
 
-__all__ = ["RECIPES", "Sweep", "make_experiment", "read_sweep"]
+__all__ = ["RECIPES", "Sweep", "make_experiment", "overlaid", "read_sweep"]
 
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
-    # Two to three minutes on one CPU core.
+    # A minute or two on two CPU cores: 0.1 bp of spot, see README.
     "default": {
         "simulation": {
             "sim_params": {
@@ -23,11 +23,32 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
                 "network_size": 256,
                 "batches_per_mc_run": 16,
                 "mc_seed": 42,
-                "buffer_size": 10_000,
+                "buffer_size": 32_768,
             },
         },
-        "training": {"num_batches": 20_000, "batch_size": 64, "learning_rate": 0.01},
-        "commit_interval": 2_000,
+        "training": {
+            "num_batches": 6_000,
+            "batch_size": 128,
+            "learning_rate": 0.01,
+            "fresh_per_batch": 8,
+            "differential": 1.0,
+        },
+        "commit_interval": 1_000,
+    },
+    # A minute of an H100, by pseudo-random paths alone.
+    "gpu": {
+        "simulation": {
+            "sim_params": {
+                "timesteps": 16,
+                "network_size": 256,
+                "batches_per_mc_run": 512,
+                "mc_seed": 42,
+                "buffer_size": 32_768,
+            },
+        },
+        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.01, "differential": 1.0},
+        "commit_interval": 1_000,
+        "num_gpus": 1,
     },
     # Seconds: for trying things out, and for tests.
     "tiny": {
@@ -67,7 +88,7 @@ def make_experiment(name: str, *layers: Mapping[str, Any], recipe: str = "defaul
         raise ConfigError(f"{where}recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
     settings: dict[str, Any] = {}
     for layer in (RECIPES[recipe], *layers):
-        settings = _overlaid(settings, layer)
+        settings = overlaid(settings, layer)
     try:
         return Experiment.model_validate({**settings, "name": name})
     except ValidationError as error:
@@ -98,11 +119,12 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
     ]
 
 
-def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings laid over others, key by key."""
     merged = dict(below)
     for key, value in above.items():
         inner = merged.get(key)
-        merged[key] = _overlaid(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        merged[key] = overlaid(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 

@@ -18,7 +18,7 @@ from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc.errors import ConfigError
 
-__all__ = ["main"]
+__all__ = ["main", "setting"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,14 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     async def run() -> int:
-        settings = [_setting(text) for text in options.set]
+        settings = [setting(text) for text in options.set]
         experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
         return report(await run_experiments([experiment], options.ledger, extend=options.extend))
 
     return run_job(run)
 
 
-def _setting(text: str) -> dict[str, Any]:
+def setting(text: str) -> dict[str, Any]:
+    """KEY=VALUE with a dotted key, as nested settings. Raises: ConfigError."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE, like training.batch_size=64")

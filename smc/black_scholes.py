@@ -17,7 +17,16 @@ from scipy.special import ndtr, ndtri
 
 from smc.contracts import ContractsLike, contract_array
 
-__all__ = ["Greeks", "OptionKind", "cvar", "greeks", "payoff_bin_averages", "payoff_quantile", "price"]
+__all__ = [
+    "Greeks",
+    "OptionKind",
+    "cvar",
+    "greeks",
+    "implied_volatility",
+    "payoff_bin_averages",
+    "payoff_quantile",
+    "price",
+]
 
 OptionKind = Literal["put", "call"]
 Array = npt.NDArray[np.float64]
@@ -78,6 +87,26 @@ def greeks(contracts: ContractsLike, kind: OptionKind = "put") -> Greeks:
         theta=-decay + sign * (t.d * spot_leg - t.r * strike_leg),
         rho=sign * t.T * strike_leg,
     )
+
+
+def implied_volatility(contracts: ContractsLike, prices: npt.ArrayLike, kind: OptionKind = "put") -> Array:
+    """The volatility at which a contract has this price, by bisection; the contract's own is not read.
+
+    Shapes: n contracts, (n,) -> (n,); NaN where no volatility below 1000 % gives the price, or T = 0.
+    """
+    table, wanted = contract_array(contracts).copy(), np.asarray(prices, dtype=np.float64)
+
+    def at(v: Array) -> Array:
+        table[:, 5] = v
+        return price(table, kind)
+
+    low, high = np.zeros(len(table)), np.full(len(table), 10.0)
+    attained = (at(low) < wanted) & (wanted <= at(high))
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = at(middle) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(attained, high, np.nan)
 
 
 def payoff_quantile(contracts: ContractsLike, u: npt.ArrayLike, kind: OptionKind = "put") -> Array:

@@ -1,0 +1,89 @@
+"""How far a trained pricer is from the closed form, contract by contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from smc import black_scholes
+from smc.gbm_trainer import GbmCVNNPricer
+
+__all__ = ["Measure", "evaluate"]
+
+Array = npt.NDArray[np.float64]
+
+# Below this, in units of spot for a volatility of 1.00, a price hardly depends on volatility and implies none.
+_LEAST_VEGA = 0.02
+_TAIL = 0.975
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity over a sample of contracts: learnt minus exact.
+
+    Shapes: errors (n,), NaN where the quantity does not exist. `size` is the mean magnitude of the exact quantity
+    where the error is not already on a scale that says enough, None otherwise.
+    """
+
+    name: str
+    unit: str
+    errors: Array
+    size: float | None = None
+
+    @property
+    def rmse(self) -> float:
+        """Root of the mean squared error."""
+        return float(np.sqrt(np.nanmean(np.square(self.errors))))
+
+    @property
+    def p99(self) -> float:
+        """99th percentile of the error's magnitude."""
+        return float(np.nanquantile(np.abs(self.errors), 0.99))
+
+    @property
+    def maximum(self) -> float:
+        """The largest error."""
+        return float(np.nanmax(np.abs(self.errors)))
+
+    @property
+    def worst(self) -> int:
+        """The contract with the largest error."""
+        return int(np.nanargmax(np.abs(self.errors)))
+
+    @property
+    def relative(self) -> float | None:
+        """The RMSE as a share of the quantity's mean magnitude."""
+        return None if self.size is None else self.rmse / self.size
+
+
+def evaluate(pricer: GbmCVNNPricer, contracts: Array) -> dict[str, Measure]:
+    """Every quantity that a pricer predicts, against its exact value, by name.
+
+    Prices and distributions are compared in basis points of each contract's spot; W2 is the Wasserstein distance of
+    the levels, never negative; Greeks are the put's. Shapes: (n, 6), at least one of them with a volatility to imply.
+    """
+    return {measure.name: measure for measure in _measures(pricer, contracts)}
+
+
+def _measures(pricer: GbmCVNNPricer, contracts: Array) -> Iterator[Measure]:
+    basis = 1e4 / contracts[:, 0]
+    learnt = np.asarray(pricer.predict_price(contracts))
+    yield Measure("price", "bp of spot", (learnt - black_scholes.price(contracts)) * basis)
+    greeks, exact = pricer.predict_greeks(contracts), black_scholes.greeks(contracts)
+    implied = black_scholes.implied_volatility(contracts, learnt) - contracts[:, 5]
+    sensitive = exact.vega >= _LEAST_VEGA * contracts[:, 0]
+    yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4)
+    for name, ours, theirs in zip(exact._fields, greeks, exact, strict=True):
+        yield Measure(name, "", ours - theirs, float(np.abs(theirs).mean()))
+    kinds: tuple[black_scholes.OptionKind, ...] = ("put", "call")
+    for kind in kinds:
+        distribution = pricer.predict_distribution(contracts, kind)
+        levels = distribution.host_levels
+        averages = black_scholes.payoff_bin_averages(contracts, levels.shape[1], kind)
+        yield Measure(f"W2, {kind}", "bp of spot", np.sqrt(np.square(levels - averages).mean(axis=1)) * basis)
+        tail = black_scholes.cvar(contracts, _TAIL, kind)
+        size = float((tail * basis).mean()) if kind == "call" else None
+        yield Measure(f"CVaR97.5, {kind}", "bp of spot", (distribution.cvar(_TAIL) - tail) * basis, size)
