@@ -86,7 +86,9 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "constant learning rate": {"training": {"schedule": "constant", "learning_rate": 0.001}},
     "1,024 paths a contract": {"simulation": {"sim_params": {"batches_per_mc_run": 4}}},
 }
-REHEARSAL = 150
+REHEARSAL = 400
+# Seconds that are not steps: scaling, the first replay of a graph.
+START = 0.5
 
 
 def trained(settings: Mapping[str, Any], seconds: float, seed: int, recipe: str) -> tuple[GbmCVNNPricer, int, float]:
@@ -96,13 +98,10 @@ def trained(settings: Mapping[str, Any], seconds: float, seed: int, recipe: str)
     def experiment(batches: int) -> Experiment:
         return make_experiment("accuracy", settings, seeds, {"training": {"num_batches": batches}}, recipe=recipe)
 
-    rehearsal = experiment(REHEARSAL)
-    pricer = GbmCVNNPricer(rehearsal.fresh())
-    pricer.train(rehearsal.training)  # imports, compilation, the replay buffer's first contracts
-    started = time.perf_counter()
-    pricer.train(rehearsal.training)
-    rate = REHEARSAL / (time.perf_counter() - started)
-    real = experiment(max(1, int(0.92 * seconds * rate)))
+    rehearsal, spent = experiment(REHEARSAL), {}
+    GbmCVNNPricer(rehearsal.fresh()).train(rehearsal.training, logger=lambda r: spent.update({r.batch: r.seconds}))
+    a_step = (spent[REHEARSAL] - spent[REHEARSAL // 2]) / (REHEARSAL - REHEARSAL // 2)
+    real = experiment(max(REHEARSAL, int((0.93 * seconds - START) / a_step)))
     pricer = GbmCVNNPricer(real.fresh())
     started = time.perf_counter()
     pricer.train(real.training)

@@ -31,22 +31,18 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
             "batch_size": 128,
             "learning_rate": 0.01,
             "fresh_per_batch": 8,
-            "differential": 1.0,
+            "differential": 0.3,
         },
         "commit_interval": 1_000,
     },
     # A minute of an H100, by pseudo-random paths alone.
     "gpu": {
         "simulation": {
-            "sim_params": {
-                "timesteps": 16,
-                "network_size": 256,
-                "batches_per_mc_run": 512,
-                "mc_seed": 42,
-                "buffer_size": 32_768,
-            },
+            "sim_params": {"timesteps": 16, "network_size": 256, "batches_per_mc_run": 512, "mc_seed": 42},
+            "normalize_forwards": True,
         },
-        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.01, "differential": 1.0},
+        "network": {"hidden": [128, 128, 128]},
+        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.015, "differential": 1.0},
         "commit_interval": 1_000,
         "num_gpus": 1,
     },

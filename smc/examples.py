@@ -55,7 +55,8 @@ class Contracts(NamedTuple):
 
     Shapes: table (n, 6) float64; inputs (n, order, features); terms (n, 3): the strike, the scale of the payoff and
     what is taken off the price; with differential labels (n, 7): the derivatives of the latter two, and a and b of
-    d ln S = a + b ln(S / K), the derivative of a price at expiry; weights (n,).
+    d ln S = a + b ln(S / K), the derivative of a price at expiry, or where forwards are normalised that of ln F, and
+    b; weights (n,).
     """
 
     table: Tensor
@@ -71,13 +72,13 @@ class Contracts(NamedTuple):
 class ExampleSource:
     """Makes example i of the training stream, a function of seeds and i alone.
 
-    Raises: ConfigError for differential labels of anything but the log scheme: it alone says from a price at
-    expiry how that price moves with the contract.
+    Raises: ConfigError for differential labels of the Euler scheme: only the log scheme says from a price at expiry
+    how that price moves with the contract.
     """
 
     def __init__(self, engine: BlackScholes, domain: Mapping[str, BoundSpec], *, differential: bool = False) -> None:
-        if differential and (not engine.config.simulate_log_return or engine.config.normalize_forwards):
-            raise ConfigError("differential labels need simulate_log_return=True and normalize_forwards=False")
+        if differential and not engine.config.simulate_log_return:
+            raise ConfigError("differential labels need simulate_log_return=True")
         self.engine, self.differential = engine, differential
         self._domain = domain
         self._params = engine.config.sim_params
@@ -100,7 +101,8 @@ class ExampleSource:
             targets[:, 0, 0, 0] -= shift
             return Examples(contracts.inputs, targets, contracts.weights)
         d_scale, d_shift, constant, slope = slopes
-        spectra = put_spectrum_and_slope(terminal, strike, scale, d_scale, (constant, slope), size)
+        d_log, normalized = (constant, slope), self.engine.config.normalize_forwards
+        spectra = put_spectrum_and_slope(terminal, strike, scale, d_scale, d_log, size, normalized=normalized)
         targets = torch.stack([torch.view_as_real(spectrum) for spectrum in spectra], dim=1)
         targets[:, 0, 0, 0] -= shift
         targets[:, 1, 0, 0] -= d_shift
@@ -117,7 +119,10 @@ class ExampleSource:
             (d_inputs, d_terms, d_law), law = self._derivatives(table, self._directions(start, table)), _law(table)
             # The log scheme: ln S = mean + deviation Z, and Z does not depend on the contract.
             slope = d_law[:, 1] / law[:, 1]
-            constant = d_law[:, 0] + slope * (torch.log(table[:, 1]) - law[:, 0])
+            if self.engine.config.normalize_forwards:
+                constant = d_law[:, 0] + law[:, 1] * d_law[:, 1]  # of ln F = mean + deviation^2 / 2
+            else:
+                constant = d_law[:, 0] + slope * (torch.log(table[:, 1]) - law[:, 0])
             inputs = torch.cat([inputs, d_inputs[:, None]], dim=1)
             terms = torch.cat([terms, d_terms[:, 1:], torch.stack([constant, slope], dim=1)], dim=1)
         weights = (unit_of_price(table) / table[:, 0]) ** _WEIGHT_EXPONENT

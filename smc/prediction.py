@@ -116,7 +116,11 @@ class Predictor:
         put = self._put_levels(torch.stack([X0, reflected, T, r, d, v], dim=1))
         levels = reflected_levels(put, K, reflected, discount, v * torch.sqrt(T))
         price = (self._put(table) + _forward_value(table)).clamp(min=0)
-        valid = valid_levels(levels, price, torch.full_like(price, torch.inf))
+        # An error of the put's level is carried over by the square of the price there; nothing is known to be 0
+        # better than where neither pays.
+        prices = 1 + levels / (discount * K)[:, None]
+        variances = torch.where(levels > 0, prices**4, 1e-6)
+        valid = valid_levels(levels, price, torch.full_like(price, torch.inf), variances)
         return torch.where(_random(table)[:, None], valid, price[:, None])
 
     def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:

@@ -80,17 +80,23 @@ def put_spectrum_and_slope(
     d_scale: torch.Tensor,
     d_log: tuple[torch.Tensor, torch.Tensor],
     network_size: int,
+    *,
+    normalized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`put_spectrum`, and its derivative as `scale` moves by `d_scale` and ln S by a + b ln(S / K), (a, b) = `d_log`.
 
+    `normalized`: prices were rescaled to a mean, whose logarithm moves by a; then ln S moves by a and b times how far
+    ln S is above its average under weights S.
     Shapes: terminal (n, M), all others (n,) -> two of complex (n, N // 2 + 1).
     """
     _check_slices(terminal.shape[1], network_size)
     strike, scale, d_scale, a, b = (values[:, None] for values in (strike, scale, d_scale, *d_log))
     # Payoffs ascend where prices descend.
     ordered = _sorted(terminal).flip(1)
-    payoff = (strike - ordered).clamp_(min=0)
-    slope = torch.where(payoff > 0, ordered * (a + b * torch.log(ordered / strike)), 0.0)
+    payoff, log = (strike - ordered).clamp_(min=0), torch.log(ordered / strike)
+    if normalized:
+        a = a - b * (ordered * log).sum(dim=1, keepdim=True) / ordered.sum(dim=1, keepdim=True)
+    slope = torch.where(payoff > 0, ordered * (a + b * log), 0.0)
     slope = payoff * d_scale - slope * scale
     levels = torch.stack([payoff * scale, slope]).view(2 * len(strike), network_size, -1).mean(dim=2)
     value, derivative = torch.fft.rfft(levels, norm="forward").chunk(2)
@@ -231,27 +237,36 @@ def reflected_levels(
     up, down = (torch.special.ndtr(edges - s * w).diff(dim=1).mul_(-size) for s in (1.0, -1.0))
     factor = up * down * torch.exp(w.square())
     price = torch.maximum(reflected - levels / discount, 1e-6 * reflected)
-    call = torch.where(levels > 0, strike * (reflected * factor / price - 1), 0.0)
-    return discount * call.clamp(min=0).cummax(dim=1).values
+    pays = strike * (reflected / price - 1)
+    # In a slice that is exercised throughout, the factor adds less than a quarter; where nothing or little of one is,
+    # it must not add what is not there.
+    call = pays + torch.minimum(strike * reflected / price * (factor - 1), pays / 4)
+    return discount * call.cummax(dim=1).values
 
 
-def valid_levels(levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+def valid_levels(
+    levels: torch.Tensor, price: torch.Tensor, upper: torch.Tensor, variances: torch.Tensor | None = None
+) -> torch.Tensor:
     """The levels in order, shifted and held within the payoff's bounds, so that the price is their mean.
 
     Of all levels in the same order within the bounds and with this mean, these are the nearest in W2: the
-    projection onto a box and a sum is one shift, clipped. To scale them instead would move the tail.
-    Shapes: (n, N), (n,), (n,) payoff maximum, which may be infinite -> (n, N).
+    projection onto a box and a sum is one shift, clipped. To scale them instead would move the tail. Where some
+    levels are known better than others, `variances` says how far each is shifted for one of 1.
+    Shapes: (n, N), (n,), (n,) payoff maximum, which may be infinite, (n, N) positive -> (n, N).
     """
     size = levels.shape[1]
     ordered, upper = levels.sort(dim=1).values, upper[:, None]
+    shift = torch.ones_like(ordered) if variances is None else variances
     wanted = torch.minimum(price.clamp(min=0)[:, None], upper)
     # The mean after a shift rises with it, from 0 at `low` to the price or more at `high`: halve the interval.
-    low, high = -ordered[:, -1:], wanted - ordered[:, :1]
+    low = -(ordered / shift).amax(dim=1, keepdim=True)
+    high = (wanted - ordered[:, :1]) / shift.mean(dim=1, keepdim=True)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        above = torch.minimum((ordered + middle).clamp_(min=0), upper).mean(dim=1, keepdim=True) > wanted
+        moved = torch.minimum(torch.addcmul(ordered, middle, shift).clamp_(min=0), upper)
+        above = moved.mean(dim=1, keepdim=True) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    held = torch.minimum((ordered + low).clamp_(min=0), upper)
+    held = torch.minimum(torch.addcmul(ordered, low, shift).clamp_(min=0), upper).sort(dim=1).values
     # What halving left open goes to the levels that are free to move, in proportion to their room; no level need
     # more than double where the payoff has no bound.
     room = torch.minimum(upper, 2 * (held[:, -1:] + wanted)) - held

@@ -12,7 +12,7 @@ from smc import black_scholes
 from smc.contracts import resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError
-from smc.examples import ExampleSource
+from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
 from smc.scaling import features, intrinsic, unit_of_price
@@ -22,14 +22,31 @@ from tests.conftest import small_config, small_simulation, small_training
 DOMAIN = resolve_domain({})
 
 
-def source(**changes: object) -> ExampleSource:
+def source(*, normalize: bool = False, **changes: object) -> ExampleSource:
     params = SimulationParams(timesteps=4, network_size=32, batches_per_mc_run=2048, mc_seed=5, dtype="float64")
-    config = BlackScholesConfig(sim_params=params.model_copy(update=changes))
+    config = BlackScholesConfig(sim_params=params.model_copy(update=changes), normalize_forwards=normalize)
     return ExampleSource(BlackScholes(config), DOMAIN, differential=True)
 
 
 def test_labels_are_the_derivatives_of_the_closed_form() -> None:
     makes = source()
+    examples, value, slope = labels_and_truth(makes)
+    # 65,536 quasi-random paths, and up to a few units of slope.
+    torch.testing.assert_close(examples.targets[:, 0], value, atol=1e-3, rtol=0)
+    torch.testing.assert_close(examples.targets[:, 1], slope, atol=3e-3, rtol=3e-3)
+
+
+def test_normalised_forwards_have_them_too() -> None:
+    # Forwards match exactly, so what is in the money has an exact price and slope, and all is less noisy.
+    errors = []
+    for normalize in (False, True):
+        examples, value, slope = labels_and_truth(source(normalize=normalize, sampling="pseudorandom"))
+        found = torch.stack([examples.targets[:, 0] - value, examples.targets[:, 1] - slope])[:, :, 0, 0]
+        errors.append(found.square().mean(dim=1).sqrt())
+    assert bool((errors[1] < 0.75 * errors[0]).all()), errors
+
+
+def labels_and_truth(makes: ExampleSource) -> tuple[Examples, torch.Tensor, torch.Tensor]:
     contracts = makes.contracts(100, 64)
     examples = makes.simulate(contracts, torch.tensor(100))
     direction = makes._directions(100, contracts.table)
@@ -42,11 +59,9 @@ def test_labels_are_the_derivatives_of_the_closed_form() -> None:
 
     step = 1e-5 * direction
     slope = (scaled(contracts.table + step) - scaled(contracts.table - step)) / 2e-5
-    # 65,536 quasi-random paths, and up to a few units of slope.
-    torch.testing.assert_close(examples.targets[:, 0], scaled(contracts.table), atol=1e-3, rtol=0)
-    torch.testing.assert_close(examples.targets[:, 1], slope, atol=3e-3, rtol=3e-3)
     moved = [features(contracts.table + sign * step, DOMAIN) for sign in (1, -1)]
     torch.testing.assert_close(examples.inputs[:, 1], (moved[0] - moved[1]) / 2e-5, atol=1e-6, rtol=1e-6)
+    return examples, scaled(contracts.table), slope
 
 
 def test_a_direction_is_a_function_of_seed_and_index() -> None:
@@ -74,10 +89,10 @@ def test_derivatives_help_where_labels_are_noisy() -> None:
     assert errors[1][1] < errors[0][1] / 2
 
 
-@pytest.mark.parametrize("dynamics", [{"simulate_log_return": False}, {"normalize_forwards": True}])
-def test_only_the_log_scheme_has_them(dynamics: dict[str, bool]) -> None:
+def test_only_the_log_scheme_has_them() -> None:
     config = small_config()
-    pricer = GbmCVNNPricer(replace(config, cfg=BlackScholesConfig(sim_params=config.cfg.sim_params, **dynamics)))
-    with pytest.raises(ConfigError, match="simulate_log_return=True and normalize_forwards=False"):
+    euler = BlackScholesConfig(sim_params=config.cfg.sim_params, simulate_log_return=False)
+    pricer = GbmCVNNPricer(replace(config, cfg=euler))
+    with pytest.raises(ConfigError, match="differential labels need simulate_log_return=True"):
         pricer.train(small_training(1, differential=0.5))
     pricer.train(small_training(1))
