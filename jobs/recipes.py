@@ -35,17 +35,6 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         },
         "commit_interval": 1_000,
     },
-    # A minute of an H100, by pseudo-random paths alone.
-    "gpu": {
-        "simulation": {
-            "sim_params": {"timesteps": 16, "network_size": 256, "batches_per_mc_run": 512, "mc_seed": 42},
-            "normalize_forwards": True,
-        },
-        "network": {"hidden": [128, 128, 128]},
-        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.015, "differential": 1.0},
-        "commit_interval": 1_000,
-        "num_gpus": 1,
-    },
     # Seconds: for trying things out, and for tests.
     "tiny": {
         "simulation": {
@@ -60,6 +49,17 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
         "network": {"hidden": [16, 16]},
         "training": {"num_batches": 60, "batch_size": 16, "learning_rate": 0.01},
         "commit_interval": 20,
+    },
+    # A minute of an H100, by pseudo-random paths alone.
+    "gpu": {
+        "simulation": {
+            "sim_params": {"timesteps": 16, "network_size": 256, "batches_per_mc_run": 512, "mc_seed": 42},
+            "normalize_forwards": True,
+        },
+        "network": {"hidden": [128, 128, 128]},
+        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.015, "differential": 1.0},
+        "commit_interval": 1_000,
+        "num_gpus": 1,
     },
 }
 

@@ -10,7 +10,7 @@ from smc.errors import ConfigError
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_every_recipe_is_an_experiment(recipe: str) -> None:
-    assert make_experiment("x", recipe=recipe).device == "cpu"
+    assert make_experiment("x", recipe=recipe).device == ("cuda" if recipe == "gpu" else "cpu")
 
 
 def test_settings_overlay_key_by_key() -> None:
@@ -44,7 +44,7 @@ def test_every_shipped_sweep_is_valid(path: Path) -> None:
         ("experiments: {a: {commit_message_template: '{epoch}'}}", "unknown variable {epoch}"),
         ("experiments: {'a b': }", "name: String should match pattern"),
         ("experiments: {}", "experiments: Dictionary should have at least 1 item"),
-        ("recipe: huge\nexperiments: {a: }", "recipe 'huge' is unknown; there are default, tiny"),
+        ("recipe: huge\nexperiments: {a: }", "recipe 'huge' is unknown; there are default, tiny, gpu"),
         ("experiments: [a", "not YAML"),
         ("just text", "expected a mapping with the keys ledger"),
     ],
