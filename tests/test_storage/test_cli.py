@@ -71,7 +71,7 @@ def test_inspect(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", ledger, "--json"]) == 0
     shown = orjson.loads(capsys.readouterr().out)
     assert shown["version"]["version"] == "v0000000003"
-    assert shown["tensors"]["model.layers.0.weight"] == ["float32", 16, 7, 2]
+    assert shown["tensors"]["model.layers.0.weight"] == ["float32", 16, 9, 2]
 
 
 def test_an_empty_ledger(on_seaweed: str, capsys: pytest.CaptureFixture[str]) -> None:
