@@ -123,10 +123,11 @@ async def test_training_commit_preserves_optimizer_state(on_s3: str) -> None:
         assert restored.optimizer_state is not None
         assert state.optimizer_state is not None
         assert restored.optimizer_state.step == 5
-        for name, moment in state.optimizer_state.exp_avg.items():
-            assert torch.equal(restored.optimizer_state.exp_avg[name], moment)
-            assert torch.equal(restored.optimizer_state.exp_avg_sq[name], state.optimizer_state.exp_avg_sq[name])
-            assert moment.abs().sum() > 0
+        assert restored.optimizer_state.name == state.optimizer_state.name == "soap"
+        assert set(restored.optimizer_state.tensors) == set(state.optimizer_state.tensors)
+        for name, tensor in state.optimizer_state.tensors.items():
+            assert torch.equal(restored.optimizer_state.tensors[name], tensor)
+            assert tensor.abs().sum() > 0
 
 
 async def test_manual_commits(on_s3: str) -> None:
