@@ -23,6 +23,7 @@ from jobs.sweep import report, run_experiments
 from smc import black_scholes
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
+from smc.evaluation import evaluate
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
@@ -87,7 +88,6 @@ async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple
     """Each experiment's newest version, loaded back and measured on fresh contracts."""
     newest = {v.experiment: v for v in await store.list_versions()}
     fresh = SobolSampler({}, seed=int.from_bytes(b"fresh")).sample(4096)
-    exact = black_scholes.price(fresh)
     print("\nAgainst the closed form, 4,096 fresh contracts, in bp of spot:")
     print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}")
     measured = []
@@ -95,18 +95,13 @@ async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple
         if name not in newest:
             continue
         pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, newest[name]))
-        distribution = pricer.predict_distribution(fresh)
-        bins = distribution.levels.shape[1]
-        basis = 1e4 / fresh[:, 0]
-        error = (pricer.predict_price(fresh) - exact) * basis
-        w2 = np.sqrt(np.square(distribution.levels - black_scholes.payoff_bin_averages(fresh, bins)).mean(1)) * basis
-        tail = (distribution.cvar(0.975) - black_scholes.cvar(fresh, 0.975)) * basis
-        rmse = float(np.sqrt(np.square(error).mean()))
+        found = evaluate(pricer, fresh)
+        price, w2, tail = found["price"], found["W2, put"], found["CVaR97.5, put"]
         print(
-            f"  {name:<14}{newest[name].version_id:<13}{rmse:>11.3f}{np.abs(error).max():>8.2f}"
-            f"{np.sqrt(np.square(w2).mean()):>8.2f}{np.sqrt(np.square(tail).mean()):>10.2f}"
+            f"  {name:<14}{newest[name].version_id:<13}{price.rmse:>11.3f}{price.maximum:>8.2f}"
+            f"{w2.rmse:>8.2f}{tail.rmse:>10.2f}"
         )
-        measured.append((rmse, name, pricer))
+        measured.append((price.rmse, name, pricer))
     if not measured:
         raise ConfigError("no experiment has a version: see the errors above")
     _, name, pricer = min(measured, key=lambda item: item[0])

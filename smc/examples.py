@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -114,25 +114,28 @@ class ExampleSource:
             points = points.pin_memory()
         table = points.to(self.engine.device, non_blocking=True)
         dtype = self._params.dtype.torch
-        inputs, terms = features(table, self._domain)[:, None], _terms(table)
-        if self.differential:
-            (d_inputs, d_terms, d_law), law = self._derivatives(table, self._directions(start, table)), _law(table)
+        if not self.differential:
+            inputs, terms = features(table, self._domain)[:, None], _terms(table)
+        else:
+            (value, terms, law), (d_value, d_terms, d_law) = self._along(table, self._directions(start, table))
             # The log scheme: ln S = mean + deviation Z, and Z does not depend on the contract.
             slope = d_law[:, 1] / law[:, 1]
             if self.engine.config.normalize_forwards:
                 constant = d_law[:, 0] + law[:, 1] * d_law[:, 1]  # of ln F = mean + deviation^2 / 2
             else:
                 constant = d_law[:, 0] + slope * (torch.log(table[:, 1]) - law[:, 0])
-            inputs = torch.cat([inputs, d_inputs[:, None]], dim=1)
+            inputs = torch.stack([value, d_value], dim=1)
             terms = torch.cat([terms, d_terms[:, 1:], torch.stack([constant, slope], dim=1)], dim=1)
         weights = (unit_of_price(table) / table[:, 0]) ** _WEIGHT_EXPONENT
         return Contracts(table, *(values.to(dtype) for values in (inputs, terms, weights)))
 
-    def _derivatives(self, table: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _along(self, table: Tensor, direction: Tensor) -> Any:
+        """Features, terms and law of the contracts, and their derivatives along a direction."""
+
         def described(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return features(table, self._domain), _terms(table), _law(table)
 
-        return torch.func.jvp(described, (table,), (direction,))[1]
+        return torch.func.jvp(described, (table,), (direction,))
 
     def _directions(self, start: int, table: Tensor) -> Tensor:
         """How each contract moves: normal in every parameter but K, whose part follows from that of X0."""

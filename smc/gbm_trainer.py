@@ -25,7 +25,7 @@ from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
-from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_state
+from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.prediction import Array, Outside, Predictor
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import ReplayBuffer
@@ -238,8 +238,7 @@ class GbmCVNNPricer:
 
     def _continue_with(self, name: OptimizerName) -> None:
         """The optimiser of this name: the one there is, or a fresh one."""
-        state = optimizer_state(self._optimizer, self.model, self._position.step + self._optimizer_offset)
-        if state is None or state.name != name:
+        if optimizer_name(self._optimizer) != name:
             self._optimizer = make_optimizer(name, self.model)
             self._optimizer_offset = -self._position.step
 

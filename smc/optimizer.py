@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from smc.errors import ConfigError
 from smc.soap import Soap
 
-__all__ = ["Optimizer", "OptimizerName", "OptimizerState", "load_optimizer", "make_optimizer", "optimizer_state"]
+__all__ = [
+    "Optimizer",
+    "OptimizerName",
+    "OptimizerState",
+    "load_optimizer",
+    "make_optimizer",
+    "optimizer_name",
+    "optimizer_state",
+]
 
 OptimizerName = Literal["soap", "adam"]
 Optimizer = Soap | torch.optim.Adam
@@ -42,12 +50,16 @@ def make_optimizer(name: OptimizerName, model: nn.Module) -> Optimizer:
     return adam
 
 
+def optimizer_name(optimizer: Optimizer) -> OptimizerName:
+    """What `make_optimizer` calls it."""
+    return "soap" if isinstance(optimizer, Soap) else "adam"
+
+
 def optimizer_state(optimizer: Optimizer, model: nn.Module, step: int) -> OptimizerState | None:
     """The state by reference, or None before the first step. Reads nothing from the device."""
     if step == 0:
         return None
-    name: OptimizerName = "soap" if isinstance(optimizer, Soap) else "adam"
-    return OptimizerState(name, step, dict(_tensors(optimizer, model)))
+    return OptimizerState(optimizer_name(optimizer), step, dict(_tensors(optimizer, model)))
 
 
 def load_optimizer(model: nn.Module, state: OptimizerState) -> Optimizer:

@@ -256,17 +256,19 @@ def valid_levels(
     """
     size = levels.shape[1]
     ordered, upper = levels.sort(dim=1).values, upper[:, None]
-    shift = torch.ones_like(ordered) if variances is None else variances
+    shift = torch.ones_like(upper) if variances is None else variances
     wanted = torch.minimum(price.clamp(min=0)[:, None], upper)
     # The mean after a shift rises with it, from 0 at `low` to the price or more at `high`: halve the interval.
     low = -(ordered / shift).amax(dim=1, keepdim=True)
     high = (wanted - ordered[:, :1]) / shift.mean(dim=1, keepdim=True)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        moved = torch.minimum(torch.addcmul(ordered, middle, shift).clamp_(min=0), upper)
+        moved = torch.minimum((ordered + middle * shift).clamp_(min=0), upper)
         above = moved.mean(dim=1, keepdim=True) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-    held = torch.minimum(torch.addcmul(ordered, low, shift).clamp_(min=0), upper).sort(dim=1).values
+    held = torch.minimum((ordered + low * shift).clamp_(min=0), upper)
+    if variances is not None:  # one shift for all keeps the order, several need not
+        held = held.sort(dim=1).values
     # What halving left open goes to the levels that are free to move, in proportion to their room; no level need
     # more than double where the payoff has no bound.
     room = torch.minimum(upper, 2 * (held[:, -1:] + wanted)) - held
