@@ -57,7 +57,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
             "normalize_forwards": True,
         },
         "network": {"hidden": [128, 128, 128]},
-        "training": {"num_batches": 8_000, "batch_size": 256, "learning_rate": 0.015, "differential": 1.0},
+        "training": {"num_batches": 14_000, "batch_size": 256, "learning_rate": 0.006, "differential": 0.3},
         "commit_interval": 1_000,
         "num_gpus": 1,
     },

@@ -76,7 +76,9 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     const real* __restrict__ scale,          // (n,), of the payoff
     real* scratch,                           // (n, paths), or null: shared memory holds it
     const int paths, const int size, const int buckets,
-    real* __restrict__ levels)               // (n, size), ascending
+    real* __restrict__ levels,               // (n, size), ascending
+    const real* __restrict__ motion,         // (n, 3): how the scale moves; a and b, where ln S moves by a + b ln(S / K)
+    real* __restrict__ slopes)               // (n, size), how the levels move; or null
 {
     extern __shared__ unsigned char memory[];
     __shared__ bits least[32], greatest[32];
@@ -170,15 +172,27 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     while (lanes < 32 && lanes * 2 <= slice) lanes *= 2;
     const int groups = T / lanes, part = t % lanes;
     const double gain = (double)scale[blockIdx.x] / slice;
+    const real* const move = motion + 3 * blockIdx.x;
     for (int base = 0; base < size; base += groups) {
         const int c = base + t / lanes;
-        double sum = 0;  // a slice may hold many thousands
+        double sum = 0, moved = 0;  // a slice may hold many thousands
         if (c < size) {
             const u32 stop = min((u32)(c + 1) * slice, paying);
-            for (u32 j = (u32)c * slice + part; j < stop; j += lanes) sum += K - sorted[j];
+            for (u32 j = (u32)c * slice + part; j < stop; j += lanes) {
+                const real s = sorted[j];
+                sum += K - s;
+                if (slopes && s > 0) moved += s * (move[1] + move[2] * log(s / K));
+            }
         }
-        for (int d = lanes >> 1; d; d >>= 1) sum += __shfl_xor_sync(~0u, sum, d);
-        if (c < size && part == 0) levels[(u64)blockIdx.x * size + size - 1 - c] = (real)(sum * gain);
+        for (int d = lanes >> 1; d; d >>= 1) {
+            sum += __shfl_xor_sync(~0u, sum, d);
+            moved += __shfl_xor_sync(~0u, moved, d);
+        }
+        if (c < size && part == 0) {
+            const u64 at = (u64)blockIdx.x * size + size - 1 - c;
+            levels[at] = (real)(sum * gain);
+            if (slopes) slopes[at] = (real)(sum * move[0] / slice - moved * gain);
+        }
     }
 }
 """
@@ -187,14 +201,16 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
 _STATIC = 1024
 
 
-def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tensor:
+def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int, motion: Tensor | None = None) -> Tensor:
     """Quantile levels of scale x max(strike - price, 0). `prices` may be overwritten.
 
-    Shapes: prices (n, M), none negative, strike and scale (n,), all of one precision on one GPU -> (n, size)
-    ascending, for M a multiple of `size` and at most `MOST_PATHS`.
+    With `motion`, also how they move as the scale moves by motion[:, 0] and the logarithm of each price S by
+    motion[:, 1] + motion[:, 2] x ln(S / strike).
+    Shapes: prices (n, M), none negative, strike and scale (n,), motion (n, 3), all of one precision on one GPU
+    -> (1, n, size) ascending, with motion (2, n, size), for M a multiple of `size` and at most `MOST_PATHS`.
     """
     n, paths = prices.shape
-    levels = torch.empty((n, size), dtype=prices.dtype, device=prices.device)
+    levels = prices.new_empty((1 if motion is None else 2, n, size))
     if n == 0:
         return levels
     properties = torch.cuda.get_device_properties(prices.device)
@@ -206,8 +222,11 @@ def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int) -> Tens
     width = prices.element_size()
     held = 2 * paths * width
     fits = held + 4 * buckets <= room
-    scratch = prices.new_empty(0) if fits else torch.empty_like(prices)
-    arguments = (prices, strike, scale, scratch, np.int32(paths), np.int32(size), np.int32(buckets), levels)
+    none = prices.new_empty(0)
+    scratch = none if fits else torch.empty_like(prices)
+    given, slopes = (none, none) if motion is None else (motion.contiguous(), levels[1])
+    sizes = (np.int32(paths), np.int32(size), np.int32(buckets))
+    arguments = (prices, strike, scale, scratch, *sizes, levels[0], given, slopes)
     _kernel(prices.dtype)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
     return levels
 

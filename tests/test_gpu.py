@@ -21,7 +21,7 @@ from smc.gbm import BlackScholes, BlackScholesConfig
 from smc.gbm_cuda import PATHS_SOURCE
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
 from smc.sobol_sampler import SobolSampler
-from smc.spectrum import quantile_levels, quantile_spectrum
+from smc.spectrum import put_spectrum_and_slope, quantile_levels, quantile_spectrum
 from smc.spectrum_cuda import put_levels
 from smc.storage import AsyncBlockchainModelStore
 from smc.training_step import _AHEAD, TrainingStep
@@ -168,9 +168,27 @@ def test_levels_by_ranks_are_those_of_a_sort(kind: str, paths: int, size: int, d
     strike = torch.tensor([100, 100, 50, 1e-3, 1e6], dtype=dtype)
     scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
     wanted = quantile_levels((strike[:, None] - prices).clamp(min=0) * scale[:, None], size)
-    got = put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
+    (got,) = put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
-    assert torch.equal(got, put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size))
+    assert torch.equal(got, put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("paths", "size"), [(96, 32), (8192, 256), (131_072, 256), (2_000_000, 250)])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_slopes_by_ranks_are_those_of_a_sort(normalized: bool, paths: int, size: int, dtype: torch.dtype) -> None:
+    prices = price_rows("log-normal", paths, dtype)
+    generator = torch.Generator().manual_seed(3)
+    strike = torch.tensor([100, 120, 50, 1e-3, 1e6], dtype=dtype)
+    scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
+    d_scale, a, b = torch.randn(3, 5, generator=generator, dtype=torch.float64).to(dtype)
+    wanted = put_spectrum_and_slope(prices, strike, scale, d_scale, (a, b), size, normalized=normalized)
+    given = [values.cuda() for values in (prices, strike, scale, d_scale, a, b)]
+    got = put_spectrum_and_slope(*given[:4], (given[4], given[5]), size, normalized=normalized)
+    for found, value in zip(got, wanted, strict=True):
+        size_of_all = value.abs().amax(dim=1, keepdim=True)
+        error = (found.cpu() - value).abs() / size_of_all.clamp(min=torch.finfo(dtype).tiny)
+        assert float(error.max()) < (2e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_a_price_that_is_no_number_shows_in_the_levels() -> None:
