@@ -77,7 +77,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     real* scratch,                           // (n, paths), or null: shared memory holds it
     const int paths, const int size, const int buckets,
     real* __restrict__ levels,               // (n, size), ascending
-    const real* __restrict__ motion,         // (n, 3): how the scale moves; a and b, where ln S moves by a + b ln(S / K)
+    const real* __restrict__ motion,         // (n, 3): of the scale; a and b, where ln S moves by a + b ln(S / K)
     real* __restrict__ slopes)               // (n, size), how the levels move; or null
 {
     extern __shared__ unsigned char memory[];
