@@ -59,6 +59,8 @@ async def run_experiments(
 
     Raises: ConfigError, Unavailable or Corrupt if the ledger cannot be appended to.
     """
+    import ray
+
     from actors.ledger import LedgerHandle, ledger_actor
     from actors.trainer import RemoteTrainerActor
 
@@ -79,23 +81,26 @@ async def run_experiments(
 
     async def one(experiment: Experiment) -> ExperimentOutcome:
         async with places:
-            if stopping.is_set():
-                return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"))
             trainer = RemoteTrainerActor.options(
                 name=f"trainer:{experiment.name}",
                 num_cpus=experiment.num_cpus,
                 num_gpus=experiment.num_gpus,
                 max_concurrency=16,
             ).remote(experiment, handle, extend=extend)
-            running.add(trainer)
-            training = asyncio.ensure_future(_plain(trainer.train.remote(newest.get(experiment.name))))
             try:
+                if not await _unless(stopping, trainer.progress.remote()):  # others may hold its place in the cluster
+                    return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"))
+                running.add(trainer)
+                training = asyncio.ensure_future(_plain(trainer.train.remote(newest.get(experiment.name))))
                 await bars.follow(experiment.name, trainer, training)
-                return ExperimentOutcome(experiment, await training)
+                outcome = ExperimentOutcome(experiment, await training)
             except Exception as error:
-                return ExperimentOutcome(experiment, None, error)
+                outcome = ExperimentOutcome(experiment, None, error)
             finally:
                 running.discard(trainer)
+            # An error's traceback would keep the actor, and its place in the cluster, as long as the outcome lives.
+            ray.kill(trainer)
+            return outcome
 
     async def stop_all() -> None:
         await stopping.wait()
@@ -143,6 +148,18 @@ async def _plain(ref: Any) -> Any:
     except RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, SpectralMCError) else error from None
+
+
+async def _unless(stopping: asyncio.Event, ref: Any) -> bool:
+    """Whether the ref is there before `stopping` is set."""
+    answer, stop = asyncio.ensure_future(_plain(ref)), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({answer, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not answer.done():
+        answer.cancel()
+        return False
+    await answer
+    return True
 
 
 class _Bars:

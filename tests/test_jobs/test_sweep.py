@@ -16,6 +16,13 @@ from smc.storage import AsyncBlockchainModelStore, ModelVersion
 ROOT = Path(__file__).parents[2]
 
 
+class Elsewhere:
+    """Somebody else's work in the cluster."""
+
+    def is_up(self) -> bool:
+        return True
+
+
 def versions(ledger: str) -> list[ModelVersion]:
     async def read() -> list[ModelVersion]:
         async with AsyncBlockchainModelStore(ledger) as store:
@@ -70,13 +77,13 @@ def test_an_experiment_that_fails_does_not_take_the_others_along(
     tmp_path: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "sweep.yaml"
-    path.write_text(
-        "recipe: tiny\nexperiments:\n  good: \n  bad: {training: {learning_rate: 1.0e+30, schedule: constant}}\n"
-    )
+    # As many fail as the cluster has places: each leaves its own to the next.
+    bad = "{training: {learning_rate: 1.0e+30, schedule: constant}}"
+    path.write_text(f"recipe: tiny\nexperiments:\n  bad: {bad}\n  worse: {bad}\n  good: \n")
     assert sweep.main([str(path), "--ledger", on_seaweed]) == 2
     out = capfd.readouterr().out
     assert "bad             failed: the loss is" in out
-    assert "1 of 2 experiments done, 1 failed" in out
+    assert "1 of 3 experiments done, 2 failed" in out
     assert [v.step for v in versions(on_seaweed) if v.experiment == "good"] == [20, 40, 60]
 
 
@@ -130,7 +137,9 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
     import ray
 
     path = tmp_path / "sweep.yaml"
-    path.write_text("recipe: tiny\ndefaults: {training: {num_batches: 1000000}}\nexperiments: {a: }\n")
+    path.write_text("recipe: tiny\ndefaults: {training: {num_batches: 1000000}}\nexperiments: {a: , b: }\n")
+    other = ray.remote(num_cpus=1)(Elsewhere).remote()  # so that there is no place for b
+    ray.get(other.is_up.remote())
     command = [sys.executable, "-m", "jobs.sweep", str(path), "--ledger", on_seaweed]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = subprocess.Popen(
@@ -141,8 +150,10 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
         time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
+    ray.kill(other)
+    assert process.returncode == 2, out
     assert out.count("stopped at step") == 1
+    assert "b               failed: not started: the sweep was stopped" in out
     newest = {v.experiment: v.step for v in versions(on_seaweed)}
     for name, step in newest.items():
         assert f"{name:<16}stopped at step {step} " in out
