@@ -63,7 +63,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
         size = f"{batch_size} x {SIZE * batches} x {STEPS}"
         step, source = training_step(batches, batch_size, (256, 256))
         whole = gpu_seconds(step, repeats=50 if large else 400, warmup=10)
-        report.add(f"step as a CUDA graph, {size}, complex 7-256-256-513", whole * 1e3, "ms",
+        report.add(f"step as a CUDA graph, {size}, complex 9-256-256-513", whole * 1e3, "ms",
                    at_most=None if large else 0.35)  # fmt: skip
         report.add(f"  contracts a second, {size}", batch_size / whole, "1/s")
         contracts = source.contracts(0, batch_size)
@@ -71,7 +71,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
         report.add(f"  of it the target chain, {size}", 100 * chain / whole, "%", at_least=90 if large else None)
         if large:
             continue
-        paths = gpu_seconds(captured(partial(source._engine.simulate, contracts.table, first)))
+        paths = gpu_seconds(captured(partial(source.engine.simulate, contracts.table, first)))
         report.add("  of it the paths", paths * 1e3, "ms")
         report.add("  of it levels and spectrum", (chain - paths) * 1e3, "ms")
         batch = source.simulate(contracts, first)
