@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from jobs.pictures import draw_errors, draw_quantiles
 from jobs.recipes import read_sweep
 from jobs.session import run_job
 from jobs.sweep import report, run_experiments
@@ -123,36 +125,18 @@ def _show_prices(pricer: GbmCVNNPricer) -> None:
 
 
 def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    figure = Figure(figsize=(12.5, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     contracts = SobolSampler({}, seed=7).sample(8192)
-    X0, K, T, r, d, v = contracts.T
-    moneyness, w = np.log(X0 / K) + (r - d) * T, v * np.sqrt(T)
-    error = (pricer.predict_price(contracts) - black_scholes.price(contracts)) / X0 * 1e4
-    limit = float(np.quantile(np.abs(error), 0.99))
-    points = left.scatter(moneyness, w, c=error, s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True)
-    figure.colorbar(points, ax=left, label="learnt minus exact put price, bp of spot")
-    left.set(xlabel="log forward moneyness ln(F / K)", ylabel=r"total volatility $v\sqrt{T}$")
-    left.set_title(f"Price error over the domain: RMSE {np.sqrt(np.square(error).mean()):.2f} bp")
-    contract = _SHOWN[:1]
-    levels = pricer.predict_distribution(contract).levels[0]
-    u = (np.arange(len(levels)) + 0.5) / len(levels)
-    right.plot(u, black_scholes.payoff_quantile(contract, u)[0], color="black", lw=4, alpha=0.25, label="exact")
-    right.plot(u, levels, color="tab:red", lw=1.4, label="learnt")
-    right.axhline(black_scholes.price(contract)[0], color="black", lw=0.8, ls=":", label="price")
-    right.set(xlabel="probability", ylabel="discounted put payoff", xlim=(0, 1))
-    text = ", ".join(f"{name}={value:g}" for name, value in zip(FIELDS, contract[0], strict=True))
-    right.set_title(f"Payoff distribution of one contract\n{text}", fontsize=10)
-    right.legend(frameon=False)
+    error = evaluate(pricer, contracts)["price"]
+    draw_errors(left, contracts, error.errors, "learnt minus exact put price, bp of spot")
+    left.set_title(f"Price error over the domain: RMSE {error.rmse:.2f} bp")
+    draw_quantiles(right, _SHOWN[0], pricer.predict_distribution(_SHOWN[:1]).host_levels[0])
+    right.set_title(f"Payoff distribution of one contract\n{right.get_title()}", fontsize=10)
     figure.suptitle(
         f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters"
     )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

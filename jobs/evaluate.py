@@ -1,0 +1,303 @@
+"""A version of a ledger against the closed form on a fresh sample: a table, pictures, one HTML file.
+
+    python -m jobs.evaluate --ledger my-bucket [--version v0000000042 | --experiment baseline] [--out evaluation]
+
+Without a version it is the ledger's newest, or the experiment's. The contracts are drawn from the domain that the
+version was trained on, with a seed that training does not use. Where QuantLib is installed, prices and Greeks are
+compared with QuantLib's as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from jobs.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
+from jobs.session import run_job
+from smc.black_scholes import Greeks
+from smc.contracts import FIELDS
+from smc.errors import ConfigError
+from smc.evaluation import Measure, evaluate
+from smc.gbm_trainer import GbmCVNNPricer
+from smc.sobol_sampler import SobolSampler
+from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
+
+__all__ = ["main", "quantlib_values"]
+
+Array = npt.NDArray[np.float64]
+
+_COLUMNS = ("quantity", "unit", "RMSE", "of mean", "99 %", "maximum", "against QuantLib", "worst contract")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a version, and of the versions on the way to it."""
+
+    ledger: str
+    version: ModelVersion
+    pricer: GbmCVNNPricer
+    contracts: Array
+    measures: Mapping[str, Measure]
+    quantlib: Mapping[str, float]  # RMSE by name; empty where it is not installed
+    history: Sequence[ModelVersion]
+    curve: Sequence[tuple[int, float]]  # step and price RMSE of some of them
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; -> the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ledger", required=True, help="bucket or s3://bucket/prefix")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--version", help="like v0000000042 (default: the newest)")
+    which.add_argument("--experiment", help="the newest version of this experiment")
+    parser.add_argument("--contracts", type=_positive, default=8192, help="how many are drawn")
+    parser.add_argument("--seed", type=int, default=20_261_123, help="of the sample")
+    parser.add_argument("--curve", type=int, default=12, help="versions loaded back for the learning curve, at most")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for report.html, PNGs and JSON")
+    options = parser.parse_args(arguments)
+
+    async def run() -> int:
+        async with AsyncBlockchainModelStore(options.ledger) as store:
+            evaluation = await _evaluation(store, options)
+        rows = _rows(evaluation)
+        _print_table(rows)
+        options.out.mkdir(parents=True, exist_ok=True)
+        pictures = _pictures(evaluation)
+        for name, (_, png) in pictures.items():
+            (options.out / f"{name}.png").write_bytes(png)
+        (options.out / "report.html").write_text(_page(evaluation, rows, pictures), encoding="utf-8")
+        (options.out / "evaluation.json").write_text(json.dumps(_as_json(evaluation), indent=1))
+        print(f"\n{options.out / 'report.html'}, with its pictures and evaluation.json beside it")
+        return 0
+
+    return run_job(run)
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+# --- what is measured -----------------------------------------------------------------------------
+
+
+async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> Evaluation:
+    versions = await store.list_versions()
+    version = _chosen(versions, options, store.uri)
+    pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, version))
+    contracts = SobolSampler(pricer.domain, seed=options.seed).sample(options.contracts)
+    print(f"{version.version_id} of {store.uri}: {version.experiment}, step {version.step}, {version.commit_message}")
+    print(f"{len(contracts):,} contracts of its domain, seed {options.seed}\n")
+    measures = evaluate(pricer, contracts)
+    history = [v for v in versions if v.experiment == version.experiment and v.counter <= version.counter]
+    curve = []
+    for i in sorted({*np.linspace(0, len(history) - 1, max(1, options.curve)).astype(int).tolist(), len(history) - 1}):
+        earlier = history[i]
+        if earlier is version:
+            curve.append((version.step, measures["price"].rmse))
+        elif options.curve > 1:
+            then = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, earlier))
+            inside = SobolSampler(then.domain, seed=options.seed).sample(options.contracts)
+            curve.append((earlier.step, evaluate(then, inside)["price"].rmse))
+    quantlib = _against_quantlib(pricer, contracts) if importlib.util.find_spec("QuantLib") else {}
+    return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
+
+
+def _chosen(versions: Sequence[ModelVersion], options: argparse.Namespace, uri: str) -> ModelVersion:
+    if not versions:
+        raise ConfigError(f"{uri} has no versions")
+    if options.version is not None:
+        found = [v for v in versions if v.version_id == options.version]
+        if not found:
+            first, last = versions[0].version_id, versions[-1].version_id
+            raise ConfigError(f"{uri} has no version {options.version!r}: it has {first} to {last}")
+        return found[0]
+    if options.experiment is not None:
+        found = [v for v in versions if v.experiment == options.experiment]
+        if not found:
+            names = ", ".join(sorted({v.experiment for v in versions}))
+            raise ConfigError(f"{uri} has no experiment {options.experiment!r}: it has {names}")
+        return found[-1]
+    return versions[-1]
+
+
+def quantlib_values(contracts: Array) -> tuple[Array, Greeks]:
+    """Prices and Greeks of puts by QuantLib's BlackCalculator. Shapes: (n, 6) -> (n,), five of (n,)."""
+    import QuantLib as ql  # noqa: N813  # as its own documentation writes it
+
+    rows = []
+    for X0, K, T, r, d, v in contracts.tolist():
+        forward = X0 * np.exp((r - d) * T)
+        at = ql.BlackCalculator(ql.PlainVanillaPayoff(ql.Option.Put, K), forward, v * np.sqrt(T), np.exp(-r * T))
+        rows.append((at.value(), at.delta(X0), at.gamma(X0), at.vega(T), at.theta(X0, T), at.rho(T)))
+    price, *greeks = np.array(rows).T
+    return price, Greeks(*greeks)
+
+
+def _against_quantlib(pricer: GbmCVNNPricer, contracts: Array) -> Mapping[str, float]:
+    """RMSE of prices, in bp of spot, and of Greeks."""
+    price, greeks = quantlib_values(contracts)
+    errors = {"price": (np.asarray(pricer.predict_price(contracts)) - price) / contracts[:, 0] * 1e4}
+    learnt = pricer.predict_greeks(contracts)
+    errors |= {n: ours - theirs for n, ours, theirs in zip(learnt._fields, learnt, greeks, strict=True)}
+    return {name: float(np.sqrt(np.square(values).mean())) for name, values in errors.items()}
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for m in evaluation.measures.values():
+        relative = "" if m.relative is None else f"{100 * m.relative:.3g} %"
+        other = evaluation.quantlib.get(m.name)
+        numbers = (
+            f"{m.rmse:.4g}",
+            relative,
+            f"{m.p99:.4g}",
+            f"{m.maximum:.4g}",
+            "" if other is None else f"{other:.4g}",
+        )
+        rows.append((m.name, m.unit, *numbers, in_words(evaluation.contracts[m.worst])))
+    return rows
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    shown = [row for row in zip(_COLUMNS, *rows, strict=True) if any(row[1:])]
+    widths = [max(map(len, column)) for column in shown]
+    for row in zip(*shown, strict=True):
+        cells = [
+            f"{c:<{w}}" if i in (0, 1, len(row) - 1) else f"{c:>{w}}"
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
+    """Caption and PNG, by name."""
+    pricer, contracts, measures = evaluation.pricer, evaluation.contracts, evaluation.measures
+    pictures = {}
+    figure = Figure(figsize=(12.5, 5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("price", "implied volatility"), strict=True):
+        draw_errors(axes, contracts, measures[name].errors, f"learnt minus exact {name}, {measures[name].unit}")
+    pictures["errors"] = ("Where the errors lie: every contract of the sample, put prices.", _png(figure))
+
+    # From what is typical to the worst, by the distance of the whole distribution.
+    order = np.argsort(measures["W2, put"].errors)
+    chosen = contracts[order[[len(order) // 2, int(0.9 * (len(order) - 1)), int(0.99 * (len(order) - 1)), -1]]]
+    ranks = ("median", "90th percentile", "99th percentile", "worst")
+    levels = pricer.predict_distribution(chosen).host_levels
+    for name, draw, caption in (
+        ("quantiles", draw_quantiles, "Payoff distributions of puts, as quantile functions"),
+        ("spectrum", draw_spectrum, "The same as spectra, the training target"),
+    ):
+        figure = Figure(figsize=(12.5, 9), layout="constrained")
+        for axes, rank, contract, row in zip(figure.subplots(2, 2).flat, ranks, chosen, levels, strict=True):
+            draw(axes, contract, row)
+            axes.set_title(f"{rank} W2 error\n{axes.get_title()}", fontsize=9)
+        pictures[name] = (f"{caption}: contracts by the rank of their W2 error.", _png(figure))
+
+    figure = Figure(figsize=(12.5, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = [(v.step, v.loss) for v in evaluation.history if v.loss]
+    draw_learning(left, [step for step, _ in losses], [loss for _, loss in losses], "loss of the step")
+    steps, errors = zip(*evaluation.curve, strict=True)
+    draw_learning(right, steps, errors, "price RMSE, bp of spot")
+    pictures["learning"] = (
+        f"The {len(evaluation.history)} versions of {evaluation.version.experiment!r} in the ledger up to this one: "
+        f"their losses, and {len(evaluation.curve)} of them loaded back and measured.",
+        _png(figure),
+    )
+    return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mapping[str, tuple[str, bytes]]) -> str:
+    version, pricer = evaluation.version, evaluation.pricer
+    domain = ", ".join(f"{name} {pricer.domain[name].lower:g} to {pricer.domain[name].upper:g}" for name in FIELDS)
+    facts = {
+        "ledger": evaluation.ledger,
+        "message": version.commit_message,
+        "committed": f"{version.timestamp:%Y-%m-%d %H:%M:%S} UTC",
+        "checkpoint, SHA-256": version.content_hash,
+        "entry, SHA-256": version.entry_hash,
+        "network": f"{sum(p.numel() for p in pricer.model.parameters()):,} real parameters",
+        "domain": domain,
+        "sample": f"{len(evaluation.contracts):,} contracts, scrambled Sobol",
+    }
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
+    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    figures = "\n".join(
+        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for name, (caption, png) in pictures.items()
+    )
+    about = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
+    title = html.escape(f"{version.version_id}: {version.experiment}, step {version.step}")
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
+th, td {{ text-align: right; padding: 3px 10px; border-bottom: 1px solid #ddd; white-space: nowrap }}
+th:nth-child(-n+2), td:nth-child(-n+2), th:last-child, td:last-child {{ text-align: left }}
+td:last-child {{ font-size: 12px; color: #555 }}
+.wide {{ overflow-x: auto }}
+dl {{ display: grid; grid-template-columns: max-content auto; gap: 2px 16px }}
+dd {{ margin: 0; overflow-wrap: anywhere }}
+figure {{ margin: 2.5em 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
+</style></head><body>
+<h1>{title}</h1>
+<dl>{about}</dl>
+<h2>Learnt minus exact</h2>
+<p>Prices and distributions in basis points of each contract's spot; Greeks are the put's, per unit of spot, of
+volatility and of rate, and per year.</p>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+{figures}
+</body></html>
+"""
+
+
+def _as_json(evaluation: Evaluation) -> dict[str, object]:
+    return {
+        "ledger": evaluation.ledger,
+        "version": evaluation.version.version_id,
+        "content_hash": evaluation.version.content_hash,
+        "contracts": len(evaluation.contracts),
+        "measures": {
+            m.name: {
+                "unit": m.unit,
+                "rmse": m.rmse,
+                "p99": m.p99,
+                "maximum": m.maximum,
+                "of_mean": m.relative,
+                "against_quantlib": evaluation.quantlib.get(m.name),
+                "worst": dict(zip(FIELDS, evaluation.contracts[m.worst].tolist(), strict=True)),
+            }
+            for m in evaluation.measures.values()
+        },
+        "curve": [{"step": step, "price_rmse": rmse} for step, rmse in evaluation.curve],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
