@@ -115,11 +115,12 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     for text in options.set:
         given = overlaid(given, setting(text))
     device = "cuda" if make_experiment("accuracy", given, recipe=options.recipe).num_gpus else "cpu"
-    variants = ABLATIONS if options.ablation else {"": {}}
+    ablation = options.ablation is not None
+    variants = {name: ABLATIONS[name] for name in options.ablation or ABLATIONS} if ablation else {"": {}}
     fresh = SobolSampler({}, seed=20_261_123).sample(CONTRACTS)
     for name, changes in variants.items():
         for seconds in options.seconds:
-            bars = BARS.get((device, seconds), {}) if not options.ablation else {}
+            bars = BARS.get((device, seconds), {}) if not ablation else {}
             for seed in range(options.seeds):
                 pricer, batches, took = trained(overlaid(given, changes), seconds, seed, options.recipe)
                 measures = evaluate(pricer, fresh)
@@ -129,7 +130,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
                     unit = "of its mean" if statistic == "relative" else found.unit
                     report.add(f"{title}{what} {statistic}", getattr(found, statistic), unit, at_most=bar)
                 report.add(f"{title}training, {batches} batches", took, "s", at_most=seconds if bars else None)
-                if not options.ablation:
+                if not ablation:
                     soundness(report, title, pricer)
 
 
@@ -178,5 +179,5 @@ if __name__ == "__main__":
         ("--recipe", {"default": "default"}),
         ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "laid over the recipe"}),
         ("--threads", {"type": int, "default": 2}),
-        ("--ablation", {"action": "store_true"}),
+        ("--ablation", {"nargs": "*", "choices": [*ABLATIONS], "help": "each choice undone in turn, or those named"}),
     )
