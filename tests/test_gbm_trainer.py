@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import threading
 import time
 import warnings
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from smc import black_scholes
 from smc.checkpoint import Snapshot, encode
-from smc.contracts import DEFAULT_DOMAIN, Contract
+from smc.contracts import DEFAULT_DOMAIN, FIELDS, Contract
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError, NumericsError
 from smc.gbm import BlackScholesConfig
@@ -43,6 +44,7 @@ def trained() -> GbmCVNNPricer:
 
 
 CONTRACTS = SobolSampler({}, seed=31).sample(1024)
+CORNERS = np.array(list(itertools.product(*((b.lower, b.upper) for b in (DEFAULT_DOMAIN[name] for name in FIELDS)))))
 
 
 def test_a_trained_pricer_prices_within_a_few_basis_points(trained: GbmCVNNPricer) -> None:
@@ -57,21 +59,40 @@ def test_calls_follow_from_puts_by_parity(trained: GbmCVNNPricer) -> None:
 
 
 def test_prices_keep_the_no_arbitrage_bounds(trained: GbmCVNNPricer) -> None:
-    X0, K, T, r, d, _ = CONTRACTS.T
-    put = trained.predict_price(CONTRACTS)
+    contracts = np.concatenate([CONTRACTS, CORNERS])
+    X0, K, T, r, d, _ = contracts.T
+    put = trained.predict_price(contracts)
     assert np.all(put >= np.maximum(K * np.exp(-r * T) - X0 * np.exp(-d * T), 0) - 1e-12)
     assert np.all(put <= K * np.exp(-r * T))
 
 
-def test_distributions_are_valid_and_have_the_price_as_mean(trained: GbmCVNNPricer) -> None:
-    distribution = trained.predict_distribution(CONTRACTS)
-    assert distribution.levels.shape == (1024, 64)
-    assert np.all(np.diff(distribution.levels, axis=1) >= -1e-9)
-    assert distribution.levels.min() >= 0
-    np.testing.assert_allclose(distribution.mean, trained.predict_price(CONTRACTS), atol=1e-6)
-    exact = black_scholes.payoff_bin_averages(CONTRACTS, 64)
-    w2 = np.sqrt(np.square(distribution.levels - exact).mean(axis=1)) / CONTRACTS[:, 0]
-    assert np.sqrt(np.square(w2).mean()) < 0.015
+@pytest.mark.parametrize(("kind", "w2"), [("put", 0.01), ("call", 0.03)])
+def test_distributions_are_valid_and_have_the_price_as_mean(
+    trained: GbmCVNNPricer, kind: black_scholes.OptionKind, w2: float
+) -> None:
+    contracts = np.concatenate([CONTRACTS, CORNERS])
+    distribution = trained.predict_distribution(contracts, kind)
+    levels = distribution.host_levels
+    assert levels.shape == (1024 + 64, 64)
+    assert np.all(np.diff(levels, axis=1) >= 0)
+    assert levels.min() >= 0
+    if kind == "put":
+        assert np.all(levels <= (contracts[:, 1] * np.exp(-contracts[:, 3] * contracts[:, 2]))[:, None])
+    np.testing.assert_allclose(distribution.mean, trained.predict_price(contracts, kind), atol=1e-9)
+    exact = black_scholes.payoff_bin_averages(CONTRACTS, 64, kind)
+    distance = np.sqrt(np.square(levels[:1024] - exact).mean(axis=1)) / CONTRACTS[:, 0]
+    assert np.sqrt(np.square(distance).mean()) < w2
+
+
+def test_prices_rise_with_strike_and_are_convex_in_it(trained: GbmCVNNPricer) -> None:
+    strikes = np.arange(50.0, 150.5, 2.0)
+    table = np.repeat(CONTRACTS[:256], len(strikes), axis=0)
+    table[:, 0], table[:, 1] = 100.0, np.tile(strikes, 256)
+    put = trained.predict_price(table).reshape(256, -1)
+    assert np.diff(put, axis=1).min() > -0.01  # a basis point of spot
+    assert np.diff(put, n=2, axis=1).min() > -0.01
+    call = trained.predict_price(table, "call").reshape(256, -1)
+    assert np.diff(call, axis=1).max() < 0.01
 
 
 def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.MonkeyPatch) -> None:
