@@ -32,6 +32,8 @@ Outside = Literal["refuse", "warn"]
 Array = npt.NDArray[np.float64]
 
 _CHUNK = 65536
+# Of a call's level, in units of the discounted strike: below, it may well be none.
+_LEAST_PAYOFF = 1e-4
 # Rows of the graphs that are captured when first needed: a few contracts do not pay for a whole chunk.
 _GRAPH_ROWS = (256, 4096, _CHUNK)
 
@@ -117,9 +119,9 @@ class Predictor:
         levels = reflected_levels(put, K, reflected, discount, v * torch.sqrt(T))
         price = (self._put(table) + _forward_value(table)).clamp(min=0)
         # An error of the put's level is carried over by the square of the price there; nothing is known to be 0
-        # better than where neither pays.
-        prices = 1 + levels / (discount * K)[:, None]
-        variances = torch.where(levels > 0, prices**4, 1e-6)
+        # better than where neither pays. From there on without a jump, or rounding would show.
+        pays = levels / (discount * K)[:, None]
+        variances = (1 + pays) ** 4 * pays / (pays + _LEAST_PAYOFF) + 1e-6
         valid = valid_levels(levels, price, torch.full_like(price, torch.inf), variances)
         return torch.where(_random(table)[:, None], valid, price[:, None])
 

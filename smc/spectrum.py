@@ -91,17 +91,18 @@ def put_spectrum_and_slope(
     """
     _check_slices(terminal.shape[1], network_size)
     a, b = d_log
-    if normalized:  # the average of ln(S / K) under weights S, all of them and not only where the put pays
-        a = a - b * (torch.xlogy(terminal, terminal).sum(dim=1) / terminal.sum(dim=1) - torch.log(strike))
     if terminal.device.type == "cuda" and terminal.shape[1] <= MOST_PATHS:
-        levels = put_levels(terminal, strike, scale, network_size, torch.stack([d_scale, a, b], dim=1))
+        motion = torch.stack([d_scale, a, b], dim=1)
+        levels = put_levels(terminal, strike, scale, network_size, motion, normalized=normalized)
         value, derivative = torch.fft.rfft(levels, norm="forward")
         return value, derivative
     strike, scale, d_scale, a, b = (values[:, None] for values in (strike, scale, d_scale, a, b))
     # Payoffs ascend where prices descend.
     ordered = _sorted(terminal).flip(1)
-    payoff = (strike - ordered).clamp_(min=0)
-    slope = torch.where(payoff > 0, ordered * (a + b * torch.log(ordered / strike)), 0.0)
+    payoff, log = (strike - ordered).clamp_(min=0), torch.log(ordered / strike)
+    if normalized:
+        a = a - b * (ordered * log).sum(dim=1, keepdim=True) / ordered.sum(dim=1, keepdim=True)
+    slope = torch.where(payoff > 0, ordered * (a + b * log), 0.0)
     slope = payoff * d_scale - slope * scale
     levels = torch.stack([payoff * scale, slope]).view(2 * len(strike), network_size, -1).mean(dim=2)
     value, derivative = torch.fft.rfft(levels, norm="forward").chunk(2)

@@ -58,7 +58,7 @@ __device__ bits warp_max(bits x) {
     for (int d = 16; d; d >>= 1) x = max(x, __shfl_xor_sync(~0u, x, d));
     return x;
 }
-__device__ u32 warp_sum(u32 x) {
+template <typename Number> __device__ Number warp_sum(Number x) {
     for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
     return x;
 }
@@ -78,12 +78,14 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     const int paths, const int size, const int buckets,
     real* __restrict__ levels,               // (n, size), ascending
     const real* __restrict__ motion,         // (n, 3): of the scale; a and b, where ln S moves by a + b ln(S / K)
+    const int normalized,                    // whether by a + b (ln(S / K) - its mean under weights S)
     real* __restrict__ slopes)               // (n, size), how the levels move; or null
 {
     extern __shared__ unsigned char memory[];
     __shared__ bits least[32], greatest[32];
     __shared__ u32 totals[32];
     __shared__ u32 inside;
+    __shared__ double masses[32], moments[32];
     u32* const counter = (u32*)memory;
     const int t = threadIdx.x, T = blockDim.x, lane = t & 31, warp = t >> 5, warps = T >> 5;
     const u64 row = (u64)blockIdx.x * paths;
@@ -95,8 +97,13 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     // Range and number of the prices that pay.
     bits low = ~(bits)0, high = 0;
     u32 count = 0;
+    double mass = 0, moment = 0;
     for (int i = t; i < paths; i += T) {
         const real s = price[i];
+        if (normalized && s > 0) {
+            mass += s;
+            moment += s * log(s / K);
+        }
         if (!(s >= K)) {
             low = min(low, bits_of(s));
             high = max(high, bits_of(s));
@@ -105,13 +112,22 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     }
     for (int b = t; b < buckets; b += T) counter[b] = 0;
     low = warp_min(low);  high = warp_max(high);  count = warp_sum(count);
-    if (lane == 0) { least[warp] = low;  greatest[warp] = high;  totals[warp] = count; }
+    mass = warp_sum(mass);  moment = warp_sum(moment);
+    if (lane == 0) {
+        least[warp] = low;  greatest[warp] = high;  totals[warp] = count;
+        masses[warp] = mass;  moments[warp] = moment;
+    }
     __syncthreads();
     if (warp == 0) {
         low = warp_min(lane < warps ? least[lane] : ~(bits)0);
         high = warp_max(lane < warps ? greatest[lane] : (bits)0);
         count = warp_sum(lane < warps ? totals[lane] : 0);
-        if (lane == 0) { least[0] = low;  greatest[0] = high;  inside = count; }
+        mass = warp_sum(lane < warps ? masses[lane] : 0.0);
+        moment = warp_sum(lane < warps ? moments[lane] : 0.0);
+        if (lane == 0) {
+            least[0] = low;  greatest[0] = high;  inside = count;
+            moments[0] = mass > 0 ? moment / mass : 0;
+        }
     }
     __syncthreads();
     const u32 paying = inside;
@@ -173,6 +189,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     const int groups = T / lanes, part = t % lanes;
     const double gain = (double)scale[blockIdx.x] / slice;
     const real* const move = motion + 3 * blockIdx.x;
+    const real centre = moments[0];
     for (int base = 0; base < size; base += groups) {
         const int c = base + t / lanes;
         double sum = 0, moved = 0;  // a slice may hold many thousands
@@ -181,7 +198,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
             for (u32 j = (u32)c * slice + part; j < stop; j += lanes) {
                 const real s = sorted[j];
                 sum += K - s;
-                if (slopes && s > 0) moved += s * (move[1] + move[2] * log(s / K));
+                if (slopes && s > 0) moved += s * (move[1] + move[2] * (log(s / K) - centre));
             }
         }
         for (int d = lanes >> 1; d; d >>= 1) {
@@ -201,11 +218,19 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
 _STATIC = 1024
 
 
-def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int, motion: Tensor | None = None) -> Tensor:
+def put_levels(
+    prices: Tensor,
+    strike: Tensor,
+    scale: Tensor,
+    size: int,
+    motion: Tensor | None = None,
+    *,
+    normalized: bool = False,
+) -> Tensor:
     """Quantile levels of scale x max(strike - price, 0). `prices` may be overwritten.
 
     With `motion`, also how they move as the scale moves by motion[:, 0] and the logarithm of each price S by
-    motion[:, 1] + motion[:, 2] x ln(S / strike).
+    motion[:, 1] + motion[:, 2] x ln(S / strike); `normalized` takes from that logarithm its mean under weights S.
     Shapes: prices (n, M), none negative, strike and scale (n,), motion (n, 3), all of one precision on one GPU
     -> (1, n, size) ascending, with motion (2, n, size), for M a multiple of `size` and at most `MOST_PATHS`.
     """
@@ -226,7 +251,7 @@ def put_levels(prices: Tensor, strike: Tensor, scale: Tensor, size: int, motion:
     scratch = none if fits else torch.empty_like(prices)
     given, slopes = (none, none) if motion is None else (motion.contiguous(), levels[1])
     sizes = (np.int32(paths), np.int32(size), np.int32(buckets))
-    arguments = (prices, strike, scale, scratch, *sizes, levels[0], given, slopes)
+    arguments = (prices, strike, scale, scratch, *sizes, levels[0], given, np.int32(normalized), slopes)
     _kernel(prices.dtype)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
     return levels
 

@@ -123,8 +123,9 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
         ({"buffer_size": 257}, {}, False),
         ({}, {"fresh_per_batch": 1}, False),
         ({"dtype": "float64", "network_size": 256, "batches_per_mc_run": 256}, {"fresh_per_batch": 1}, True),
+        ({"batches_per_mc_run": 1024}, {"fresh_per_batch": 1, "differential": 0.5}, True),
     ],
-    ids=["a chunk of one row", "one row at a time", "normalised"],
+    ids=["a chunk of one row", "one row at a time", "normalised", "normalised derivatives"],
 )
 def test_a_resumed_run_is_the_same_with_two_threads(
     changes: dict[str, Any], training: dict[str, Any], normalize: bool
