@@ -215,7 +215,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
 """
 
 # Shared memory that the kernel takes beside its counters and prices.
-_STATIC = 1024
+_STATIC = 2048
 
 
 def put_levels(
