@@ -1,6 +1,6 @@
 """Accuracy of a trained pricer against the closed form, on fresh contracts of the default domain.
 
-.venv/bin/python -m benchmarks.accuracy [--seeds 3] [--seconds 60 20] [--device cuda] [--json FILE]
+.venv/bin/python -m benchmarks.accuracy [--seeds 3] [--seconds 60 20] [--recipe gpu] [--json FILE]
 .venv/bin/python -m benchmarks.accuracy --ablation --seconds 60
 
 How many batches fit into 85 % of the seconds is measured first, by training another pricer for a while; the schedule

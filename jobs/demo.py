@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from jobs.pictures import draw_errors, draw_quantiles
 from jobs.recipes import read_sweep
 from jobs.session import run_job
-from jobs.sweep import report, run_experiments
+from jobs.sweep import newest_versions, report, run_experiments
 from smc import black_scholes
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
-from smc.evaluation import evaluate
+from smc.evaluation import evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
@@ -88,7 +88,7 @@ async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
 
 async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple[ModelVersion, GbmCVNNPricer]:
     """Each experiment's newest version, loaded back and measured on fresh contracts."""
-    newest = {v.experiment: v for v in await store.list_versions()}
+    newest = newest_versions(await store.list_versions())
     fresh = SobolSampler({}, seed=int.from_bytes(b"fresh")).sample(4096)
     print("\nAgainst the closed form, 4,096 fresh contracts, in bp of spot:")
     print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}")
@@ -128,7 +128,7 @@ def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
     figure = Figure(figsize=(12.5, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     contracts = SobolSampler({}, seed=7).sample(8192)
-    error = evaluate(pricer, contracts)["price"]
+    error = price_error(pricer, contracts)
     draw_errors(left, contracts, error.errors, "learnt minus exact put price, bp of spot")
     left.set_title(f"Price error over the domain: RMSE {error.rmse:.2f} bp")
     draw_quantiles(right, _SHOWN[0], pricer.predict_distribution(_SHOWN[:1]).host_levels[0])

@@ -26,10 +26,11 @@ from matplotlib.figure import Figure
 
 from jobs.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from jobs.session import run_job
+from jobs.sweep import newest_versions
 from smc.black_scholes import Greeks
 from smc.contracts import FIELDS
 from smc.errors import ConfigError
-from smc.evaluation import Measure, evaluate
+from smc.evaluation import Measure, evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
@@ -111,7 +112,7 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
         elif options.curve > 1:
             then = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, earlier))
             inside = SobolSampler(then.domain, seed=options.seed).sample(options.contracts)
-            curve.append((earlier.step, evaluate(then, inside)["price"].rmse))
+            curve.append((earlier.step, price_error(then, inside).rmse))
     quantlib = _against_quantlib(pricer, contracts) if importlib.util.find_spec("QuantLib") else {}
     return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
 
@@ -126,11 +127,10 @@ def _chosen(versions: Sequence[ModelVersion], options: argparse.Namespace, uri: 
             raise ConfigError(f"{uri} has no version {options.version!r}: it has {first} to {last}")
         return found[0]
     if options.experiment is not None:
-        found = [v for v in versions if v.experiment == options.experiment]
-        if not found:
-            names = ", ".join(sorted({v.experiment for v in versions}))
-            raise ConfigError(f"{uri} has no experiment {options.experiment!r}: it has {names}")
-        return found[-1]
+        newest = newest_versions(versions)
+        if options.experiment not in newest:
+            raise ConfigError(f"{uri} has no experiment {options.experiment!r}: it has {', '.join(sorted(newest))}")
+        return newest[options.experiment]
     return versions[-1]
 
 
@@ -153,7 +153,7 @@ def _against_quantlib(pricer: GbmCVNNPricer, contracts: Array) -> Mapping[str, f
     errors = {"price": (np.asarray(pricer.predict_price(contracts)) - price) / contracts[:, 0] * 1e4}
     learnt = pricer.predict_greeks(contracts)
     errors |= {n: ours - theirs for n, ours, theirs in zip(learnt._fields, learnt, greeks, strict=True)}
-    return {name: float(np.sqrt(np.square(values).mean())) for name, values in errors.items()}
+    return {name: Measure(name, "", values).rmse for name, values in errors.items()}
 
 
 # --- what is shown --------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def draw_errors(axes: Axes, contracts: Array, errors: Array, label: str) -> None
 
 def draw_quantiles(axes: Axes, contract: Array, levels: Array) -> None:
     """Quantile function of one put's discounted payoff, learnt and exact. Shapes: (6,), (N,)."""
-    u = _middles(len(levels))
+    u = (np.arange(len(levels)) + 0.5) / len(levels)
     axes.plot(u, black_scholes.payoff_quantile(contract[None], u)[0], color=_EXACT, lw=4, alpha=0.25, label="exact")
     axes.plot(u, levels, color=_LEARNT, lw=1.4, label="learnt")
     axes.axhline(black_scholes.price(contract[None])[0], color=_EXACT, lw=0.8, ls=":", label="price")
@@ -69,7 +69,3 @@ def draw_learning(axes: Axes, steps: Sequence[int], values: Sequence[float], lab
 def in_words(contract: Array) -> str:
     """The parameters of a contract, on a line. Shapes: (6,)."""
     return ", ".join(f"{name}={value:.4g}" for name, value in zip(FIELDS, contract, strict=True))
-
-
-def _middles(count: int) -> Array:
-    return (np.arange(count) + 0.5) / count

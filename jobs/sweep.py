@@ -27,7 +27,7 @@ from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 
-__all__ = ["ExperimentOutcome", "run_experiments"]
+__all__ = ["ExperimentOutcome", "newest_versions", "report", "run_experiments"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ async def run_experiments(
 
     async with AsyncBlockchainModelStore(ledger) as store:
         uri = store.uri
-        newest = _newest_versions(await store.list_versions())
+        newest = newest_versions(await store.list_versions())
     connect()
     actor = ledger_actor(uri)
     await _plain(actor.prepare.remote())
@@ -80,7 +80,10 @@ async def run_experiments(
         loop.add_signal_handler(number, stopping.set)
 
     async def one(experiment: Experiment) -> ExperimentOutcome:
+        not_started = ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"))
         async with places:
+            if stopping.is_set():
+                return not_started
             trainer = RemoteTrainerActor.options(
                 name=f"trainer:{experiment.name}",
                 num_cpus=experiment.num_cpus,
@@ -89,7 +92,7 @@ async def run_experiments(
             ).remote(experiment, handle, extend=extend)
             try:
                 if not await _unless(stopping, trainer.progress.remote()):  # others may hold its place in the cluster
-                    return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"))
+                    return not_started
                 running.add(trainer)
                 training = asyncio.ensure_future(_plain(trainer.train.remote(newest.get(experiment.name))))
                 await bars.follow(experiment.name, trainer, training)
@@ -115,7 +118,8 @@ async def run_experiments(
         await _plain(actor.flush.remote())
 
 
-def _newest_versions(versions: Sequence[ModelVersion]) -> Mapping[str, ModelVersion]:
+def newest_versions(versions: Sequence[ModelVersion]) -> Mapping[str, ModelVersion]:
+    """The last of these versions for each experiment, by its name."""
     return {version.experiment: version for version in versions}
 
 
