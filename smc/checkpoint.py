@@ -32,7 +32,16 @@ from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
 from smc.training import TrainingPlan
 
-__all__ = ["CheckpointMetadata", "Snapshot", "decode", "encode", "restore"]
+__all__ = [
+    "CheckpointMetadata",
+    "Snapshot",
+    "decode",
+    "encode",
+    "metadata_fields",
+    "metadata_of",
+    "restore",
+    "tensors_of",
+]
 
 _METADATA_KEY = "spectralmc"
 
@@ -65,38 +74,52 @@ class Snapshot:
     @classmethod
     def of(cls, config: GbmCVNNPricerConfig) -> Snapshot:
         """A copy of this state, tensors cloned where they live."""
-        tensors = {f"model.{name}": value for name, value in config.cvnn.state_dict().items()}
-        optimizer = config.optimizer_state
-        if optimizer is not None:
-            tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
-        if config.scaling is not None:
-            tensors |= {f"scaling.{name}": value for name, value in vars(config.scaling).items()}
-        if config.torch_cpu_rng_state is not None:
-            tensors["rng.cpu"] = _bytes_tensor(config.torch_cpu_rng_state)
-        for index, state in enumerate(config.torch_cuda_rng_states):
-            tensors[f"rng.cuda.{index}"] = _bytes_tensor(state)
-        network = getattr(config.cvnn, "config", None)
-        metadata = CheckpointMetadata(
-            simulation=config.cfg,
-            domain=dict(config.domain_bounds),
-            network=network if isinstance(network, CVNNConfig) else None,
-            model_class=f"{type(config.cvnn).__module__}.{type(config.cvnn).__qualname__}",
-            global_step=config.global_step,
-            sobol_skip=config.sobol_skip,
-            optimizer=optimizer.name if optimizer is not None else None,
-            optimizer_step=optimizer.step if optimizer is not None else 0,
-            plan=config.plan,
-            libraries=_libraries(),
-        )
-        return cls({name: value.detach().clone() for name, value in tensors.items()}, metadata)
+        return cls({name: value.detach().clone() for name, value in tensors_of(config).items()}, metadata_of(config))
+
+
+def tensors_of(config: GbmCVNNPricerConfig) -> dict[str, Tensor]:
+    """A state's tensors by their names in a checkpoint, by reference: the next step changes them."""
+    tensors = {f"model.{name}": value for name, value in config.cvnn.state_dict().items()}
+    optimizer = config.optimizer_state
+    if optimizer is not None:
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
+    if config.scaling is not None:
+        tensors |= {f"scaling.{name}": value for name, value in vars(config.scaling).items()}
+    if config.torch_cpu_rng_state is not None:
+        tensors["rng.cpu"] = _bytes_tensor(config.torch_cpu_rng_state)
+    for index, state in enumerate(config.torch_cuda_rng_states):
+        tensors[f"rng.cuda.{index}"] = _bytes_tensor(state)
+    return tensors
+
+
+def metadata_of(config: GbmCVNNPricerConfig) -> CheckpointMetadata:
+    """What a state's checkpoint says beside the tensors."""
+    network = getattr(config.cvnn, "config", None)
+    optimizer = config.optimizer_state
+    return CheckpointMetadata(
+        simulation=config.cfg,
+        domain=dict(config.domain_bounds),
+        network=network if isinstance(network, CVNNConfig) else None,
+        model_class=f"{type(config.cvnn).__module__}.{type(config.cvnn).__qualname__}",
+        global_step=config.global_step,
+        sobol_skip=config.sobol_skip,
+        optimizer=optimizer.name if optimizer is not None else None,
+        optimizer_step=optimizer.step if optimizer is not None else 0,
+        plan=config.plan,
+        libraries=_libraries(),
+    )
+
+
+def metadata_fields(metadata: CheckpointMetadata) -> dict[str, str]:
+    """The metadata as the file has it: one key, as safetensors keeps several in no fixed order."""
+    text = orjson.dumps(metadata.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS).decode()
+    return {_METADATA_KEY: text}
 
 
 def encode(snapshot: Snapshot) -> bytes:
     """The checkpoint file. Equal snapshots give equal bytes."""
     on_cpu = {name: value.cpu().contiguous() for name, value in snapshot.tensors.items()}
-    text = orjson.dumps(snapshot.metadata.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS).decode()
-    # One metadata key: safetensors keeps several in no fixed order, and the hash is over the bytes.
-    return safetensors.torch.save(on_cpu, metadata={_METADATA_KEY: text})
+    return safetensors.torch.save(on_cpu, metadata=metadata_fields(snapshot.metadata))
 
 
 def decode(data: bytes | bytearray) -> Snapshot:
