@@ -25,7 +25,10 @@ def state() -> GbmCVNNPricerConfig:
 
 
 def ring_of(state: GbmCVNNPricerConfig, slots: int) -> SnapshotRing:
-    return SnapshotRing(tensors_of(state), metadata_of(state), slots=slots)
+    ring = SnapshotRing(tensors_of(state), metadata_of(state), slots=slots)
+    if ring._maker is not None:
+        ring._maker.join()
+    return ring
 
 
 def taken(ring: SnapshotRing, state: GbmCVNNPricerConfig) -> TakenSnapshot | None:
