@@ -16,15 +16,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.metrics import observe
 from smc.errors import Busy, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
+
+if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
+    from smc.commits import CommitOutcome
 
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
 
@@ -39,11 +44,11 @@ Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 def _upload_task(uri: str, endpoint_url: str | None, boxed: list[Any]) -> tuple[str, int]:
     """Runs where the checkpoint lies: fetches it without a copy, hashes and stores it."""
 
-    async def upload(data: bytes) -> tuple[str, int]:
+    async def upload(data: memoryview) -> tuple[str, int]:
         async with AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url) as store:
             return await store.upload(data)
 
-    return asyncio.run(upload(ray.get(boxed[0])))
+    return asyncio.run(upload(memoryview(ray.get(boxed[0]))))
 
 
 @lru_cache(maxsize=1)
@@ -206,16 +211,23 @@ class _ActorCommitter:
         self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
         self._node_id = ray.get_runtime_context().get_node_id()
 
-    async def upload(self, data: bytes) -> tuple[str, int]:
-        ref = ray.put(data)  # owned here until the call returns: the actor's death does not lose it
-        result: tuple[str, int] = await self._call("upload", [ref], self._node_id, len(data))
+    async def put(self, data: memoryview) -> tuple[list[Any], int]:
+        # As an array: one copy, made without Python's lock. The ref is owned here until the commit is settled, so
+        # that the actor's death does not lose it.
+        return [await asyncio.to_thread(ray.put, np.frombuffer(data, dtype=np.uint8))], len(data)
+
+    async def upload(self, placed: tuple[list[Any], int]) -> tuple[str, int]:
+        boxed, size = placed
+        result: tuple[str, int] = await self._call("upload", boxed, self._node_id, size)
         return result
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
         return str(await self._call("append", record, content_hash, size))
 
-    async def note_replaced(self, count: int) -> None:
-        await self._call("note_replaced", count)
+    def settled(self, outcome: CommitOutcome, experiment: str) -> None:
+        observe(outcome, experiment)
+        if outcome.status == "replaced":
+            self._actor.note_replaced.remote()
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Call the actor; if it is gone for good (replaced by newer code), its successor."""

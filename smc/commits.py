@@ -1,7 +1,8 @@
 """Commits beside training: the request, its outcome, and the thread that carries it out.
 
-The training thread hands over a snapshot and goes on. Encoding, uploading and appending happen in a
-thread with an event loop of its own, so `train()` works alike inside and outside a running loop.
+The training thread takes a snapshot, which on a GPU is a few launches, and goes on. Waiting for the copy,
+encoding, uploading and appending happen in a thread with an event loop of its own, so `train()` works alike
+inside and outside a running loop.
 """
 
 from __future__ import annotations
@@ -10,45 +11,81 @@ import asyncio
 import logging
 import string
 import threading
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol, TypeVar
 
-from smc.checkpoint import Snapshot, encode
-from smc.errors import Busy, ConfigError
-from smc.spool import CommitRecord, Spool
+from torch import Tensor
+
+from smc.checkpoint import CheckpointMetadata
+from smc.errors import Busy, ConfigError, NumericsError
+from smc.snapshots import SnapshotRing, TakenSnapshot
+from smc.spool import CommitRecord, Spool, new_commit_id
 
 __all__ = [
     "DEFAULT_MESSAGE",
+    "FLUSH_SECONDS",
     "BackgroundCommits",
     "CommitOutcome",
     "CommitRequest",
+    "CommitSeconds",
     "CommitTarget",
     "Committer",
     "check_template",
+    "slots_for",
 ]
 
 DEFAULT_MESSAGE = "Training checkpoint: step={step}, loss={loss:.6f}"
+# How long the end of training waits for commits; what is not settled then goes to the spool.
+FLUSH_SECONDS: Final = 120.0
 
 logger = logging.getLogger("smc.commits")
 T = TypeVar("T")
 # Seconds that a commit waits for a ledger that has too much to do.
 _BUSY_LIMIT: Final = 60.0
+# Seconds that training waits, before its first step, for a connection to be there.
+_OPENING_LIMIT: Final = 5.0
+# Snapshots kept at a time: as many as fit into this, within limits.
+_MEMORY: Final = 2 * 2**30
+_FEWEST, _MOST = 2, 8
+# Seconds between two lines that say how many snapshots were replaced.
+_REPLACED_INTERVAL: Final = 10.0
 
 
 @dataclass(frozen=True)
 class CommitRequest:
-    """A snapshot on its way to the ledger, with what its entry will say."""
+    """What the entry of a snapshot will say, except for the loss, which may still be on its way from the device."""
 
-    snapshot: Snapshot
-    record: CommitRecord
+    step: int
+    batch: int
+    template: str = DEFAULT_MESSAGE
+    experiment: str = ""
+    resumed_from: str | None = None
     final: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class CommitSeconds:
+    """Seconds that each stage of a commit took; None for a stage that it did not reach.
+
+    `clone` is what the next step waits for; `copy` goes from a GPU to the host, `put` into Ray's object store,
+    `sequence` is the wait for earlier commits and the append, and `acknowledged` everything from the submission.
+    """
+
+    clone: float | None = None
+    copy: float | None = None
+    encode: float | None = None
+    put: float | None = None
+    upload: float | None = None
+    sequence: float | None = None
+    acknowledged: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CommitOutcome:
     """What became of one commit.
 
@@ -61,12 +98,17 @@ class CommitOutcome:
     content_hash: str | None = None
     reason: str | None = None
     spooled: str | None = None
+    seconds: CommitSeconds = CommitSeconds()
 
 
 class Committer(Protocol):
-    """The two halves of a commit, on the event loop that opened it."""
+    """The steps of a commit, on the event loop that opened it."""
 
-    async def upload(self, data: bytes) -> tuple[str, int]:
+    async def put(self, data: memoryview) -> Any:
+        """Place a checkpoint where `upload` finds it; -> what `upload` takes. The data stay as they are until then."""
+        ...
+
+    async def upload(self, placed: Any) -> tuple[str, int]:
         """Store a checkpoint by content; -> its SHA-256 and size."""
         ...
 
@@ -74,8 +116,8 @@ class Committer(Protocol):
         """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`."""
         ...
 
-    async def note_replaced(self, count: int) -> None:
-        """Tell how many snapshots were replaced by newer ones, for whoever watches the ledger."""
+    def settled(self, outcome: CommitOutcome, experiment: str) -> None:
+        """Hear what became of a commit, for whoever watches the ledger."""
         ...
 
 
@@ -110,145 +152,262 @@ def check_template(template: str) -> None:
         raise ConfigError(f"commit_message_template {template!r}: {error}") from None
 
 
-@dataclass
-class _Pending:
-    request: CommitRequest
-    future: Future[CommitOutcome] = field(default_factory=Future)
-
-
 class BackgroundCommits:
     """Commits snapshots in the order they were submitted, in a thread of its own.
 
-    At most `max_started` are encoded or uploading at a time and `max_waiting` wait; beyond that a newer
-    one replaces the oldest periodic one not yet started. A final one is never replaced. Whatever cannot
-    be committed is written to the spool.
+    Memory for snapshots is bounded: `slots` states on the host, by default as many as fit into 2 GiB, but at
+    least 2 and at most 8; two more on the device. A slot is taken from the submission until the commit is
+    settled. Half of them are encoded or uploaded at a time, the others wait; when there is no slot left, the
+    oldest periodic snapshot that waits is replaced by the newer one, which is logged and counted. A final one is never
+    replaced. Whatever cannot be committed is written to the spool.
+
+    The tensors and metadata given here are those of a first state; later ones must have the same tensors.
     """
 
     def __init__(
         self,
         target: CommitTarget,
+        tensors: Mapping[str, Tensor],
+        metadata: CheckpointMetadata,
         *,
         spool: Spool | None = None,
-        max_started: int = 2,
-        max_waiting: int = 4,
+        slots: int | None = None,
     ) -> None:
-        self._target = target
-        self._spool = spool or Spool()
-        self._max_started, self._max_waiting = max_started, max_waiting
+        self._target, self._spool = target, spool or Spool()
+        slots = slots or slots_for(tensors)
+        self._most_started = max(1, slots // 2)
+        self._ring = SnapshotRing(tensors, metadata, slots=slots)
         self._waiting: deque[_Pending] = deque()
+        self._outcomes: dict[int, CommitOutcome] = {}
+        self._submitted = 0
+        self._replaced, self._said_replaced = 0, -_REPLACED_INTERVAL
         self._lock = threading.Lock()
+        self._closing = False
+        self._flush_seconds = FLUSH_SECONDS
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
-        self._closing = False
-        self._replaced = 0
+        self._running: set[asyncio.Task[None]] = set()
+        self._limits: set[asyncio.Timeout] = set()
+        self._deadline: float | None = None
+        self._stack = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._committer: Committer | None = None
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="smc-encode")
-        self._thread = threading.Thread(target=self._run, name="smc-commits", daemon=True)
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="smc-commits", daemon=True)
         self._thread.start()
+        # Making an S3 client is a fifth of a second of Python, which the first steps would feel.
+        ready.wait(_OPENING_LIMIT)
 
-    def submit(self, request: CommitRequest) -> Future[CommitOutcome]:
-        """Queue a commit and return at once; the future always gets an outcome, never an exception."""
-        pending = _Pending(request)
-        replaced = None
+    @property
+    def pending(self) -> int:
+        """Commits submitted and not settled."""
+        return self._submitted - len(self._outcomes)
+
+    def submit(
+        self, request: CommitRequest, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata, outcome: Tensor
+    ) -> None:
+        """Take a snapshot of these tensors and commit it; returns at once, except for a final one without room.
+
+        `outcome` is (loss, 1.0 if all losses up to now were finite), float64, beside the tensors. Raises: ConfigError
+        if they are not the tensors it was made for.
+        """
+        if self._closing:
+            raise RuntimeError("submit after close")
+        number, self._submitted = self._submitted, self._submitted + 1
+        while (snapshot := self._ring.take(tensors, metadata, outcome)) is None:
+            if self._replace_oldest(request.step):
+                continue
+            if not request.final:  # none waits: memory for more is still being made
+                self._settle_replaced(number, request, None)
+                return
+            time.sleep(0.005)
         with self._lock:
-            if self._closing:
-                raise RuntimeError("submit after close")
-            self._waiting.append(pending)
-            if len(self._waiting) > self._max_waiting:
-                replaced = next((p for p in self._waiting if not p.request.final and p is not pending), None)
-                if replaced is not None:
-                    self._waiting.remove(replaced)
-        if replaced is not None:
-            step = replaced.request.record.step
-            logger.warning("Commit at step %d replaced by step %d: the ledger is behind", step, request.record.step)
-            self._replaced += 1
-            replaced.future.set_result(CommitOutcome(step, "replaced", reason="a newer snapshot took its place"))
+            self._waiting.append(_Pending(number, request, snapshot, time.perf_counter()))
         self._loop.call_soon_threadsafe(self._wake.set)
-        return pending.future
 
-    def close(self) -> None:
-        """Settle every commit submitted, then end the thread."""
+    def close(self, flush_seconds: float = FLUSH_SECONDS) -> tuple[CommitOutcome, ...]:
+        """Settle every commit, then end the thread; -> the outcomes in the order of submission.
+
+        What is not in the ledger after so many seconds is written to the spool.
+        """
+        if not self._closing:
+            with self._lock:
+                self._closing, self._flush_seconds = True, flush_seconds
+            self._loop.call_soon_threadsafe(self._flush)
+            self._thread.join()
+            self._encoder.shutdown()
+            self._ring.close()
+        return tuple(self._outcomes[number] for number in sorted(self._outcomes))
+
+    def _replace_oldest(self, by_step: int) -> bool:
         with self._lock:
-            self._closing = True
-        self._loop.call_soon_threadsafe(self._wake.set)
-        self._thread.join()
-        self._encoder.shutdown()
+            oldest = next((pending for pending in self._waiting if not pending.request.final), None)
+            if oldest is None:
+                return False
+            self._waiting.remove(oldest)
+        oldest.snapshot.release()
+        self._settle_replaced(oldest.number, oldest.request, by_step)
+        return True
 
-    def _run(self) -> None:
+    def _settle_replaced(self, number: int, request: CommitRequest, by_step: int | None) -> None:
+        reason = "there was no room for it" if by_step is None else f"replaced by step {by_step}"
+        outcome = CommitOutcome(request.step, "replaced", reason=reason)
+        self._outcomes[number] = outcome
+        self._replaced += 1
+        if time.monotonic() - self._said_replaced >= _REPLACED_INTERVAL:
+            self._said_replaced = time.monotonic()
+            logger.warning(
+                "Commit at step %d: %s, the ledger is behind; %d replaced so far", request.step, reason, self._replaced
+            )
+        self._loop.call_soon_threadsafe(self._tell, outcome, request.experiment)
+
+    # --- on the thread --------------------------------------------------------------------------------
+
+    def _run(self, ready: threading.Event) -> None:
         try:
-            self._loop.run_until_complete(self._serve())
+            self._loop.run_until_complete(self._serve(ready))
         finally:
             self._loop.close()
 
-    async def _serve(self) -> None:
-        committer: Committer | None = None
-        running: set[asyncio.Task[None]] = set()
+    async def _serve(self, ready: threading.Event) -> None:
         previous: asyncio.Task[None] | None = None
-        opened: AbstractAsyncContextManager[Committer] | None = None
+        async with self._stack:
+            try:
+                await self._opened()
+            except Exception as error:  # each commit tries again, and says so if it fails
+                logger.info("%s: %s", self._target.uri, error)
+            ready.set()
+            while (pending := await self._next()) is not None:
+                previous = asyncio.create_task(self._commit(pending, previous))
+                self._running.add(previous)
+                previous.add_done_callback(self._ended)
+
+    async def _next(self) -> _Pending | None:
+        """The next commit to start, when there is one and the time has come; None when all is settled."""
+        while True:
+            self._wake.clear()
+            with self._lock:
+                if self._waiting and len(self._running) < self._most_started:
+                    return self._waiting.popleft()
+                if self._closing and not self._waiting and not self._running:
+                    return None
+            await self._wake.wait()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._wake.set()
+
+    def _flush(self) -> None:
+        self._deadline = self._loop.time() + self._flush_seconds
+        for limit in self._limits:
+            limit.reschedule(self._deadline)
+        self._wake.set()
+
+    async def _opened(self) -> Committer:
+        async with self._opening:
+            if self._committer is None:
+                self._committer = await self._stack.enter_async_context(self._target.committer())
+        return self._committer
+
+    async def _commit(self, pending: _Pending, previous: asyncio.Task[None] | None) -> None:
+        request, watch = pending.request, _StopWatch()
+        limit = asyncio.timeout_at(self._deadline)
         try:
-            while True:
-                pending = self._next(len(running))
-                if pending is None:
-                    if self._closing and not running and not self._waiting:
-                        return
-                    self._wake.clear()
-                    if self._has_work(len(running)):
-                        continue
-                    waiter = asyncio.ensure_future(self._wake.wait())
-                    await asyncio.wait({waiter, *running}, return_when=asyncio.FIRST_COMPLETED)
-                    waiter.cancel()
-                    running = {task for task in running if not task.done()}
-                    continue
-                try:
-                    if committer is None:
-                        opened = self._target.committer()
-                        committer = await opened.__aenter__()
-                except Exception as error:
-                    opened = None
-                    await self._failed(pending, encode(pending.request.snapshot), error)
-                    continue
-                previous = asyncio.create_task(self._commit(committer, pending, previous))
-                running.add(previous)
-        finally:
-            if opened is not None and committer is not None:
-                await opened.__aexit__(None, None, None)
-
-    def _has_work(self, running: int) -> bool:
-        with self._lock:
-            return bool(self._waiting) and running < self._max_started
-
-    def _next(self, running: int) -> _Pending | None:
-        with self._lock:
-            return self._waiting.popleft() if self._waiting and running < self._max_started else None
-
-    async def _commit(self, committer: Committer, pending: _Pending, previous: asyncio.Task[None] | None) -> None:
-        record, data = pending.request.record, b""
-        try:
-            data = await self._loop.run_in_executor(self._encoder, encode, pending.request.snapshot)
-            content_hash, size = await _patiently(lambda: committer.upload(data))
-            if previous is not None:  # entries of one run stand in the ledger in the order of their steps
-                await asyncio.wait({previous})
-            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
-            replaced, self._replaced = self._replaced, 0
-            if replaced:
-                await committer.note_replaced(replaced)
-            pending.future.set_result(
-                CommitOutcome(record.step, "committed", version_id=version_id, content_hash=content_hash)
-            )
+            async with limit:
+                self._limits.add(limit)
+                record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
+                committer = await self._opened()
+                watch.start()
+                placed = await committer.put(data)
+                watch.stop("put")
+                content_hash, size = await _patiently(lambda: committer.upload(placed))
+                watch.stop("upload")
+                if previous is not None:  # entries of one run stand in the ledger in the order of their steps
+                    await asyncio.wait({previous})
+                version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+                watch.stop("sequence")
+            outcome = CommitOutcome(request.step, "committed", version_id=version_id, content_hash=content_hash)
+        except NumericsError as error:
+            outcome = CommitOutcome(request.step, "failed", reason=str(error))
         except Exception as error:
-            await self._failed(pending, data, error)
+            late = f"not in the ledger {self._flush_seconds:g} s after the last step"
+            outcome = await self._kept(pending, late if limit.expired() else str(error) or repr(error))
+        self._limits.discard(limit)
+        pending.snapshot.release()
+        watch.seconds["acknowledged"] = time.perf_counter() - pending.submitted
+        outcome = replace(outcome, seconds=CommitSeconds(**watch.seconds))
+        self._outcomes[pending.number] = outcome
+        self._tell(outcome, request.experiment)
 
-    async def _failed(self, pending: _Pending, data: bytes, error: Exception) -> None:
-        record = pending.request.record
-        reason = str(error) or repr(error)
-        logger.error("Failed to commit at step %d: %s", record.step, reason)
-        spooled: str | None = None
+    async def _kept(self, pending: _Pending, reason: str) -> CommitOutcome:
+        """Write what could not be committed to the spool."""
+        step, spooled = pending.request.step, None
+        logger.error("Failed to commit at step %d: %s", step, reason)
+
+        def save() -> str:
+            return str(self._spool.save(*pending.encode(self._target.uri, _StopWatch())))
+
         try:
-            data = data or encode(pending.request.snapshot)
-            spooled = str(await self._loop.run_in_executor(None, self._spool.save, record, data))
-            logger.warning("Snapshot of step %d kept in %s; `python -m smc.storage recover`", record.step, spooled)
-        except OSError as problem:
-            logger.error("Snapshot of step %d could not be kept either: %s", record.step, problem)
-        pending.future.set_result(CommitOutcome(record.step, "failed", reason=reason, spooled=spooled))
+            spooled = await self._loop.run_in_executor(self._encoder, save)
+            logger.warning("Snapshot of step %d kept in %s; `python -m smc.storage recover`", step, spooled)
+        except (OSError, NumericsError) as problem:
+            logger.error("Snapshot of step %d could not be kept either: %s", step, problem)
+        return CommitOutcome(step, "failed", reason=reason, spooled=spooled)
+
+    def _tell(self, outcome: CommitOutcome, experiment: str) -> None:
+        if self._committer is not None:
+            self._committer.settled(outcome, experiment)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    number: int
+    request: CommitRequest
+    snapshot: TakenSnapshot
+    submitted: float
+    commit_id: str = field(default_factory=new_commit_id)
+
+    def encode(self, ledger: str, watch: _StopWatch) -> tuple[CommitRecord, memoryview]:
+        """Wait for the snapshot; -> its record and file. Raises: NumericsError if a loss before it was not finite."""
+        snapshot, request = self.snapshot, self.request
+        watch.seconds.update(snapshot.seconds())
+        watch.start()
+        if not snapshot.finite:
+            raise NumericsError(f"not committed: a loss up to step {request.step} is not finite")
+        data = snapshot.file()
+        watch.stop("encode")
+        record = CommitRecord(
+            ledger=ledger,
+            commit_id=self.commit_id,
+            message=request.template.format(step=request.step, loss=snapshot.loss, batch=request.batch),
+            step=request.step,
+            loss=snapshot.loss,
+            experiment=request.experiment,
+            resumed_from=request.resumed_from,
+        )
+        return record, data
+
+
+class _StopWatch:
+    """Seconds of one stage after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        self._at = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._at = now - self._at, now
+
+
+def slots_for(tensors: Mapping[str, Tensor]) -> int:
+    """How many snapshots of these tensors are kept at a time: as many as fit into 2 GiB, at least 2, at most 8."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return max(_FEWEST, min(_MOST, _MEMORY // max(1, size)))
 
 
 async def _patiently(call: Callable[[], Awaitable[T]]) -> T:

@@ -18,8 +18,16 @@ import torch
 from torch import Tensor
 
 from smc.black_scholes import Greeks, OptionKind
-from smc.checkpoint import Snapshot
-from smc.commits import DEFAULT_MESSAGE, BackgroundCommits, CommitOutcome, CommitRequest, CommitTarget, check_template
+from smc.checkpoint import metadata_of, tensors_of
+from smc.commits import (
+    DEFAULT_MESSAGE,
+    FLUSH_SECONDS,
+    BackgroundCommits,
+    CommitOutcome,
+    CommitRequest,
+    CommitTarget,
+    check_template,
+)
 from smc.contracts import ContractsLike, resolve_domain
 from smc.cvnn import check_model
 from smc.errors import ConfigError, NumericsError
@@ -31,7 +39,6 @@ from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import ReplayBuffer
 from smc.scaling import Scaling
 from smc.spectrum import PayoffDistribution, bin_weights
-from smc.spool import CommitRecord
 from smc.training import Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
 from smc.training_step import Position, TrainingStep
 
@@ -92,6 +99,7 @@ class GbmCVNNPricer:
         self._active: int | None = None  # the thread that trains
         self._requests: queue.SimpleQueue[Future[GbmCVNNPricerConfig]] = queue.SimpleQueue()
         self._stop = threading.Event()
+        self._stop_within = math.inf
         self._progress = Progress(config.global_step, config.global_step, None, training=False)
 
     # --- training -------------------------------------------------------------------------------------
@@ -106,12 +114,14 @@ class GbmCVNNPricer:
         commit_interval: int | None = None,
         commit_message_template: str = DEFAULT_MESSAGE,
         experiment: str = "",
+        flush_seconds: float = FLUSH_SECONDS,
     ) -> TrainingResult:
         """Train for `config.num_batches` more batches, committing as asked; return when all is settled.
 
         `auto_commit` commits the final state, `commit_interval=n` every n batches as well. A commit never
         holds up a step and never ends training: one that fails is logged, counted in the result, and
-        its snapshot kept in the spool. Works the same inside a running event loop, which it blocks.
+        its snapshot kept in the spool. After the last step commits have `flush_seconds` to reach the ledger; what has
+        not goes to the spool. Works the same inside a running event loop, which it blocks.
 
         Raises: ConfigError (a ValueError) for arguments that do not go together, before training starts;
         NumericsError when the loss is no longer finite, after the commits before it are settled.
@@ -130,35 +140,39 @@ class GbmCVNNPricer:
                     self._serve_requests()
                     train_one_batch()
                     batch = at.step - first
-                    commit_now = commit_interval and batch % commit_interval == 0 and at.step < end
-                    if commit_now or self._is_reported(batch, config):
-                        losses = self._finite(train_one_batch.losses()) or losses
                     if self._is_reported(batch, config):
+                        losses = self._finite(train_one_batch.losses()) or losses
                         pending = commits.pending if commits else 0
                         self._progress = Progress(at.step, end, losses[-1], True, pending)
                         if logger is not None:
                             rate, seconds = plan.learning_rate(at.step - 1), time.perf_counter() - started
                             logger(StepReport(at.step, batch, losses[-1], rate, at.simulated, seconds))
-                    if commits and commit_now:
-                        commits.submit(losses[-1], batch)
+                    if commits and commit_interval and batch % commit_interval == 0 and at.step < end:
+                        commits.submit(train_one_batch, batch)
                 batch = at.step - first
                 losses = self._finite(train_one_batch.losses()) or losses
+                trained = time.perf_counter()
                 if commits and commits.last_step != at.step and batch:
-                    commits.submit(losses[-1], batch, final=True)
+                    commits.submit(train_one_batch, batch, final=True)
             finally:
-                outcomes = commits.close() if commits else ()
+                outcomes = commits.close(min(flush_seconds, self._stop_within)) if commits else ()
             return TrainingResult(
                 batches=at.step - first,
                 global_step=at.step,
                 loss=losses[-1],
-                seconds=time.perf_counter() - started,
+                seconds=trained - started,
+                flush_seconds=time.perf_counter() - trained,
                 contracts=at.simulated - simulated,
                 stopped=at.step < end,
                 commits=outcomes,
             )
 
-    def stop(self) -> None:
-        """Ask `train` to end after the step it is in; it still makes its final commit."""
+    def stop(self, *, within: float = math.inf) -> None:
+        """Ask `train` to end after the step it is in; it still makes its final commit.
+
+        `within`: seconds that commits then have to reach the ledger, if that is less than they had anyway.
+        """
+        self._stop_within = within
         self._stop.set()
 
     @property
@@ -341,6 +355,7 @@ class GbmCVNNPricer:
                 self._active = None
                 self._serve_requests()
             self._stop.clear()
+            self._stop_within = math.inf
             self._progress = replace(self._progress, training=False, commits_pending=0)
 
     @contextlib.contextmanager
@@ -365,32 +380,32 @@ class _Commits:
 
     def __init__(self, pricer: GbmCVNNPricer, target: CommitTarget | None, template: str, experiment: str) -> None:
         assert target is not None
-        self._pricer, self._target, self._template = pricer, target, template
-        self._experiment = experiment
-        self._sink = BackgroundCommits(target)
-        self._futures: list[Future[CommitOutcome]] = []
+        self._pricer, self._template, self._experiment = pricer, template, experiment
+        state = pricer._state()
+        if state.optimizer_state is None:  # it will be there after the first step
+            state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
+        self._background = BackgroundCommits(target, tensors_of(state), metadata_of(state))
         self.last_step = -1
 
     @property
     def pending(self) -> int:
-        return sum(not future.done() for future in self._futures[-16:])
+        return self._background.pending
 
-    def submit(self, loss: float, batch: int, *, final: bool = False) -> None:
+    def submit(self, step: TrainingStep, batch: int, *, final: bool = False) -> None:
         state = self._pricer._state()
         self.last_step = state.global_step
-        record = CommitRecord(
-            ledger=self._target.uri,
-            message=self._template.format(step=state.global_step, loss=loss, batch=batch),
+        request = CommitRequest(
             step=state.global_step,
-            loss=loss,
+            batch=batch,
+            template=self._template,
             experiment=self._experiment,
             resumed_from=state.resumed_from,
+            final=final,
         )
-        self._futures.append(self._sink.submit(CommitRequest(Snapshot.of(state), record, final)))
+        self._background.submit(request, tensors_of(state), metadata_of(state), step.outcome())
 
-    def close(self) -> tuple[CommitOutcome, ...]:
-        self._sink.close()
-        return tuple(future.result() for future in self._futures)
+    def close(self, flush_seconds: float) -> tuple[CommitOutcome, ...]:
+        return self._background.close(flush_seconds)
 
 
 def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, interval: int | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from smc.checkpoint import CheckpointMetadata, metadata_fields
+from smc.errors import ConfigError
 from smc.tensor_file import Layout
 
 __all__ = ["SnapshotRing", "TakenSnapshot"]
@@ -35,13 +37,21 @@ class _Slot:
     memory: Tensor
     start: int
     layout: Layout
-    copied: torch.cuda.Event | None = None
+    events: _Events | None = None
     data: Tensor = field(init=False)
     views: Mapping[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.data = self.memory[self.start :]
         self.views = self.layout.views(self.data)
+
+
+class _Events:
+    """Of a snapshot on a GPU: its clone begun and done, its copy to the host begun and done."""
+
+    def __init__(self) -> None:
+        made = (torch.cuda.Event(enable_timing=True) for _ in range(4))  # type: ignore[no-untyped-call]
+        self.begun, self.cloned, self.copying, self.copied = made
 
 
 class TakenSnapshot:
@@ -51,14 +61,29 @@ class TakenSnapshot:
     """
 
     def __init__(
-        self, ring: SnapshotRing, slot: _Slot, metadata: CheckpointMetadata, host: Mapping[str, Tensor]
+        self,
+        ring: SnapshotRing,
+        slot: _Slot,
+        metadata: CheckpointMetadata,
+        host: Mapping[str, Tensor],
+        clone_seconds: float = 0.0,
     ) -> None:
         self._ring, self._slot, self._metadata, self._host = ring, slot, metadata, host
+        self._clone_seconds = clone_seconds
 
     def wait(self) -> None:
         """Block, without Python's lock, until the copy to the host is done."""
-        if self._slot.copied is not None:
-            self._slot.copied.synchronize()
+        if self._slot.events is not None:
+            self._slot.events.copied.synchronize()
+
+    def seconds(self) -> dict[str, float]:
+        """How long the clone took, and on a GPU the copy to the host."""
+        self.wait()
+        events = self._slot.events
+        if events is None:
+            return {"clone": self._clone_seconds}
+        clone, copy = events.begun.elapsed_time(events.cloned), events.copying.elapsed_time(events.copied)
+        return {"clone": clone / 1e3, "copy": copy / 1e3}
 
     @property
     def loss(self) -> float:
@@ -135,28 +160,34 @@ class SnapshotRing:
         """A snapshot of these tensors as they are in the device's order of work, or None without room for one.
 
         `outcome` is (loss, 1.0 if all losses were finite), float64 on the same device. Returns at once on a GPU.
+        Raises: ConfigError for tensors that it was not made for.
         """
+        if not self._layout.fits(tensors):
+            raise ConfigError("the model's tensors have other names, types or shapes than when training began")
         slot = self._take_slot()
         if slot is None:
             return None
-        device, copied = self._device, slot.copied
+        started, device, events = time.perf_counter(), self._device, slot.events
         there = {name: value.detach() for name, value in tensors.items() if value.device == device}
         host = {name: value.detach().clone() for name, value in tensors.items() if value.device != device}
-        if self._stream is None or copied is None:
+        if self._stream is None or events is None:
             _copy(slot.views, there)
             self.tail(slot).copy_(outcome)
-            return TakenSnapshot(self, slot, metadata, host)
+            return TakenSnapshot(self, slot, metadata, host, time.perf_counter() - started)
         buffer = self._on_device[0]
         self._on_device.rotate(-1)
         compute = torch.cuda.current_stream(device)
         compute.wait_event(buffer.copied)  # its last snapshot has left it
+        events.begun.record(compute)
         _copy(buffer.views, there)
         buffer.data[self._tail :].view(torch.float64).copy_(outcome)
-        self._stream.wait_stream(compute)
+        events.cloned.record(compute)
+        self._stream.wait_event(events.cloned)
         with torch.cuda.stream(self._stream):
+            events.copying.record(self._stream)
             slot.data.copy_(buffer.data, non_blocking=True)
+            events.copied.record(self._stream)
             buffer.copied.record(self._stream)
-            copied.record(self._stream)
         return TakenSnapshot(self, slot, metadata, host)
 
     def tail(self, slot: _Slot) -> Tensor:
@@ -183,8 +214,7 @@ class SnapshotRing:
         pinned = self._device.type == "cuda"
         for _ in range(count):
             memory = _host_memory(self._start + self._size, self._device)
-            copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
-            slot = _Slot(memory, self._start, self._layout, copied)
+            slot = _Slot(memory, self._start, self._layout, _Events() if pinned else None)
             self._made.append(slot)
             self._give_back(slot)
 

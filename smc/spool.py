@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smc.errors import Corrupt
 
-__all__ = ["CommitRecord", "Spool", "spool_directory"]
+__all__ = ["CommitRecord", "Spool", "new_commit_id", "spool_directory"]
+
+
+def new_commit_id() -> str:
+    """An id that no other commit has."""
+    return uuid.uuid4().hex
 
 
 class CommitRecord(BaseModel):
@@ -25,7 +30,7 @@ class CommitRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ledger: str
-    commit_id: str = Field(default_factory=lambda: uuid.uuid4().hex, pattern=r"^[0-9A-Za-z._-]{1,128}$")
+    commit_id: str = Field(default_factory=new_commit_id, pattern=r"^[0-9A-Za-z._-]{1,128}$")
     message: str
     step: int
     loss: float | None
@@ -45,7 +50,7 @@ class Spool:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or spool_directory()
 
-    def save(self, record: CommitRecord, data: bytes) -> Path:
+    def save(self, record: CommitRecord, data: bytes | bytearray | memoryview) -> Path:
         """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.directory / f"{record.commit_id}.safetensors"
@@ -74,7 +79,7 @@ class Spool:
         path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:
         file.write(data)

@@ -106,12 +106,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`."""
+    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`.
+
+    `seconds` is until the last step was done, `flush_seconds` how long it then waited for its commits.
+    """
 
     batches: int
     global_step: int
     loss: float
     seconds: float
+    flush_seconds: float
     contracts: int
     stopped: bool
     commits: tuple[CommitOutcome, ...] = ()

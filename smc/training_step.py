@@ -8,6 +8,7 @@ and the captured one are the same lines, and nothing is read back but the losses
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -115,6 +116,17 @@ class TrainingStep:
         unread, self._unread = [*self._unread, *self._losses[self._read : done].tolist()], []
         self._read = done
         return unread
+
+    def outcome(self) -> Tensor:
+        """The newest loss, and 1.0 if it and all that `losses` has not given yet are finite. Waits for nothing.
+
+        Shape: (2,) float64, on the device.
+        """
+        done = self._steps - self._left
+        finite = self._losses[self._read : done].isfinite().all()
+        if not all(map(math.isfinite, self._unread)):
+            finite.fill_(False)
+        return torch.stack((self._losses[done - 1].double(), finite.double()))
 
     # --- the step -------------------------------------------------------------------------------------
 

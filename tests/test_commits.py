@@ -3,15 +3,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from smc.checkpoint import Snapshot, decode
-from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_template
+from smc.checkpoint import Snapshot, encode, metadata_of, tensors_of
+from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_template, slots_for
 from smc.errors import Busy, ConfigError, Corrupt, Unavailable
 from smc.spool import CommitRecord, Spool
 from tests.conftest import small_config
@@ -24,10 +27,15 @@ class SlowLedger:
         self.uri = "s3://slow"
         self.gate = threading.Event()
         self.gate.set()
-        self.appended: list[int] = []
-        self.replaced = 0
+        self.uploads: list[bytes] = []
+        self.appended: list[CommitRecord] = []
+        self.settlements: list[CommitOutcome] = []
         self.busy = 0
         self._failing, self._opens = failing, opens
+
+    @property
+    def steps(self) -> list[int]:
+        return [record.step for record in self.appended]
 
     @asynccontextmanager
     async def committer(self) -> AsyncIterator[SlowLedger]:
@@ -35,8 +43,13 @@ class SlowLedger:
             raise Unavailable("cannot connect")
         yield self
 
-    async def upload(self, data: bytes) -> tuple[str, int]:
-        await asyncio.to_thread(self.gate.wait)
+    async def put(self, data: memoryview) -> memoryview:
+        return data
+
+    async def upload(self, data: memoryview) -> tuple[str, int]:
+        while not self.gate.is_set():
+            await asyncio.sleep(0.005)
+        self.uploads.append(bytes(data))
         return "0" * 64, len(data)
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
@@ -46,28 +59,52 @@ class SlowLedger:
         if record.step in self._failing:
             raise Unavailable("503 slow down")
         await asyncio.sleep(0.001 * (record.step % 3))
-        self.appended.append(record.step)
+        self.appended.append(record)
         return f"v{len(self.appended) - 1:010d}"
 
-    async def note_replaced(self, count: int) -> None:
-        self.replaced += count
+    def settled(self, outcome: CommitOutcome, experiment: str) -> None:
+        self.settlements.append(outcome)
 
 
-SNAPSHOT = Snapshot.of(small_config())
+STATE = small_config()
 
 
-def submit(sink: BackgroundCommits, step: int, *, final: bool = False) -> Future[CommitOutcome]:
-    record = CommitRecord(ledger="s3://slow", message=f"step {step}", step=step, loss=0.1)
-    return sink.submit(CommitRequest(SNAPSHOT, record, final))
+def commits_to(target: SlowLedger, slots: int = 8, **settings: Any) -> BackgroundCommits:
+    commits = BackgroundCommits(target, tensors_of(STATE), metadata_of(STATE), slots=slots, **settings)
+    if commits._ring._maker is not None:
+        commits._ring._maker.join()
+    return commits
+
+
+def submit(
+    commits: BackgroundCommits, step: int, *, final: bool = False, loss: float = 0.1, finite: bool = True
+) -> None:
+    outcome = torch.tensor([loss, float(finite)], dtype=torch.float64)
+    request = CommitRequest(step=step, batch=step, template="step {step}: {loss:.1f}", experiment="e", final=final)
+    commits.submit(request, tensors_of(STATE), metadata_of(replace(STATE, global_step=step)), outcome)
 
 
 def test_commits_are_made_in_the_order_they_were_submitted() -> None:
     target = SlowLedger()
-    sink = BackgroundCommits(target, max_waiting=100)
-    futures = [submit(sink, step) for step in range(30)]
-    sink.close()
-    assert target.appended == list(range(30))
-    assert [f.result().version_id for f in futures] == [f"v{i:010d}" for i in range(30)]
+    commits = commits_to(target, 40)
+    for step in range(30):
+        submit(commits, step)
+    outcomes = commits.close()
+    assert target.steps == list(range(30))
+    assert [outcome.version_id for outcome in outcomes] == [f"v{i:010d}" for i in range(30)]
+    assert commits.pending == 0
+    assert commits.close() == outcomes
+
+
+def test_an_entry_says_what_was_asked_for_and_the_snapshots_own_loss() -> None:
+    target = SlowLedger()
+    commits = commits_to(target)
+    submit(commits, 3, loss=2.5)
+    (outcome,) = commits.close()
+    (record,) = target.appended
+    assert (record.message, record.loss, record.experiment) == ("step 3: 2.5", 2.5, "e")
+    assert target.uploads == [encode(Snapshot.of(replace(STATE, global_step=3)))]
+    assert target.settlements == [outcome]
 
 
 def test_when_the_ledger_is_behind_the_oldest_waiting_snapshot_is_replaced_and_the_final_one_is_not(
@@ -75,85 +112,149 @@ def test_when_the_ledger_is_behind_the_oldest_waiting_snapshot_is_replaced_and_t
 ) -> None:
     target = SlowLedger()
     target.gate.clear()
-    sink = BackgroundCommits(target, max_started=1, max_waiting=2)
-    first = submit(sink, 0)
-    while sink._waiting:
+    commits = commits_to(target, 3)
+    submit(commits, 0)
+    while commits._waiting:
         pass
-    final = submit(sink, 1, final=True)
-    later = [submit(sink, step) for step in (2, 3, 4, 5)]
+    submit(commits, 1, final=True)
     with caplog.at_level(logging.WARNING):
+        for step in (2, 3, 4, 5):
+            submit(commits, step)
+        assert commits.pending == 3
         target.gate.set()
-        sink.close()
-    statuses = [f.result().status for f in (first, final, *later)]
-    assert statuses == ["committed", "committed", "replaced", "replaced", "replaced", "committed"]
-    assert target.appended == [0, 1, 5]
-    assert target.replaced == 3
-    assert "Commit at step 2 replaced by step 3" in caplog.text
+        outcomes = commits.close()
+    assert [o.status for o in outcomes] == ["committed", "committed", "replaced", "replaced", "replaced", "committed"]
+    assert target.steps == [0, 1, 5]
+    assert [o.step for o in target.settlements if o.status == "replaced"] == [2, 3, 4]
+    assert "Commit at step 2: replaced by step 3, the ledger is behind; 1 replaced so far" in caplog.text
+    assert caplog.text.count("the ledger is behind") == 1, "said now and then, not for each"
+
+
+def test_a_final_snapshot_waits_for_room() -> None:
+    target = SlowLedger()
+    target.gate.clear()
+    commits = commits_to(target, 1)
+    submit(commits, 0)
+    while commits._waiting:
+        pass
+    submit(commits, 1)
+    threading.Timer(0.1, target.gate.set).start()
+    submit(commits, 2, final=True)
+    outcomes = commits.close()
+    assert [(o.step, o.status) for o in outcomes] == [(0, "committed"), (1, "replaced"), (2, "committed")]
+    assert outcomes[1].reason == "there was no room for it"
+
+
+def test_memory_is_bounded_by_size_and_number() -> None:
+    def slots(size: int) -> int:
+        tensors = {"a": torch.empty(size, dtype=torch.uint8, device="meta")}
+        return slots_for(tensors)
+
+    assert [slots(size) for size in (1, 2**28, 300 * 2**20, 2**30, 2**40)] == [8, 8, 6, 2, 2]
 
 
 def test_a_failed_commit_is_logged_and_spooled_and_the_next_one_goes_on(
     caplog: pytest.LogCaptureFixture, own_spool: Path
 ) -> None:
     target = SlowLedger(failing=(1,))
-    sink = BackgroundCommits(target)
-    outcomes = [submit(sink, step) for step in range(3)]
-    sink.close()
-    assert [f.result().status for f in outcomes] == ["committed", "failed", "committed"]
+    commits = commits_to(target)
+    for step in range(3):
+        submit(commits, step)
+    outcomes = commits.close()
+    assert [o.status for o in outcomes] == ["committed", "failed", "committed"]
     assert "Failed to commit at step 1: 503 slow down" in caplog.text
-    failed = outcomes[1].result()
+    failed = outcomes[1]
     assert failed.reason == "503 slow down"
     assert failed.spooled is not None
     (record,) = Spool().records()
     assert record.step == 1
-    assert decode(Spool().load(record)).metadata.global_step == 0
+    assert Spool().load(record) == target.uploads[1]
     assert Path(failed.spooled).parent == own_spool
 
 
+def test_what_is_not_settled_in_time_is_spooled_under_the_id_it_was_tried_with() -> None:
+    target = SlowLedger()
+    commits = commits_to(target, 4)
+    submit(commits, 0)
+    while not target.steps:
+        time.sleep(0.001)
+    target.gate.clear()
+    for step in (1, 2, 3):
+        submit(commits, step, final=step == 3)
+    started = time.monotonic()
+    outcomes = commits.close(0.2)
+    assert time.monotonic() - started < 5
+    assert [o.status for o in outcomes] == ["committed", "failed", "failed", "failed"]
+    assert {o.reason for o in outcomes[1:]} == {"not in the ledger 0.2 s after the last step"}
+    assert [r.step for r in Spool().records()] == [1, 2, 3]
+
+
+def test_a_snapshot_after_a_loss_that_is_not_finite_is_not_committed() -> None:
+    target = SlowLedger()
+    commits = commits_to(target)
+    submit(commits, 0)
+    submit(commits, 1, finite=False)
+    outcomes = commits.close()
+    assert [o.status for o in outcomes] == ["committed", "failed"]
+    assert outcomes[1].reason == "not committed: a loss up to step 1 is not finite"
+    assert outcomes[1].spooled is None
+    assert target.steps == [0]
+
+
+def test_the_seconds_of_every_stage_are_known() -> None:
+    commits = commits_to(SlowLedger())
+    submit(commits, 2)
+    (outcome,) = commits.close()
+    seconds = asdict(outcome.seconds)
+    assert seconds.pop("copy") is None, "there is no device to copy from"
+    assert all(value is not None and 0 <= value < 5 for value in seconds.values())
+    total = seconds.pop("acknowledged")
+    assert total >= sum(seconds.values()) - seconds["clone"]
+
+
 def test_a_target_that_cannot_be_opened_spools_everything() -> None:
-    sink = BackgroundCommits(SlowLedger(opens=False))
-    outcomes = [submit(sink, step) for step in range(2)]
-    sink.close()
-    assert [f.result().status for f in outcomes] == ["failed", "failed"]
+    commits = commits_to(SlowLedger(opens=False))
+    for step in range(2):
+        submit(commits, step)
+    assert [o.status for o in commits.close()] == ["failed", "failed"]
     assert [record.step for record in Spool().records()] == [0, 1]
 
 
 def test_a_spool_that_cannot_be_written_is_reported(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
-    sink = BackgroundCommits(SlowLedger(failing=(0,)), spool=Spool(blocked))
-    outcome = submit(sink, 0)
-    sink.close()
-    assert outcome.result().spooled is None
+    commits = commits_to(SlowLedger(failing=(0,)), spool=Spool(blocked))
+    submit(commits, 0)
+    assert commits.close()[0].spooled is None
     assert "could not be kept either" in caplog.text
 
 
 def test_a_busy_ledger_is_asked_again() -> None:
     target = SlowLedger()
     target.busy = 3
-    sink = BackgroundCommits(target)
-    outcome = submit(sink, 1)
-    sink.close()
-    assert outcome.result().status == "committed"
+    commits = commits_to(target)
+    submit(commits, 1)
+    assert commits.close()[0].status == "committed"
     assert target.busy == 0
 
 
 def test_submitting_after_close_is_a_mistake() -> None:
-    sink = BackgroundCommits(SlowLedger())
-    sink.close()
+    commits = commits_to(SlowLedger())
+    commits.close()
     with pytest.raises(RuntimeError, match="after close"):
-        submit(sink, 1)
+        submit(commits, 1)
 
 
 def test_closing_leaves_no_thread_behind() -> None:
     before = set(threading.enumerate())
-    sink = BackgroundCommits(SlowLedger())
-    submit(sink, 1)
+    commits = commits_to(SlowLedger())
+    submit(commits, 1)
     names = {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before}
     assert "smc-commits" in names
-    sink.close()
+    commits.close()
     # By name: servers that other tests left running start threads of their own at any time.
     left = {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before}
-    assert left.isdisjoint({"smc-commits", "smc-encode", "asyncio"})
+    assert left.isdisjoint({"smc-commits", "smc-encode", "smc-snapshots", "asyncio"})
 
 
 def test_the_spool_keeps_and_forgets(tmp_path: Path) -> None:

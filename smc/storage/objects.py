@@ -11,7 +11,9 @@ from typing import Protocol
 
 from smc.errors import Conflict, NotFound
 
-__all__ = ["MemoryObjectStore", "ObjectInfo", "ObjectStore"]
+__all__ = ["Body", "MemoryObjectStore", "ObjectInfo", "ObjectStore"]
+
+Body = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def put(self, key: str, data: bytes | bytearray) -> None:
+    async def put(self, key: str, data: Body) -> None:
         """Write or overwrite; a large body goes in parallel parts and appears as a whole or not at all."""
         ...
 
-    async def create(self, key: str, data: bytes) -> None:
+    async def create(self, key: str, data: Body) -> None:
         """Write only if there is nothing (`If-None-Match: *`). Raises: Conflict if there is."""
         ...
 
@@ -77,11 +79,11 @@ class MemoryObjectStore:
             on_bytes(memoryview(data))
         return data
 
-    async def put(self, key: str, data: bytes | bytearray) -> None:
+    async def put(self, key: str, data: Body) -> None:
         await asyncio.sleep(0)
         self.objects[key] = (bytes(data), datetime.now(UTC))
 
-    async def create(self, key: str, data: bytes) -> None:
+    async def create(self, key: str, data: Body) -> None:
         await asyncio.sleep(0)
         value = (bytes(data), datetime.now(UTC))
         if self.objects.setdefault(key, value) is not value:

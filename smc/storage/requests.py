@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from smc.errors import Busy, Unavailable
-from smc.storage.objects import ObjectInfo, ObjectStore
+from smc.storage.objects import Body, ObjectInfo, ObjectStore
 
 __all__ = ["RETRY_DELAYS", "TimedObjects", "retried"]
 
@@ -47,10 +47,10 @@ class TimedObjects:
     ) -> bytes | bytearray:
         return await self._limited(self._inner.get(key, size, on_bytes), key, size or 0)
 
-    async def put(self, key: str, data: bytes | bytearray) -> None:
+    async def put(self, key: str, data: Body) -> None:
         await self._limited(self._inner.put(key, data), key, len(data))
 
-    async def create(self, key: str, data: bytes) -> None:
+    async def create(self, key: str, data: Body) -> None:
         await self._limited(self._inner.create(key, data), key, len(data))
 
     async def stat(self, key: str) -> ObjectInfo:

@@ -16,7 +16,7 @@ from smc.spool import CommitRecord, Spool
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
 from smc.storage.ledger import Ledger
-from smc.storage.objects import ObjectStore
+from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
@@ -149,7 +149,7 @@ class AsyncBlockchainModelStore:
         data = await self.objects.get(key, size, digest.update)
         return data, digest.hexdigest()
 
-    async def upload(self, data: bytes | bytearray) -> tuple[str, int]:
+    async def upload(self, data: Body) -> tuple[str, int]:
         """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once.
 
         Raises: Busy when too much is being uploaded already.
@@ -159,10 +159,10 @@ class AsyncBlockchainModelStore:
             await retried(lambda: self._put_once(blob_key(digest), data), self._retry_delays)
         return digest, len(data)
 
-    async def _put_once(self, key: str, data: bytes | bytearray) -> None:
+    async def _put_once(self, key: str, data: Body) -> None:
         if len(data) <= _SMALL:  # one round trip; a large body is not sent before asking
             try:
-                await self.objects.create(key, bytes(data))
+                await self.objects.create(key, data)
                 return
             except Conflict:
                 pass
@@ -184,7 +184,7 @@ class AsyncBlockchainModelStore:
             raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
         return version
 
-    async def commit(self, data: bytes | bytearray, record: CommitRecord) -> ModelVersion:
+    async def commit(self, data: Body, record: CommitRecord) -> ModelVersion:
         """Upload a checkpoint and enter it in the ledger."""
         content_hash, size = await self.upload(data)
         return await self.append_commit(record, content_hash, size)
@@ -200,13 +200,17 @@ class StoreCommitter:
     def __init__(self, store: AsyncBlockchainModelStore) -> None:
         self._store = store
 
-    async def upload(self, data: bytes | bytearray) -> tuple[str, int]:
+    async def put(self, data: memoryview) -> memoryview:
+        """It is uploaded from where it is."""
+        return data
+
+    async def upload(self, data: Body) -> tuple[str, int]:
         return await self._store.upload(data)
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
         return (await self._store.append_commit(record, content_hash, size)).version_id
 
-    async def note_replaced(self, count: int) -> None:
+    def settled(self, outcome: object, experiment: str) -> None:
         """Nobody watches a store in process: the TrainingResult says it."""
 
 
@@ -220,7 +224,7 @@ async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelV
     return versions
 
 
-async def _sha256(data: bytes | bytearray) -> str:
+async def _sha256(data: Body) -> str:
     if len(data) <= _SMALL // 16:  # a thread would cost more than the hash
         return hashlib.sha256(data).hexdigest()
     return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())

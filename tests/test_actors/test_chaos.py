@@ -10,14 +10,14 @@ import sys
 import time
 import uuid
 from collections import Counter
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.ledger import LedgerHandle, ledger_actor
-from smc.checkpoint import Snapshot
-from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest
+from smc.checkpoint import metadata_of, tensors_of
+from smc.commits import BackgroundCommits, CommitRequest
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore, recover
 from smc.storage.dev_server import DevServer
@@ -51,28 +51,27 @@ def test_three_trainers_through_faults_and_six_kills_commit_everything_once(
     with FaultProxy(seaweed.endpoint_url, rate=0.04, latency=0.05, hang=1.0, seed=3) as proxy:
         actor = ledger_actor(on_seaweed, endpoint_url=proxy.url)
         handle = LedgerHandle(on_seaweed, actor, endpoint_url=proxy.url)
-        snapshot = Snapshot.of(small_config())
         spool = Spool(tmp_path / "spool")
-        sinks = [BackgroundCommits(handle, spool=spool, max_started=4, max_waiting=100) for _ in range(3)]
-        futures: list[Future[CommitOutcome]] = []
+        state, loss = small_config(), torch.tensor([0.5, 1.0], dtype=torch.float64)
+        tensors, metadata = tensors_of(state), metadata_of(state)
+        trainers = [BackgroundCommits(handle, tensors, metadata, spool=spool, slots=40) for _ in range(3)]
+        for commits in trainers:
+            assert commits._ring._maker is not None
+            commits._ring._maker.join()
         for step in range(40):
-            for trainer, sink in enumerate(sinks):
-                record = CommitRecord(
-                    ledger=on_seaweed, experiment=f"trainer-{trainer}", message=f"{step}", step=step, loss=None
-                )
-                futures.append(sink.submit(CommitRequest(snapshot, record)))
+            for trainer, commits in enumerate(trainers):
+                request = CommitRequest(step=step, batch=step, experiment=f"trainer-{trainer}")
+                commits.submit(request, tensors, metadata, loss)
         kills = 0
         started = time.monotonic()
         while kills < 6:
-            done = sum(future.done() for future in futures)
+            done = 120 - sum(commits.pending for commits in trainers)
             if done >= (kills + 1) * 120 // 8:
                 os.kill(ray.get(actor.status.remote())["pid"], signal.SIGKILL)
                 kills += 1
             assert time.monotonic() - started < 200
             time.sleep(0.05)
-        for sink in sinks:
-            sink.close()
-    outcomes = Counter(future.result().status for future in futures)
+        outcomes = Counter(outcome.status for commits in trainers for outcome in commits.close())
     assert outcomes["replaced"] == 0
 
     async def check() -> None:

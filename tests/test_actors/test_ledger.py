@@ -51,7 +51,7 @@ async def test_errors_cross_ray_as_they_were_raised(on_seaweed: str) -> None:
         with pytest.raises(ConfigError, match=r"^bucket 'no-such-bucket-here' does not exist at http\S+$"):
             await committer.append(record(0), "0" * 64, 1)
         with pytest.raises(ConfigError, match="no-such-bucket-here"):
-            await committer.upload(b"x")
+            await committer.upload(await committer.put(memoryview(b"x")))
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -67,7 +67,7 @@ async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_
     await actor.prepare.remote()
 
     async def one(step: int) -> str:
-        content_hash, size = await committer.upload(f"checkpoint {step}".encode())
+        content_hash, size = await committer.upload(await committer.put(memoryview(f"checkpoint {step}".encode())))
         return await committer.append(record(step), content_hash, size)
 
     running = [asyncio.ensure_future(one(step)) for step in range(30)]
@@ -119,7 +119,7 @@ def test_an_actor_with_older_code_is_drained_and_replaced(on_seaweed: str, monke
 
     async def through_the_old_handle() -> str:
         committer = _ActorCommitter(on_seaweed, old)
-        content_hash, size = await committer.upload(b"checkpoint")
+        content_hash, size = await committer.upload(await committer.put(memoryview(b"checkpoint")))
         return await committer.append(record(1), content_hash, size)
 
     assert asyncio.run(through_the_old_handle()) == "v0000000000"
