@@ -32,7 +32,7 @@ __all__ = ["S3ObjectStore", "parse_uri"]
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 # Parts of large objects: the size, and how many travel at a time.
 _PART = 16 * 2**20
-_PARALLEL = 4
+_PARALLEL = 8
 _SMALLEST_PART = 8 * 2**20
 _CHUNK = 2**20
 _DENIED = {
@@ -173,8 +173,8 @@ class S3ObjectStore:
     async def _put_in_parts(self, key: str, data: Body) -> None:
         """A multipart upload, a few parts at a time; abandoned parts are removed.
 
-        A part is a view, copied by the transport alone: with four on their way, a 48th of the whole each, that is a
-        twelfth of the checkpoint. A file over the buffer would save this copy, but aiohttp reads it in pieces of
+        A part is a view, copied by the transport alone: with eight on their way, a 48th of the whole each, that is a
+        sixth of the checkpoint. A file over the buffer would save this copy, but aiohttp reads it in pieces of
         64 KiB through another thread, at half the speed.
         """
         size = max(_SMALLEST_PART, len(data) // 48)
