@@ -209,7 +209,7 @@ class BackgroundCommits:
     ) -> None:
         """Take a snapshot of these tensors and commit it; returns at once, except for a final one without room.
 
-        `outcome` is (loss, 1.0 if all losses up to now were finite), float64, beside the tensors. Raises: ConfigError
+        `outcome` is (loss, something finite only if all losses were), on the tensors' device. Raises: ConfigError
         if they are not the tensors it was made for.
         """
         if self._closing:

@@ -9,6 +9,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -57,8 +58,8 @@ logger = logging.getLogger("smc.training")
 _SCALING_CONTRACTS = 512
 # Weight of bin 0, the price, against its share of the Wasserstein distance.
 _PRICE_WEIGHT = 10.0
-# On a GPU the loss is read back, checked and reported once in this many steps: reading it is a stall.
-_GPU_REPORT_EVERY = 50
+# Losses are read back, checked and reported once in this many steps.
+_REPORT_EVERY = {"cpu": 1, "cuda": 50}
 
 
 class GbmCVNNPricer:
@@ -128,30 +129,24 @@ class GbmCVNNPricer:
         """
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
-        at, losses = self._position, [math.nan]
+        at = self._position
         with self._training_thread(), self._own_rng(), contextlib.ExitStack() as stack:
             plan = self._enter_plan(config)
             first, end, simulated = at.step, at.step + config.num_batches, at.simulated
             train_one_batch = stack.enter_context(self._training_step(config, plan))
             commits = _Commits(self, blockchain_store, commit_message_template, experiment) if auto_commit else None
+            reports = _Reports(self, train_one_batch, plan, config, logger)
             started = time.perf_counter()
             try:
                 while at.step < end and not self._stop.is_set():
                     self._serve_requests()
                     train_one_batch()
                     batch = at.step - first
-                    if self._is_reported(batch, config):
-                        losses = self._finite(train_one_batch.losses()) or losses
-                        pending = commits.pending if commits else 0
-                        self._progress = Progress(at.step, end, losses[-1], True, pending)
-                        if logger is not None:
-                            rate, seconds = plan.learning_rate(at.step - 1), time.perf_counter() - started
-                            logger(StepReport(at.step, batch, losses[-1], rate, at.simulated, seconds))
                     if commits and commit_interval and batch % commit_interval == 0 and at.step < end:
                         commits.submit(train_one_batch, batch)
-                batch = at.step - first
-                losses = self._finite(train_one_batch.losses()) or losses
-                trained = time.perf_counter()
+                    reports.step_done(commits.pending if commits else 0)
+                loss = reports.finish(commits.pending if commits else 0)
+                trained, batch = time.perf_counter(), at.step - first
                 if commits and commits.last_step != at.step and batch:
                     commits.submit(train_one_batch, batch, final=True)
             finally:
@@ -159,7 +154,7 @@ class GbmCVNNPricer:
             return TrainingResult(
                 batches=at.step - first,
                 global_step=at.step,
-                loss=losses[-1],
+                loss=loss,
                 seconds=trained - started,
                 flush_seconds=time.perf_counter() - trained,
                 contracts=at.simulated - simulated,
@@ -290,19 +285,6 @@ class GbmCVNNPricer:
             return config.batch_size
         return min(config.batch_size, max(4, config.batch_size // 8))
 
-    def _is_reported(self, batch: int, config: TrainingConfig) -> bool:
-        return self.device.type == "cpu" or batch % _GPU_REPORT_EVERY == 0 or batch == config.num_batches
-
-    def _finite(self, losses: list[float]) -> list[float]:
-        if not all(map(math.isfinite, losses)):
-            first, wrong = next((i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss))
-            step = self._position.step - len(losses) + first + 1
-            raise NumericsError(
-                f"the loss is {wrong} at step {step}: nothing from here on is committed; "
-                "lower learning_rate, or resume from the last version"
-            )
-        return losses
-
     def _copy(self) -> GbmCVNNPricerConfig:
         state = self._state()
         moments = state.optimizer_state
@@ -373,6 +355,66 @@ class GbmCVNNPricer:
             torch.set_rng_state(outer_cpu)
             if outer_cuda:
                 torch.cuda.set_rng_state_all(outer_cuda)
+
+
+class _Reports:
+    """Losses read, checked and told to the logger: of every step on a CPU; on a GPU now and then, one report late.
+
+    Late, because to read a loss is to wait for its step: the device would have nothing to do until more is launched.
+    """
+
+    def __init__(
+        self,
+        pricer: GbmCVNNPricer,
+        step: TrainingStep,
+        plan: TrainingPlan,
+        config: TrainingConfig,
+        logger: Callable[[StepReport], None] | None,
+    ) -> None:
+        self._pricer, self._step, self._plan, self._logger = pricer, step, plan, logger
+        self._every = _REPORT_EVERY[pricer.device.type]
+        self._late = 0 if self._every == 1 else 1
+        at = step.position
+        self._first, self._end, self._asked = at.step, at.step + config.num_batches, at.step
+        self._due: deque[tuple[int, int]] = deque()  # steps, and the contracts simulated until then
+        self._loss, self._started = math.nan, time.perf_counter()
+
+    def step_done(self, commits_pending: int) -> None:
+        if (self._step.position.step - self._first) % self._every == 0:
+            self._ask()
+            self._report(self._late, commits_pending)
+
+    def finish(self, commits_pending: int) -> float:
+        """Report what is left; -> the last step's loss."""
+        if self._asked < self._step.position.step:
+            self._ask()
+        self._report(0, commits_pending)
+        return self._loss
+
+    def _ask(self) -> None:
+        self._step.send_losses()
+        self._asked = self._step.position.step
+        self._due.append((self._asked, self._step.position.simulated))
+
+    def _report(self, late: int, commits_pending: int) -> None:
+        while len(self._due) > late:
+            step, contracts = self._due.popleft()
+            losses = self._step.losses(step)
+            _check_finite(losses, step)
+            self._loss = losses[-1]
+            self._pricer._progress = Progress(step, self._end, self._loss, True, commits_pending)
+            if self._logger is not None:
+                rate, seconds = self._plan.learning_rate(step - 1), time.perf_counter() - self._started
+                self._logger(StepReport(step, step - self._first, self._loss, rate, contracts, seconds))
+
+
+def _check_finite(losses: list[float], last_step: int) -> None:
+    for step, loss in enumerate(losses, last_step - len(losses) + 1):
+        if not math.isfinite(loss):
+            raise NumericsError(
+                f"the loss is {loss} at step {step}: nothing from here on is committed; "
+                "lower learning_rate, or resume from the last version"
+            )
 
 
 class _Commits:

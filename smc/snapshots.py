@@ -95,7 +95,7 @@ class TakenSnapshot:
     def finite(self) -> bool:
         """Whether every loss up to then was finite."""
         self.wait()
-        return bool(self._ring.tail(self._slot)[1])
+        return bool(self._ring.tail(self._slot)[1].isfinite())
 
     def file(self) -> memoryview:
         """The checkpoint, byte for byte what `encode` of the same state gives. Valid until `release`."""
@@ -159,7 +159,7 @@ class SnapshotRing:
     ) -> TakenSnapshot | None:
         """A snapshot of these tensors as they are in the device's order of work, or None without room for one.
 
-        `outcome` is (loss, 1.0 if all losses were finite), float64 on the same device. Returns at once on a GPU.
+        `outcome` is (loss, something finite only if all losses were), on the same device. Returns at once on a GPU.
         Raises: ConfigError for tensors that it was not made for.
         """
         if not self._layout.fits(tensors):
@@ -191,7 +191,7 @@ class SnapshotRing:
         return TakenSnapshot(self, slot, metadata, host)
 
     def tail(self, slot: _Slot) -> Tensor:
-        """What a slot holds after the file: loss and finiteness. Shape: (2,) float64."""
+        """What a slot holds after the file: the outcome. Shape: (2,) float64."""
         return slot.data[self._tail :].view(torch.float64)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ and the captured one are the same lines, and nothing is read back but the losses
 from __future__ import annotations
 
 import logging
-import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -87,8 +87,8 @@ class TrainingStep:
         self._ahead: ExamplesAhead | None = None
         if device.type == "cpu":
             self._ahead = ExamplesAhead(source, position.drawn, position.simulated, executor)
-        self._left, self._read = 0, self._steps
-        self._unread: list[float] = []
+        self._left, self._sent = 0, self._steps
+        self._on_their_way: deque[_Sent] = deque()
         self._replayed: Callable[[], None] | None = None
         if device.type == "cuda":
             for group in optimizer.param_groups:
@@ -110,23 +110,29 @@ class TrainingStep:
         if isinstance(self._optimizer, Soap) and self.position.step % TURN_EVERY == 0:
             self._optimizer.turn()
 
-    def losses(self) -> list[float]:
-        """Losses of the steps since the last call, read from the device. The newest is the last."""
+    def send_losses(self) -> None:
+        """Start the copy of the newest losses to the host; waits for nothing."""
         done = self._steps - self._left
-        unread, self._unread = [*self._unread, *self._losses[self._read : done].tolist()], []
-        self._read = done
-        return unread
+        if done > self._sent:
+            new, self._sent = self._losses[self._sent : done], done
+            self._on_their_way.append(_Sent(new, self.position.step))
+
+    def losses(self, through: int) -> list[float]:
+        """Losses of the steps since the last call, through one whose loss was sent. Waits for that step to be done."""
+        arrived: list[float] = []
+        while self._on_their_way and self._on_their_way[0].step <= through:
+            arrived += self._on_their_way.popleft().arrived()
+        return arrived
 
     def outcome(self) -> Tensor:
-        """The newest loss, and 1.0 if it and all that `losses` has not given yet are finite. Waits for nothing.
+        """The newest loss, and a sum of this and all losses that have not arrived: finite only if each of them is.
 
-        Shape: (2,) float64, on the device.
+        Waits for nothing. Shape: (2,), on the device.
         """
         done = self._steps - self._left
-        finite = self._losses[self._read : done].isfinite().all()
-        if not all(map(math.isfinite, self._unread)):
-            finite.fill_(False)
-        return torch.stack((self._losses[done - 1].double(), finite.double()))
+        waiting = [sent.losses for sent in self._on_their_way] + [self._losses[self._sent : done]]
+        total = torch.cat(waiting).sum() if len(waiting) > 1 else waiting[0].sum()
+        return torch.stack((self._losses[done - 1], total))
 
     # --- the step -------------------------------------------------------------------------------------
 
@@ -182,7 +188,7 @@ class TrainingStep:
     def _refill(self) -> None:
         """Prepare the next window. Copies into the tensors that a graph reads, in order with its replays."""
         at = self.position
-        self._unread = self.losses()
+        self.send_losses()
         rates = torch.tensor([self._learning_rate(at.step + i) for i in range(self._steps)], dtype=torch.float64)
         _replace(self._rates, rates)
         if self._replay is not None:
@@ -198,7 +204,7 @@ class TrainingStep:
                     held.copy_(new)
         self._base.fill_(at.simulated)
         self._at.zero_()
-        self._left, self._read = self._steps, 0
+        self._left, self._sent = self._steps, 0
 
     # --- capture --------------------------------------------------------------------------------------
 
@@ -226,6 +232,25 @@ class TrainingStep:
                     tensor.copy_(was)
             self._at.zero_()
             torch.cuda.set_rng_state(random, self._device)
+
+
+class _Sent:
+    """Losses up to a step, being copied to the host. They are kept on the device, which uses their place again."""
+
+    def __init__(self, losses: Tensor, step: int) -> None:
+        self.losses, self.step = losses.clone(), step
+        self._host, self._there = self.losses, None
+        if losses.device.type == "cuda":
+            self._host = torch.empty_like(losses, device="cpu", pin_memory=True)
+            self._host.copy_(self.losses, non_blocking=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._there.record()
+
+    def arrived(self) -> list[float]:
+        if self._there is not None:
+            self._there.synchronize()
+        values: list[float] = self._host.tolist()
+        return values
 
 
 def _replace(held: Tensor, new: Tensor) -> None:

@@ -79,7 +79,7 @@ def commits_to(target: SlowLedger, slots: int = 8, **settings: Any) -> Backgroun
 def submit(
     commits: BackgroundCommits, step: int, *, final: bool = False, loss: float = 0.1, finite: bool = True
 ) -> None:
-    outcome = torch.tensor([loss, float(finite)], dtype=torch.float64)
+    outcome = torch.tensor([loss, loss if finite else float("nan")], dtype=torch.float64)
     request = CommitRequest(step=step, batch=step, template="step {step}: {loss:.1f}", experiment="e", final=final)
     commits.submit(request, tensors_of(STATE), metadata_of(replace(STATE, global_step=step)), outcome)
 

@@ -22,7 +22,10 @@ from smc.errors import ConfigError, NumericsError
 from smc.gbm import BlackScholesConfig
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
 from smc.sobol_sampler import SobolSampler
+from smc.storage import AsyncBlockchainModelStore
+from smc.storage.objects import MemoryObjectStore
 from smc.training import TrainingPlan
+from smc.training_step import TrainingStep
 from tests.conftest import small_config, small_simulation, small_training
 
 
@@ -96,25 +99,46 @@ def test_prices_rise_with_strike_and_are_convex_in_it(trained: GbmCVNNPricer) ->
 
 
 def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    read: list[float] = []
-    pricer = GbmCVNNPricer(small_config())
-    whole = GbmCVNNPricer(small_config())
-    reports: list[StepReport] = []
-    whole.train(small_training(20), logger=reports.append)
+    whole, pricer = GbmCVNNPricer(small_config()), GbmCVNNPricer(small_config())
+    every: list[StepReport] = []
+    whole.train(small_training(22), logger=every.append)
     monkeypatch.setattr("smc.training_step._AHEAD", {"cpu": 32})  # of contracts: eight steps
-    monkeypatch.setattr(GbmCVNNPricer, "_is_reported", lambda self, batch, config: batch in (5, 20))
-    finite = GbmCVNNPricer._finite
+    monkeypatch.setattr("smc.gbm_trainer._REPORT_EVERY", {"cpu": 5})
+    read: list[float] = []
+    losses = TrainingStep.losses
 
-    def keep(self: GbmCVNNPricer, losses: list[float]) -> list[float]:
-        steps.append(len(losses))
-        read.extend(losses)
-        return finite(self, losses)
+    def keep(self: TrainingStep, through: int) -> list[float]:
+        read.extend(new := losses(self, through))
+        return new
 
-    monkeypatch.setattr(GbmCVNNPricer, "_finite", keep)
-    pricer.train(small_training(20))
-    assert [n for n in steps if n] == [5, 15]
-    np.testing.assert_array_equal(np.float32(read), np.float32([report.loss for report in reports]))
+    monkeypatch.setattr(TrainingStep, "losses", keep)
+    some: list[StepReport] = []
+    result = pricer.train(small_training(22), logger=some.append)
+    assert [report.step for report in some] == [5, 10, 15, 20, 22]
+    np.testing.assert_array_equal(read, [report.loss for report in every])
+    assert result.loss == every[-1].loss
+    for report in some:
+        assert replace(report, seconds=0) == replace(every[report.step - 1], seconds=0)
+
+
+def test_a_loss_that_is_not_finite_is_found_in_reports_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    pricer = GbmCVNNPricer(small_config())
+    monkeypatch.setattr("smc.gbm_trainer._REPORT_EVERY", {"cpu": 5})
+
+    def poison(report: StepReport) -> None:
+        with torch.no_grad():
+            next(pricer.model.parameters()).fill_(float("nan"))
+
+    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+    settings = {"blockchain_store": store, "auto_commit": True, "commit_interval": 3}
+    with pytest.raises(NumericsError, match="the loss is nan at step 11"):  # it was told of step 5 after step 10
+        pricer.train(small_training(40), logger=poison, **settings)  # type: ignore[arg-type]
+
+    async def committed() -> list[int]:
+        async with store:
+            return [version.step for version in await store.list_versions()]
+
+    assert asyncio.run(committed()) == [3, 6, 9]
 
 
 @pytest.mark.parametrize(

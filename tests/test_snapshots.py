@@ -79,7 +79,7 @@ def test_there_is_room_for_so_many_and_memory_is_used_again(state: GbmCVNNPricer
 def test_it_knows_the_loss_and_whether_all_were_finite(state: GbmCVNNPricerConfig) -> None:
     ring = ring_of(state, 1)
     for loss, finite in ((0.25, True), (float("nan"), False)):
-        outcome = torch.tensor([loss, float(finite)], dtype=torch.float64)
+        outcome = torch.tensor([loss, loss if finite else float("nan")], dtype=torch.float64)
         snapshot = ring.take(tensors_of(state), metadata_of(state), outcome)
         assert snapshot is not None
         assert snapshot.loss == pytest.approx(loss, nan_ok=True)
