@@ -29,6 +29,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+import smc.commits
 import smc.gbm_trainer
 from benchmarks.reporting import Report, run
 from benchmarks.slow_link import SlowLink
@@ -386,9 +387,10 @@ def soak(report: Report, options: argparse.Namespace) -> None:
     pricer = GbmCVNNPricer(experiment.fresh())
     store = Paced(AsyncBlockchainModelStore("s3://spectralmc/soak", objects=objects))
     started = time.perf_counter()
-    result = pricer.train(
-        experiment.training, logger=watch, blockchain_store=store, auto_commit=True, commit_interval=1
-    )
+    with patch.object(smc.commits, "_SHARE", 1.0):
+        result = pricer.train(
+            experiment.training, logger=watch, blockchain_store=store, auto_commit=True, commit_interval=1
+        )
     committed = len(result.commits_that("committed"))
     report.add("(e) soak: committed", committed, "commits")
     report.add("(e) soak: replaced or failed", len(result.commits) - committed, "commits")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import logging
 import math
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -60,6 +62,8 @@ _SCALING_CONTRACTS = 512
 _PRICE_WEIGHT = 10.0
 # Losses are read back, checked and reported once in this many steps.
 _REPORT_EVERY = {"cpu": 1, "cuda": 50}
+# Seconds that another thread may keep Python's lock from the one that launches a GPU's work; Python's own are 0.005.
+_SWITCH_INTERVAL = 1e-4
 
 
 class GbmCVNNPricer:
@@ -130,7 +134,7 @@ class GbmCVNNPricer:
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
         at = self._position
-        with self._training_thread(), self._own_rng(), contextlib.ExitStack() as stack:
+        with self._training_thread(), self._own_rng(), _short_pauses(self.device), contextlib.ExitStack() as stack:
             plan = self._enter_plan(config)
             first, end, simulated = at.step, at.step + config.num_batches, at.simulated
             train_one_batch = stack.enter_context(self._training_step(config, plan))
@@ -457,6 +461,24 @@ def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, inte
         raise ConfigError("commit_interval requires auto_commit=True")
     if interval is not None and (not isinstance(interval, int) or interval < 1):
         raise ConfigError(f"commit_interval must be a whole number of batches, at least 1, got {interval!r}")
+
+
+@contextlib.contextmanager
+def _short_pauses(device: torch.device) -> Iterator[None]:
+    """On a GPU: nothing in this process keeps the thread that launches from it for longer than a step or so."""
+    if device.type == "cpu":
+        yield
+        return
+    # A full collection of what torch and Ray brought along takes a quarter of a second: do it now, and leave that out.
+    gc.collect()
+    gc.freeze()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
