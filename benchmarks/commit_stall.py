@@ -63,6 +63,11 @@ class Measured:
         """By how much the longest step exceeds the median one, in milliseconds."""
         return float(self.steps.max() - np.median(self.steps))
 
+    @property
+    def longest_steps(self) -> str:
+        """The five longest, with where they were."""
+        return ", ".join(f"{i}: {self.steps[i]:.2f} ms" for i in np.argsort(self.steps)[:-6:-1])
+
 
 class Bench:
     """Trains a model again and again from the same state, timing every step."""
@@ -239,6 +244,7 @@ def large_model(report: Report, options: argparse.Namespace) -> None:
             f"(a) {way}: longest step above the median", max(m.longest for m in measured), "ms",
             at_most=2 if held else None,
         )  # fmt: skip
+        print(*(m.longest_steps for m in measured), sep="\n")
         report.add(f"(a) {way}: after the last step", max(m.flush for m in measured), "s")
     _describe(report, "(a)", runs["ours"][0].result)
 
@@ -273,6 +279,7 @@ def _with_and_without(report: Report, name: str, bench: Bench, url: str, *, ever
     report.add(f"{name}: median step without commits", float(np.median(without[0].steps)), "ms")
     report.add(f"{name}: throughput, a commit every {every} steps", 100 * plain / ours, "%", at_least=at_least)
     for label, runs in (("with", with_), ("without", without)):
+        print(*(m.longest_steps for m in runs), sep="\n")
         report.add(f"{name}: longest step above the median, {label}", statistics.median(m.longest for m in runs), "ms")
     _describe(report, name, with_[-1].result)
     asyncio.run(_check(store, with_[-1].result))

@@ -121,9 +121,8 @@ class TakenSnapshot:
 class SnapshotRing:
     """At most `slots` snapshots of one training run at a time; memory for each is allocated once.
 
-    Beyond that `take` has no room. All but the first are made in a thread, before they are needed. On a GPU the
-    bound is `slots` states in pinned memory and two on the device. It is made for one state: what it is given
-    later must have the same tensors.
+    Beyond that `take` has no room. On a GPU the bound is `slots` states in pinned memory and two on the device. It is
+    made for one state: what it is given later must have the same tensors.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata, *, slots: int) -> None:
@@ -133,21 +132,18 @@ class SnapshotRing:
         self._tail = _rounded(self._layout.size)
         self._size = self._tail + 2 * 8
         self._free: deque[_Slot] = deque()
-        self._made: list[_Slot] = []
         self._lock = threading.Lock()
         self._on_device: deque[_DeviceBuffer] = deque()
         self._stream: torch.cuda.Stream | None = None
-        self._maker: threading.Thread | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             for _ in range(_DEVICE_BUFFERS):
                 self._on_device.append(_DeviceBuffer(self._size, self._layout, self._device))
-        self._make_slots(1)
-        if slots > 1:
-            self._maker = threading.Thread(
-                target=self._make_slots, args=(slots - 1,), name="smc-snapshots", daemon=True
-            )
-            self._maker.start()
+        for _ in range(slots):
+            memory = _host_memory(self._start + self._size, self._device)
+            events = _Events() if self._device.type == "cuda" else None
+            self._free.append(_Slot(memory, self._start, self._layout, events))
+        self._made = list(self._free)
 
     @property
     def state_bytes(self) -> int:
@@ -196,8 +192,6 @@ class SnapshotRing:
 
     def close(self) -> None:
         """Free the pinned memory. Every snapshot must have been released."""
-        if self._maker is not None:
-            self._maker.join()
         with self._lock:
             made, self._made = self._made, []
             self._free.clear()
@@ -209,14 +203,6 @@ class SnapshotRing:
     def _take_slot(self) -> _Slot | None:
         with self._lock:
             return self._free.popleft() if self._free else None
-
-    def _make_slots(self, count: int) -> None:
-        pinned = self._device.type == "cuda"
-        for _ in range(count):
-            memory = _host_memory(self._start + self._size, self._device)
-            slot = _Slot(memory, self._start, self._layout, _Events() if pinned else None)
-            self._made.append(slot)
-            self._give_back(slot)
 
     def _give_back(self, slot: _Slot) -> None:
         with self._lock:

@@ -70,10 +70,7 @@ STATE = small_config()
 
 
 def commits_to(target: SlowLedger, slots: int = 8, **settings: Any) -> BackgroundCommits:
-    commits = BackgroundCommits(target, tensors_of(STATE), metadata_of(STATE), slots=slots, **settings)
-    if commits._ring._maker is not None:
-        commits._ring._maker.join()
-    return commits
+    return BackgroundCommits(target, tensors_of(STATE), metadata_of(STATE), slots=slots, **settings)
 
 
 def submit(
@@ -254,7 +251,7 @@ def test_closing_leaves_no_thread_behind() -> None:
     commits.close()
     # By name: servers that other tests left running start threads of their own at any time.
     left = {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before}
-    assert left.isdisjoint({"smc-commits", "smc-encode", "smc-snapshots", "asyncio"})
+    assert left.isdisjoint({"smc-commits", "smc-encode", "asyncio"})
 
 
 def test_the_spool_keeps_and_forgets(tmp_path: Path) -> None:

@@ -25,10 +25,7 @@ def state() -> GbmCVNNPricerConfig:
 
 
 def ring_of(state: GbmCVNNPricerConfig, slots: int) -> SnapshotRing:
-    ring = SnapshotRing(tensors_of(state), metadata_of(state), slots=slots)
-    if ring._maker is not None:
-        ring._maker.join()
-    return ring
+    return SnapshotRing(tensors_of(state), metadata_of(state), slots=slots)
 
 
 def taken(ring: SnapshotRing, state: GbmCVNNPricerConfig) -> TakenSnapshot | None:
