@@ -31,7 +31,9 @@ class Report:
             bar, holds = f"<= {at_most:g}", value <= at_most
         elif at_least is not None:
             bar, holds = f">= {at_least:g}", value >= at_least
-        self.results.append({"name": name, "value": value, "unit": unit, "bar": bar, "holds": holds})
+        self.results.append(
+            {"name": name, "value": float(value), "unit": unit, "bar": bar, "holds": holds and bool(holds)}
+        )
         print(self._row(self.results[-1]), flush=True)
 
     def header(self) -> None:

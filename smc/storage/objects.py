@@ -81,11 +81,12 @@ class MemoryObjectStore:
 
     async def put(self, key: str, data: Body) -> None:
         await asyncio.sleep(0)
-        self.objects[key] = (bytes(data), datetime.now(UTC))
+        self.objects[key] = (bytes(memoryview(data)), datetime.now(UTC))
 
     async def create(self, key: str, data: Body) -> None:
         await asyncio.sleep(0)
-        value = (bytes(data), datetime.now(UTC))
+        # Copied: what orjson returns lies in a buffer of kilobytes, whatever its length.
+        value = (bytes(memoryview(data)), datetime.now(UTC))
         if self.objects.setdefault(key, value) is not value:
             raise Conflict(f"object {key} exists")
 
