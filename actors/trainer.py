@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,11 +79,11 @@ class TrainerActor:
         """Where training is, or None before it begins."""
         return self._pricer.progress if self._pricer else None
 
-    async def stop(self) -> None:
-        """End training after the step it is in, with a final commit."""
+    async def stop(self, within: float = math.inf) -> None:
+        """End training after the step it is in, with a final commit that has `within` seconds to reach the ledger."""
         self._stopping = True
         if self._pricer is not None:
-            self._pricer.stop()
+            self._pricer.stop(within=within)
 
     async def snapshot(self) -> list[Any] | None:
         """The state between two steps as a checkpoint file: a list holding its object ref.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 
 __all__ = ["ExperimentOutcome", "newest_versions", "report", "run_experiments"]
+
+# That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes).
+_SECONDS_AFTER_SIGTERM = 8.0
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,15 @@ async def run_experiments(
     running: set[Any] = set()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopping.set)
+    within = math.inf
+
+    def stop(seconds: float) -> None:
+        nonlocal within
+        within = seconds
+        stopping.set()
+
+    loop.add_signal_handler(signal.SIGINT, stop, math.inf)
+    loop.add_signal_handler(signal.SIGTERM, stop, _SECONDS_AFTER_SIGTERM)
 
     async def one(experiment: Experiment) -> ExperimentOutcome:
         not_started = ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"))
@@ -107,7 +118,7 @@ async def run_experiments(
 
     async def stop_all() -> None:
         await stopping.wait()
-        await asyncio.gather(*(trainer.stop.remote() for trainer in running), return_exceptions=True)
+        await asyncio.gather(*(trainer.stop.remote(within) for trainer in running), return_exceptions=True)
 
     stopper = asyncio.ensure_future(stop_all())
     try:

@@ -149,7 +149,9 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
+    signalled = time.monotonic()
     out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - signalled < 10
     ray.kill(other)
     assert process.returncode == 2, out
     assert out.count("stopped at step") == 1
