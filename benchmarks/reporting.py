@@ -32,7 +32,13 @@ class Report:
         elif at_least is not None:
             bar, holds = f">= {at_least:g}", value >= at_least
         self.results.append(
-            {"name": name, "value": float(value), "unit": unit, "bar": bar, "holds": holds and bool(holds)}
+            {
+                "name": name,
+                "value": float(value),
+                "unit": unit,
+                "bar": bar,
+                "holds": None if holds is None else bool(holds),
+            }
         )
         print(self._row(self.results[-1]), flush=True)
 

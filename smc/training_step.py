@@ -89,6 +89,8 @@ class TrainingStep:
             self._ahead = ExamplesAhead(source, position.drawn, position.simulated, executor)
         self._left, self._sent = 0, self._steps
         self._on_their_way: deque[_Sent] = deque()
+        # Not in the order of the steps: the next ones would wait there while a snapshot is copied to the host.
+        self._to_host = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._replayed: Callable[[], None] | None = None
         if device.type == "cuda":
             for group in optimizer.param_groups:
@@ -115,7 +117,7 @@ class TrainingStep:
         done = self._steps - self._left
         if done > self._sent:
             new, self._sent = self._losses[self._sent : done], done
-            self._on_their_way.append(_Sent(new, self.position.step))
+            self._on_their_way.append(_Sent(new, self.position.step, self._to_host))
 
     def losses(self, through: int) -> list[float]:
         """Losses of the steps since the last call, through one whose loss was sent. Waits for that step to be done."""
@@ -237,14 +239,15 @@ class TrainingStep:
 class _Sent:
     """Losses up to a step, being copied to the host. They are kept on the device, which uses their place again."""
 
-    def __init__(self, losses: Tensor, step: int) -> None:
+    def __init__(self, losses: Tensor, step: int, stream: torch.cuda.Stream | None) -> None:
         self.losses, self.step = losses.clone(), step
         self._host, self._there = self.losses, None
-        if losses.device.type == "cuda":
+        if stream is not None:
             self._host = torch.empty_like(losses, device="cpu", pin_memory=True)
-            self._host.copy_(self.losses, non_blocking=True)
-            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._there.record()
+            stream.wait_stream(torch.cuda.current_stream(losses.device))
+            with torch.cuda.stream(stream):
+                self._host.copy_(self.losses, non_blocking=True)
+            self._there = stream.record_event()
 
     def arrived(self) -> list[float]:
         if self._there is not None:
