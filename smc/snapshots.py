@@ -144,6 +144,7 @@ class SnapshotRing:
             events = _Events() if self._device.type == "cuda" else None
             self._free.append(_Slot(memory, self._start, self._layout, events))
         self._made = list(self._free)
+        self._rehearse(tensors, metadata)
 
     @property
     def state_bytes(self) -> int:
@@ -199,6 +200,14 @@ class SnapshotRing:
             torch.cuda.synchronize(self._device)
             for slot in made:
                 _unpin(slot.memory)
+
+    def _rehearse(self, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
+        """Use every slot once: first calls load kernels and create events, which one step would wait for."""
+        snapshots = [self.take(tensors, metadata, torch.zeros(2, device=self._device)) for _ in self._made]
+        for snapshot in snapshots:
+            assert snapshot is not None
+            snapshot.wait()
+            snapshot.release()
 
     def _take_slot(self) -> _Slot | None:
         with self._lock:

@@ -79,6 +79,9 @@ class TrainingStep:
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # step within the window
         self._rows = torch.arange(fresh, device=device)
         self._losses = torch.zeros(self._steps, dtype=bin_weights.dtype, device=device)
+        # The newest loss and the sum of all: next = loss + (0, 1) * this, which is one kernel.
+        self._outcome = torch.zeros(2, dtype=bin_weights.dtype, device=device)
+        self._summed = torch.tensor([0, 1], dtype=bin_weights.dtype, device=device)
         self._base = torch.zeros((), dtype=torch.int64, device=device)
         self._rates = torch.zeros(self._steps, dtype=torch.float64, device=device)
         self._rate = torch.zeros((), device=device)
@@ -127,14 +130,11 @@ class TrainingStep:
         return arrived
 
     def outcome(self) -> Tensor:
-        """The newest loss, and a sum of this and all losses that have not arrived: finite only if each of them is.
+        """The newest loss, and the sum of every loss so far: finite only if each of them is.
 
-        Waits for nothing. Shape: (2,), on the device.
+        The next step changes it. Shape: (2,), on the device.
         """
-        done = self._steps - self._left
-        waiting = [sent.losses for sent in self._on_their_way] + [self._losses[self._sent : done]]
-        total = torch.cat(waiting).sum() if len(waiting) > 1 else waiting[0].sum()
-        return torch.stack((self._losses[done - 1], total))
+        return self._outcome
 
     # --- the step -------------------------------------------------------------------------------------
 
@@ -145,6 +145,7 @@ class TrainingStep:
         self._set_rate()
         self._optimizer.step()
         self._losses.index_copy_(0, self._at, loss.detach().view(1))
+        torch.addcmul(loss.detach(), self._outcome, self._summed, out=self._outcome)
         self._at += 1
 
     def _next_batch(self) -> Examples:
@@ -220,7 +221,7 @@ class TrainingStep:
     @contextmanager
     def _undone(self) -> Iterator[None]:
         """What a step changes is afterwards as it was before, in the same memory."""
-        tensors = [*self._model.state_dict().values(), self._losses]
+        tensors = [*self._model.state_dict().values(), self._losses, self._outcome]
         for state in self._optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, Tensor)]
         saved = [tensor.clone() for tensor in tensors]
