@@ -25,7 +25,10 @@ def new_commit_id() -> str:
 
 
 class CommitRecord(BaseModel):
-    """What a commit's entry will say, apart from the checkpoint's hash and size."""
+    """What a commit's entry will say, apart from the checkpoint's hash and size.
+
+    `model_hash` is the hash of what inference reads of the checkpoint, see `smc.tensor_header`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,6 +40,7 @@ class CommitRecord(BaseModel):
     experiment: str = ""
     metrics: dict[str, float] = Field(default_factory=dict)
     resumed_from: str | None = None
+    model_hash: str | None = None
 
 
 def spool_directory() -> Path:

@@ -18,6 +18,7 @@ from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig, SimulationParams
 from smc.gbm_trainer import GbmCVNNPricerConfig, TrainingConfig
 from smc.storage import AsyncBlockchainModelStore
+from smc.storage.chain import Draft
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore
 
@@ -98,6 +99,11 @@ def make_store(request: pytest.FixtureRequest) -> Callable[[], AsyncBlockchainMo
 @pytest.fixture
 def memory_store() -> AsyncBlockchainModelStore:
     return AsyncBlockchainModelStore("memory", objects=MemoryObjectStore(), retry_delays=NO_DELAYS)
+
+
+def tag_draft(commit_id: str, alias: str = "best") -> Draft:
+    """An entry that lets an alias name nothing."""
+    return Draft("tag", commit_id, {"alias": alias, "counter": None, "content_hash": None, "message": ""})
 
 
 def small_simulation(**changes: Any) -> SimulationParams:

@@ -44,7 +44,7 @@ class FaultStore:
             await asyncio.sleep(3600)
         result = None
         # A body that breaks off is not stored; a listing is done by the caller.
-        if operation != "list" and (fault != "truncated" or operation == "get"):
+        if operation != "list" and (fault != "truncated" or operation.startswith("get")):
             result = await getattr(self.inner, operation)(key, *arguments)
         if fault in ("applied", "truncated"):
             raise Unavailable(f"{key}: connection reset")
@@ -59,6 +59,14 @@ class FaultStore:
         self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
     ) -> bytes | bytearray:
         result: bytes = await self._do("get", key, size, on_bytes)
+        return result
+
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        result: bytes = await self._do("get_range", key, start, stop)
+        return result
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        result: tuple[bytes, str] | None = await self._do("get_if_changed", key, etag)
         return result
 
     async def put(self, key: str, data: bytes | bytearray) -> None:

@@ -10,16 +10,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smc.errors import ConfigError, Corrupt
 
 __all__ = [
     "FORMAT",
     "GENESIS_PARENT",
+    "AliasMove",
     "Draft",
     "Entry",
     "ModelVersion",
@@ -27,6 +28,8 @@ __all__ = [
     "blob_key",
     "block_key",
     "build_block",
+    "check_after",
+    "check_alias",
     "parse_block",
     "parse_version_id",
     "version_id",
@@ -37,7 +40,11 @@ GENESIS_PARENT: Final = "0" * 64
 BLOCK_DIGITS: Final = 10
 
 _HASH = re.compile(r"^[0-9a-f]{64}$")
+_HASH_PREFIX = re.compile(r"^[0-9a-f]{8,64}$")
 _VERSION = re.compile(r"^v([0-9]{10})$")
+_ALIAS = re.compile(r"^[A-Za-z][A-Za-z0-9._-]{0,63}$")
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class ModelVersion(BaseModel):
@@ -54,6 +61,7 @@ class ModelVersion(BaseModel):
     metrics: dict[str, float]
     commit_message: str = Field(alias="message")
     resumed_from: str | None
+    model_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     commit_id: str
     timestamp: datetime
     index: int
@@ -65,6 +73,26 @@ class ModelVersion(BaseModel):
     def version_id(self) -> str:
         """The name of the version, like v0000000042."""
         return version_id(self.counter)
+
+
+class AliasMove(BaseModel):
+    """One tag entry: from here on `alias` names a version, or nothing if `counter` is None."""
+
+    model_config = ConfigDict(frozen=True)
+
+    alias: str
+    counter: int | None = Field(ge=0)
+    content_hash: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    message: str
+    timestamp: datetime
+    index: int
+
+    @model_validator(mode="after")
+    def _names_a_version_or_none(self) -> AliasMove:
+        check_alias(self.alias)
+        if (self.counter is None) != (self.content_hash is None):
+            raise ValueError("counter and content_hash go together")
+        return self
 
 
 @dataclass(frozen=True)
@@ -94,15 +122,32 @@ class Entry:
 
         Raises: Corrupt if a field of the commit is missing or wrong.
         """
-        if self.kind != "commit":
-            return None
+        return self._read(ModelVersion) if self.kind == "commit" else None
+
+    @property
+    def alias_move(self) -> AliasMove | None:
+        """What a tag entry says. Raises: Corrupt if it says it wrongly."""
+        return self._read(AliasMove) if self.kind == "tag" else None
+
+    @property
+    def collected(self) -> tuple[str, ...]:
+        """Hashes of the checkpoints that a collect entry announces the deletion of. Raises: Corrupt."""
+        if self.kind != "collect":
+            return ()
+        hashes = self.fields.get("content_hashes")
+        if not isinstance(hashes, list) or not all(isinstance(h, str) and _HASH.match(h) for h in hashes):
+            raise self._corrupt("content_hashes is not a list of SHA-256 in hexadecimal")
+        return tuple(hashes)
+
+    def _read(self, model: type[M]) -> M:
         try:
-            return ModelVersion.model_validate({**self.fields, "entry_hash": self.hash, "block": self.block})
+            return model.model_validate({**self.fields, "entry_hash": self.hash, "block": self.block})
         except ValidationError as error:
             problem = error.errors()[0]
-            raise Corrupt(
-                f"{block_key(self.block)}: entry {self.index}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            ) from None
+            raise self._corrupt(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")) from None
+
+    def _corrupt(self, reason: str) -> Corrupt:
+        return Corrupt(f"{block_key(self.block)}: entry {self.index}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -144,6 +189,19 @@ def blob_key(content_hash: str) -> str:
 def version_id(counter: int) -> str:
     """The name of a version by its counter."""
     return f"v{counter:010d}"
+
+
+def check_alias(name: str) -> str:
+    """The name, if an alias may have it: nothing that could be a version, a hash or a word of this program.
+
+    Raises: ConfigError saying what is allowed.
+    """
+    if not _ALIAS.match(name) or _VERSION.match(name) or _HASH_PREFIX.match(name) or name == "head":
+        raise ConfigError(
+            f"{name!r} cannot be an alias: a letter, then letters, digits, '.', '_' and '-', 64 at most; "
+            "not 'head', not like a version, not 8 or more hexadecimal digits alone"
+        )
+    return name
 
 
 def parse_version_id(name: str) -> int:

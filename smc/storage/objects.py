@@ -1,4 +1,4 @@
-"""The seam between the ledger and whatever stores its objects: six operations, one exception tree."""
+"""The seam between the ledger and whatever stores its objects: eight operations, one exception tree."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes from `start` to before `stop`; fewer where the object ends before. Raises: NotFound."""
+        ...
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        """The object and its ETag, or None if that is `etag` (`If-None-Match`). Raises: NotFound."""
+        ...
+
     async def put(self, key: str, data: Body) -> None:
         """Write or overwrite; a large body goes in parallel parts and appears as a whole or not at all."""
         ...
@@ -78,6 +86,14 @@ class MemoryObjectStore:
         if on_bytes is not None:
             on_bytes(memoryview(data))
         return data
+
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return (await self.get(key))[start:stop]
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        data = await self.get(key)
+        now = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        return None if now == etag else (data, now)
 
     async def put(self, key: str, data: Body) -> None:
         await asyncio.sleep(0)

@@ -47,6 +47,12 @@ class TimedObjects:
     ) -> bytes | bytearray:
         return await self._limited(self._inner.get(key, size, on_bytes), key, size or 0)
 
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return await self._limited(self._inner.get_range(key, start, stop), key, stop - start)
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        return await self._limited(self._inner.get_if_changed(key, etag), key, 0)
+
     async def put(self, key: str, data: Body) -> None:
         await self._limited(self._inner.put(key, data), key, len(data))
 

@@ -109,17 +109,36 @@ class S3ObjectStore:
     ) -> bytes | bytearray:
         if size is not None and size > 2 * _PART:
             return await self._get_in_ranges(key, size, on_bytes)
-        try:
-            response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
-            async with response["Body"] as body:
-                data = bytes(await body.read())
-        except _FAILURES as error:
-            self._translate(error, key)
-        if len(data) != response["ContentLength"]:
-            raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
+        data, _ = await self._get_whole(key)
         if on_bytes is not None:
             await asyncio.to_thread(on_bytes, memoryview(data))
         return data
+
+    async def get_range(self, key: str, start: int, stop: int) -> bytes:
+        try:
+            return (await self._get_whole(key, Range=f"bytes={start}-{stop - 1}"))[0] if stop > start else b""
+        except _NothingThere:
+            return b""
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        try:
+            return await self._get_whole(key, **({"IfNoneMatch": etag} if etag else {}))
+        except _NothingThere:
+            return None
+
+    async def _get_whole(self, key: str, **how: str) -> tuple[bytes, str]:
+        """What one request is answered with, and its ETag."""
+        try:
+            response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **how)
+            async with response["Body"] as body:
+                data = bytes(await body.read())
+        except _FAILURES as error:
+            if isinstance(error, ClientError) and _status(error) in (304, 416):
+                raise _NothingThere from None
+            self._translate(error, key)
+        if len(data) != response["ContentLength"]:
+            raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
+        return data, str(response["ETag"])
 
     async def put(self, key: str, data: Body) -> None:
         try:
@@ -261,7 +280,7 @@ class S3ObjectStore:
     def _translate(self, error: Exception, key: str) -> NoReturn:
         where = self._where(key)
         if isinstance(error, ClientError):
-            code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code, status = _code(error), _status(error)
             detail = error.response.get("Error", {}).get("Message") or code
             if code == "NoSuchBucket":
                 raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
@@ -315,6 +334,14 @@ def _md5(etag: str) -> str | None:
     """The MD5 in an ETag; that of a multipart upload is none."""
     value = etag.strip('"').lower()
     return value if re.fullmatch(r"[0-9a-f]{32}", value) else None
+
+
+class _NothingThere(Exception):
+    """The answer was 304 or 416: nothing new, or nothing in the range."""
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _code(error: ClientError) -> str:

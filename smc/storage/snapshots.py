@@ -13,6 +13,7 @@ from smc.pricer_config import GbmCVNNPricerConfig
 from smc.spool import CommitRecord
 from smc.storage.chain import ModelVersion
 from smc.storage.store import AsyncBlockchainModelStore
+from smc.tensor_header import model_hash
 
 __all__ = ["commit_snapshot", "load_snapshot_from_checkpoint"]
 
@@ -36,6 +37,7 @@ async def commit_snapshot(
         experiment=experiment,
         metrics=dict(metrics or {}),
         resumed_from=snapshot.resumed_from,
+        model_hash=model_hash(data),
     )
     return await store.commit(data, record)
 

@@ -9,21 +9,27 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
 from smc.errors import ConfigError, Conflict, Corrupt, NotFound
-from smc.spool import CommitRecord, Spool
+from smc.spool import CommitRecord, Spool, new_commit_id
 from smc.storage.budget import UploadBudget
-from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, parse_version_id
+from smc.storage.catalog import Catalog
+from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, check_alias, parse_version_id
 from smc.storage.ledger import Ledger
 from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
+from smc.tensor_header import TensorHeader, header_size, merged, parse_header
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
 
 _SMALL = 8 * 2**20
+# Most headers are smaller; what is read beyond one belongs to the model.
+_HEADER_GUESS = 4096
+_YOUNG = timedelta(minutes=10)
 
 
 class AsyncBlockchainModelStore:
@@ -51,6 +57,8 @@ class AsyncBlockchainModelStore:
         self._exit: AsyncExitStack | None = None
         self._objects: ObjectStore | None = None
         self._ledger: Ledger | None = None
+        self._catalog = Catalog()
+        self._catalog_lock = asyncio.Lock()
 
     @property
     def uri(self) -> str:
@@ -132,6 +140,109 @@ class AsyncBlockchainModelStore:
         blocks = await self.ledger.read_blocks(0, tail.block, end_hash=tail.parent_hash)
         return [entry for block in blocks for entry in block]
 
+    async def catalog(self) -> Catalog:
+        """Versions, aliases and collections as of now. What was read before is not read again.
+
+        Raises: Corrupt if the log does not continue what was read before: it was cut off, or another one put in its
+        place.
+        """
+        async with self._catalog_lock:
+            tail, known = await self.ledger.refresh(), self._catalog.tail
+            if tail.block < known.block or (tail.block == known.block and tail.parent_hash != known.parent_hash):
+                key, reason = block_key(known.block - 1), f"entry {known.index - 1}, which was there, is not any more"
+                raise Corrupt(f"{key}: {reason}", ((key, reason),))
+            for block in await self.ledger.read_blocks(known.block, tail.block, end_hash=tail.parent_hash):
+                self._catalog.apply(block)
+        return self._catalog
+
+    async def resolve(self, reference: str) -> ModelVersion:
+        """The version meant by a name, an alias, `head`, `head:EXPERIMENT` or a hash's beginning.
+
+        Raises: NotFound, ConfigError.
+        """
+        return (await self.catalog()).resolve(reference)
+
+    async def tag(self, alias: str, version: ModelVersion, message: str = "") -> Entry:
+        """Let an alias name this version from now on; -> the entry that says so.
+
+        Raises: ConfigError for a name that cannot be one, Conflict if the version's checkpoint is being collected.
+        """
+        check_alias(alias)
+        entry = await self._move(alias, version, message)
+        catalog = await self.catalog()
+        collected_at = catalog.collected_at(version.content_hash)
+        # Whoever collects looks for aliases after announcing it: one of the two sees the other.
+        if collected_at is not None and collected_at < entry.index:
+            if catalog.aliases.get(alias) == version:
+                await self._move(alias, None, f"{version.version_id} was collected")
+            raise Conflict(
+                f"{version.version_id} cannot be tagged: entry {collected_at} announced that its checkpoint is deleted"
+            )
+        return entry
+
+    async def untag(self, alias: str, message: str = "") -> Entry:
+        """Let an alias name nothing any more. Raises: NotFound if it names nothing."""
+        aliases = (await self.catalog()).aliases
+        if alias not in aliases:
+            raise NotFound(f"{self.uri} has no alias {alias!r}: there are {', '.join(aliases) or 'none'}")
+        return await self._move(alias, None, message)
+
+    async def _move(self, alias: str, version: ModelVersion | None, message: str) -> Entry:
+        payload = {
+            "alias": alias,
+            "counter": version.counter if version else None,
+            "content_hash": version.content_hash if version else None,
+            "message": message,
+        }
+        return await self.ledger.append(Draft("tag", new_commit_id(), payload))
+
+    async def load_model(self, version: ModelVersion) -> tuple[TensorHeader, dict[str, memoryview]]:
+        """What inference needs of a checkpoint, verified: its header, and the bytes of the tensors it names.
+
+        In ranged reads, where the entry has their hash; the whole checkpoint, where it has not. Raises: Corrupt,
+        NotFound if it was collected.
+        """
+        key = blob_key(version.content_hash)
+        if version.model_hash is None:
+            whole = memoryview(await self.load_checkpoint(version))
+            header = parse_header(whole, len(whole))
+            return header, {name: whole[p.start : p.stop] for name, p in header.for_inference().items()}
+        try:
+            header, parts, digest = await self._model_parts(key, version.size)
+        except NotFound:
+            raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
+        except Corrupt as error:
+            raise Corrupt(f"{key}: {error}", ((key, str(error)),)) from None
+        if digest != version.model_hash:
+            reason = f"the model of {version.version_id} does not have the hash in its entry"
+            raise Corrupt(f"{key}: {reason}", ((key, reason),))
+        return header, parts
+
+    async def _model_parts(self, key: str, size: int) -> tuple[TensorHeader, dict[str, memoryview], str]:
+        async def read(start: int, stop: int) -> bytes:
+            data = await retried(lambda: self.objects.get_range(key, start, stop), self._retry_delays)
+            if len(data) != stop - start:
+                raise Corrupt(f"it has {start + len(data)} bytes, its entry says {size}")
+            return data
+
+        start = await read(0, min(size, _HEADER_GUESS))
+        end = header_size(start, size)
+        if end > len(start):
+            start += await read(len(start), end)
+        header = parse_header(start, size)
+        places = header.for_inference()
+        digest = hashlib.sha256(start[: header.size])
+        parts: dict[str, memoryview] = {}
+        for first, last in merged(places.values()):
+            here = start[first:last]
+            if len(here) < last - first:
+                here += await read(first + len(here), last)
+            digest.update(here)
+            for name, place in places.items():
+                if first <= place.start and place.stop <= last:
+                    parts[name] = memoryview(here)[place.start - first : place.stop - first]
+        return header, parts, digest.hexdigest()
+
     async def load_checkpoint(self, version: ModelVersion) -> bytes | bytearray:
         """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""
         key = blob_key(version.content_hash)
@@ -167,7 +278,9 @@ class AsyncBlockchainModelStore:
             except Conflict:
                 pass
         with suppress(NotFound):
-            if (await self.objects.stat(key)).size == len(data):
+            there = await self.objects.stat(key)
+            # An old one is written again: a collector leaves alone what is young, and this is about to be committed.
+            if there.size == len(data) and datetime.now(UTC) - there.modified < _YOUNG:
                 return
         await self.objects.put(key, data)
 
@@ -178,6 +291,8 @@ class AsyncBlockchainModelStore:
             "size": size,
             **record.model_dump(include={"experiment", "step", "loss", "metrics", "message", "resumed_from"}),
         }
+        if record.model_hash is not None:
+            payload = {**payload, "model_hash": record.model_hash}
         entry = await self.ledger.append(Draft("commit", record.commit_id, payload))
         version = entry.version
         if version is None:

@@ -16,6 +16,7 @@ from smc.storage.index import SEGMENT, decode_index, index_key
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import ObjectInfo, ObjectStore
 from smc.storage.requests import retried
+from smc.tensor_header import model_hash
 
 __all__ = ["Verification", "verify_ledger"]
 
@@ -216,7 +217,7 @@ def _check_chain(
     blocks: Sequence[list[Entry] | None], head_hash: str | None, report: Verification
 ) -> tuple[list[ModelVersion], set[str]]:
     versions: list[ModelVersion] = []
-    collected: set[str] = set()
+    collected: dict[str, int] = {}
     seen: dict[str, int] = {}
     tail: Tail | None = Tail()
     for number, entries in enumerate(blocks):
@@ -236,19 +237,24 @@ def _check_chain(
                 reason = f"entry {entry.index} repeats commit_id {entry.commit_id} of entry {first}"
                 report.problems.append((block_key(number), reason))
             try:
-                version = entry.version
+                version, move = entry.version, entry.alias_move
+                collected.update(dict.fromkeys(entry.collected, entry.index))
             except Corrupt as error:
                 report.problems.append((block_key(number), str(error)))
                 continue
             if version is not None:
                 versions.append(version)
-            elif entry.kind == "collect":
-                collected.update(str(h) for h in entry.fields.get("content_hashes", []))
+            elif move is not None and move.counter is not None:
+                named = versions[move.counter].content_hash if move.counter < len(versions) else None
+                if named != move.content_hash:
+                    reason = f"entry {entry.index}: alias {move.alias} names a version that is not before it"
+                    report.problems.append((block_key(number), reason))
         # After a problem the chain is followed from what is there, so that one fault is one report.
         counter = versions[-1].counter + 1 if versions else 0
         tail = Tail(number + 1, entries[-1].index + 1, counter, entries[-1].hash)
     report.versions = len(versions)
-    return versions, collected
+    committed = {version.content_hash: version.index for version in versions}
+    return versions, {content_hash for content_hash, at in collected.items() if at > committed.get(content_hash, -1)}
 
 
 async def _check_blobs(
@@ -260,13 +266,16 @@ async def _check_blobs(
     contents: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
-    wanted = {v.content_hash: v for v in versions}
+    wanted: dict[str, list[ModelVersion]] = {}
+    for version in versions:
+        wanted.setdefault(version.content_hash, []).append(version)
     if not wanted:
         return
     sizes = {info.key: info.size async for info in objects.list("blobs/")}
     gate = asyncio.Semaphore(4)
 
-    async def one(version: ModelVersion) -> None:
+    async def one(named: Sequence[ModelVersion]) -> None:
+        version = named[-1]
         key = blob_key(version.content_hash)
         if key not in sizes:
             if version.content_hash in collected:
@@ -282,9 +291,13 @@ async def _check_blobs(
             async with gate:
                 data = await retried(lambda: objects.get(key, version.size))
                 digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+                of_model = await asyncio.to_thread(lambda: model_hash(data))
             if digest != version.content_hash:
                 report.problems.append((key, f"the bytes of {version.version_id} do not have the hash in its name"))
+            for v in named:
+                if v.model_hash not in (None, of_model) and digest == v.content_hash:
+                    report.problems.append((key, f"its model does not have the hash in the entry of {v.version_id}"))
             if progress is not None:
                 progress(1)
 
-    await asyncio.gather(*(one(v) for v in wanted.values()))
+    await asyncio.gather(*(one(named) for named in wanted.values()))

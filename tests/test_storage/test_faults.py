@@ -21,7 +21,7 @@ from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore, recover
 from smc.storage.chain import Draft
 from smc.storage.objects import MemoryObjectStore, ObjectStore
-from tests.conftest import NO_DELAYS
+from tests.conftest import NO_DELAYS, tag_draft
 from tests.faults import FAULTS, FaultStore
 
 
@@ -62,7 +62,7 @@ class History:
             await store.ledger.prepare()
             await self.commit(store, "a")
             await asyncio.gather(*(self.commit(store, name) for name in "bcd"))
-            await self.append(store, Draft("tag", "tag", {"name": "best", "version": "v0000000000"}))
+            await self.append(store, tag_draft("tag"))
             await self.commit(store, "e")
             await self.append(store, Draft("collect", "collect", {"content_hashes": []}))
         async with opened(self.objects) as store:  # opened again by another process
@@ -78,7 +78,7 @@ class History:
         async with opened(self.objects) as store:
             for version in await store.list_versions():
                 await store.load_checkpoint(version)
-            await self.append(store, Draft("tag", "untag", {"name": "best", "version": None}))
+            await self.append(store, tag_draft("untag"))
             await self.commit(store, "h")
 
 
@@ -179,7 +179,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def draft(self, kind: str) -> Draft:
         self.names += 1
-        payload: dict[str, Any] = {"x": self.names}
+        if kind == "tag":
+            return tag_draft(f"id{self.names}")
+        payload: dict[str, Any] = {"content_hashes": []}
         if kind == "commit":
             payload = {
                 "content_hash": f"{self.names:064x}",
@@ -270,7 +272,7 @@ async def _small_ledger() -> MemoryObjectStore:
     async with opened(objects) as store:
         for step in range(7):
             await store.commit(f"checkpoint {step}".encode() * 20, record(f"c{step}"))
-        await asyncio.gather(*(store.ledger.append(Draft("tag", f"t{i}", {"name": "n", "i": i})) for i in range(4)))
+        await asyncio.gather(*(store.ledger.append(tag_draft(f"t{i}")) for i in range(4)))
         await store.commit(b"last", record("last"))
     return objects
 
@@ -371,7 +373,7 @@ async def test_a_long_ledger_is_opened_and_listed_in_few_requests() -> None:
     inner = MemoryObjectStore()
     async with opened(inner) as store:
         for i in range(200):
-            await store.ledger.append(Draft("tag", f"t{i}", {}))
+            await store.ledger.append(tag_draft(f"t{i}"))
     counted = FaultStore(inner, lambda call, operation, key: None)
     async with opened(counted) as store:
         assert len(await store.list_entries()) == 200

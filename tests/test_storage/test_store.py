@@ -15,11 +15,11 @@ from smc.errors import AccessDenied, Busy, ConfigError, Conflict, Corrupt, NotFo
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.budget import UploadBudget
-from smc.storage.chain import Draft, blob_key, block_key
+from smc.storage.chain import blob_key, block_key
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import MemoryObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
-from tests.conftest import NO_DELAYS
+from tests.conftest import NO_DELAYS, tag_draft
 from tests.faults import FaultStore
 
 Opener = Callable[[], AsyncBlockchainModelStore]
@@ -53,7 +53,7 @@ async def test_versions_are_numbered_and_found(make_store: Opener) -> None:
 async def test_concurrent_commits_share_blocks_and_keep_the_order_of_the_calls(make_store: Opener) -> None:
     async with make_store() as store:
         await store.ledger.prepare()
-        drafts = [Draft("tag", f"id{i}", {"name": "n", "i": i}) for i in range(40)]
+        drafts = [tag_draft(f"id{i}") for i in range(40)]
         entries = await asyncio.gather(*(store.ledger.append(d) for d in drafts))
         assert [e.index for e in entries] == list(range(40))
         assert entries[-1].block < 5

@@ -1,0 +1,120 @@
+"""What a ledger says, replayed entry by entry: its versions, where its aliases point, what was collected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from smc.errors import ConfigError, Corrupt, NotFound
+from smc.storage.chain import AliasMove, Entry, ModelVersion, Tail, block_key, check_after, version_id
+
+__all__ = ["Catalog"]
+
+_SHORTEST_HASH = 8
+
+
+class Catalog:
+    """The state of a ledger as of `tail`. It grows by whole blocks, each checked to follow the last."""
+
+    def __init__(self) -> None:
+        self.tail = Tail()
+        self.versions: list[ModelVersion] = []
+        self.moves: list[AliasMove] = []
+        self._aliases: dict[str, int] = {}
+        self._named: dict[str, int] = {}  # by content hash: the last entry that committed it
+        self._collected: dict[str, int] = {}  # and the last that announced its deletion
+
+    def apply(self, entries: Sequence[Entry]) -> None:
+        """Take in one more block. Raises: Corrupt if it does not follow, or an entry contradicts itself."""
+        self.tail = check_after(self.tail, entries)
+        for entry in entries:
+            if (version := entry.version) is not None:
+                self.versions.append(version)
+                self._named[version.content_hash] = entry.index
+            elif (move := entry.alias_move) is not None:
+                self._check(entry, move)
+                self.moves.append(move)
+                if move.counter is None:
+                    self._aliases.pop(move.alias, None)
+                else:
+                    self._aliases[move.alias] = move.counter
+            for content_hash in entry.collected:
+                self._collected[content_hash] = entry.index
+
+    @property
+    def head(self) -> ModelVersion | None:
+        """The newest version."""
+        return self.versions[-1] if self.versions else None
+
+    @property
+    def heads(self) -> Mapping[str, ModelVersion]:
+        """The newest version of each experiment, by its name."""
+        return {version.experiment: version for version in self.versions}
+
+    @property
+    def aliases(self) -> Mapping[str, ModelVersion]:
+        """Where each alias points, by name."""
+        return {name: self.versions[counter] for name, counter in sorted(self._aliases.items())}
+
+    def aliases_of(self, version: ModelVersion) -> list[str]:
+        """The aliases that point at a version."""
+        return [name for name, counter in sorted(self._aliases.items()) if counter == version.counter]
+
+    def collected_at(self, content_hash: str) -> int | None:
+        """The entry that announced a checkpoint's deletion, unless something has committed it since."""
+        at = self._collected.get(content_hash, -1)
+        return at if at > self._named.get(content_hash, -1) else None
+
+    def resolve(self, reference: str) -> ModelVersion:
+        """The version that somebody means.
+
+        `reference` is a version (v0000000042, or 42), `head`, `head:EXPERIMENT`, an alias, or the beginning of a
+        content hash, 8 digits at least. Raises: NotFound, with what there is; ConfigError if it means several.
+        """
+        if reference == "head":
+            return self._existing(self.head, "the ledger is empty")
+        if reference.startswith("head:"):
+            names = ", ".join(sorted(self.heads)) or "none"
+            name = reference.removeprefix("head:")
+            return self._existing(self.heads.get(name), f"there is no experiment {name!r}: there are {names}")
+        if reference in self._aliases:
+            return self.versions[self._aliases[reference]]
+        digits = reference.removeprefix("v")
+        if digits.isdecimal() and digits.isascii() and (len(digits) == 10 or digits == reference):
+            counter = int(digits)
+            if counter < len(self.versions):
+                return self.versions[counter]
+            if digits != reference or len(digits) < _SHORTEST_HASH:
+                newest = "it is empty" if self.head is None else f"its newest is {self.head.version_id}"
+                raise NotFound(f"the ledger has no version {version_id(counter)}: {newest}")
+        if len(reference) >= _SHORTEST_HASH and set(reference) <= set("0123456789abcdef"):
+            return self._by_hash(reference)
+        close = difflib.get_close_matches(reference, [*self._aliases, *(f"head:{name}" for name in self.heads)])
+        hint = f"; did you mean {close[0]}?" if close else ""
+        aliases = ", ".join(sorted(self._aliases)) or "none"
+        raise NotFound(
+            f"{reference!r} is no version here: give v0000000042 or 42, head, head:EXPERIMENT, {_SHORTEST_HASH} or "
+            f"more digits of a hash, or an alias (there are: {aliases}){hint}"
+        )
+
+    def _check(self, entry: Entry, move: AliasMove) -> None:
+        if move.counter is None:
+            return
+        target = self.versions[move.counter] if move.counter < len(self.versions) else None
+        if target is None or target.content_hash != move.content_hash:
+            key = block_key(entry.block)
+            reason = f"entry {entry.index}: alias {move.alias} names a version that is not before it"
+            raise Corrupt(f"{key}: {reason}", ((key, reason),))
+
+    def _by_hash(self, prefix: str) -> ModelVersion:
+        found = [version for version in self.versions if version.content_hash.startswith(prefix)]
+        if len({version.content_hash for version in found}) > 1:
+            several = ", ".join(version.version_id for version in found[:4])
+            raise ConfigError(f"the hash {prefix} is ambiguous: {several} begin like this")
+        return self._existing(found[-1] if found else None, f"no version has a content hash that begins with {prefix}")
+
+    @staticmethod
+    def _existing(version: ModelVersion | None, otherwise: str) -> ModelVersion:
+        if version is None:
+            raise NotFound(otherwise)
+        return version
