@@ -30,15 +30,19 @@ from smc.gbm import BlackScholesConfig
 from smc.optimizer import OptimizerName, OptimizerState
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
+from smc.tensor_file import tensor_from
+from smc.tensor_header import TensorHeader, parse_header
 from smc.training import TrainingPlan
 
 __all__ = [
     "CheckpointMetadata",
     "Snapshot",
     "decode",
+    "decode_parts",
     "encode",
     "metadata_fields",
     "metadata_of",
+    "read_metadata",
     "restore",
     "tensors_of",
 ]
@@ -127,20 +131,37 @@ def decode(data: bytes | bytearray) -> Snapshot:
 
     Raises: Corrupt if these bytes are no checkpoint, ConfigError if another version of the format wrote them.
     """
+    metadata = read_metadata(parse_header(data, len(data)))
     try:
         tensors = safetensors.torch.load(data)  # type: ignore[arg-type]  # any buffer will do
-        header = orjson.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        text = header["__metadata__"][_METADATA_KEY]
-        if (written := orjson.loads(text).get("format")) != 3:
-            raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 3")
-        metadata = CheckpointMetadata.model_validate_json(text)
-    except ValidationError as error:
-        raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
-    except ConfigError:
-        raise
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except safetensors.SafetensorError as error:
         raise Corrupt(f"not a checkpoint: {error!r}") from None
     return Snapshot(tensors, metadata)
+
+
+def decode_parts(header: TensorHeader, parts: Mapping[str, memoryview]) -> Snapshot:
+    """The snapshot of some of a file's tensors, given their bytes. Raises: as `decode`."""
+    metadata = read_metadata(header)
+    return Snapshot({name: tensor_from(header.places[name], data) for name, data in parts.items()}, metadata)
+
+
+def read_metadata(header: TensorHeader) -> CheckpointMetadata:
+    """What a checkpoint says beside its tensors.
+
+    Raises: Corrupt if it does not say it, ConfigError if another version of the format wrote it.
+    """
+    text = header.metadata.get(_METADATA_KEY)
+    if text is None:
+        raise Corrupt(f"not a checkpoint: it has no {_METADATA_KEY!r} in its metadata")
+    try:
+        fields = orjson.loads(text)
+        if isinstance(fields, dict) and (written := fields.get("format")) != 3:
+            raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 3")
+        return CheckpointMetadata.model_validate_json(text)
+    except orjson.JSONDecodeError as error:
+        raise Corrupt(f"checkpoint metadata is not JSON ({error})") from None
+    except ValidationError as error:
+        raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
 
 
 def restore(

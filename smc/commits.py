@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 from torch import Tensor
 
 from smc.checkpoint import CheckpointMetadata
-from smc.errors import Busy, ConfigError, NumericsError
+from smc.errors import Busy, ConfigError, Conflict, NumericsError
 from smc.snapshots import SnapshotRing, TakenSnapshot
 from smc.spool import CommitRecord, Spool, new_commit_id
 from smc.tensor_header import model_hash
@@ -118,7 +118,10 @@ class Committer(Protocol):
         ...
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
-        """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`."""
+        """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`.
+
+        Raises: Conflict if a collector deleted it after the upload.
+        """
         ...
 
     def settled(self, outcome: CommitOutcome, experiment: str) -> None:
@@ -335,7 +338,11 @@ class BackgroundCommits:
                 watch.stop("upload")
                 if previous is not None:  # entries of one run stand in the ledger in the order of their steps
                     await asyncio.wait({previous})
-                version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+                try:
+                    version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+                except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
+                    await _patiently(lambda: committer.upload(placed))
+                    version_id = await _patiently(lambda: committer.append(record, content_hash, size))
                 watch.stop("sequence")
             outcome = CommitOutcome(request.step, "committed", version_id=version_id, content_hash=content_hash)
         except NumericsError as error:

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from smc import black_scholes
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.black_scholes import Greeks, OptionKind
+from smc.contracts import ContractsLike
+from smc.spectrum import PayoffDistribution
 
-__all__ = ["Measure", "evaluate", "price_error"]
+__all__ = ["Measure", "Predicts", "evaluate", "price_error"]
 
 Array = npt.NDArray[np.float64]
 
 # Below this, in units of spot for a volatility of 1.00, a price hardly depends on volatility and implies none.
 _LEAST_VEGA = 0.02
 _TAIL = 0.975
+
+
+class Predicts(Protocol):
+    """What can be measured: a pricer, a predictor, a served model."""
+
+    def predict_price(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> Array | Tensor:
+        """Present values. Shapes: -> (n,)."""
+        ...
+
+    def predict_distribution(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> PayoffDistribution:
+        """Distributions of the discounted payoff. Shapes: -> levels (n, N)."""
+        ...
+
+    def predict_greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> Greeks:
+        """Derivatives of the price. Shapes: -> five of (n,)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class Measure:
         return None if self.size is None else self.rmse / self.size
 
 
-def evaluate(pricer: GbmCVNNPricer, contracts: Array) -> dict[str, Measure]:
+def evaluate(pricer: Predicts, contracts: Array) -> dict[str, Measure]:
     """Every quantity that a pricer predicts, against its exact value, by name.
 
     Prices and distributions are compared in basis points of each contract's spot; W2 is the Wasserstein distance of
@@ -68,7 +88,7 @@ def evaluate(pricer: GbmCVNNPricer, contracts: Array) -> dict[str, Measure]:
     return {measure.name: measure for measure in _measures(pricer, contracts)}
 
 
-def price_error(pricer: GbmCVNNPricer, contracts: Array) -> Measure:
+def price_error(pricer: Predicts, contracts: Array) -> Measure:
     """The first of these alone: the put's price. Shapes: (n, 6)."""
     return _of_price(contracts, np.asarray(pricer.predict_price(contracts)))
 
@@ -77,7 +97,7 @@ def _of_price(contracts: Array, learnt: Array) -> Measure:
     return Measure("price", "bp of spot", (learnt - black_scholes.price(contracts)) / contracts[:, 0] * 1e4)
 
 
-def _measures(pricer: GbmCVNNPricer, contracts: Array) -> Iterator[Measure]:
+def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
     basis = 1e4 / contracts[:, 0]
     learnt = np.asarray(pricer.predict_price(contracts))
     yield _of_price(contracts, learnt)

@@ -203,7 +203,7 @@ class GbmCVNNPricer:
         T = 0 and v = 0 are exact, without the network.
         Raises: ConfigError for a contract outside the trained domain, unless outside='warn'.
         """
-        return self._predictor.price(contracts, kind, outside)
+        return self._predictor.predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
@@ -212,13 +212,13 @@ class GbmCVNNPricer:
 
         A put's is what the network learnt. A call's follows from it by reflection, which holds for log-normal prices.
         """
-        return self._predictor.distribution(contracts, kind, outside)
+        return self._predictor.predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
-        return self._predictor.greeks(contracts, kind, outside)
+        return self._predictor.predict_greeks(contracts, kind, outside=outside)
 
     @cached_property
     def _predictor(self) -> Predictor:

@@ -7,6 +7,7 @@ a GPU a million of them never leave it. There the work of a chunk is one CUDA gr
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Literal
@@ -39,15 +40,18 @@ _GRAPH_ROWS = (256, 4096, _CHUNK)
 
 
 class Predictor:
-    """A network with the scaling and domain that give its output a meaning."""
+    """A network with the scaling and domain that give its output a meaning. Any thread may ask it."""
 
     def __init__(self, model: nn.Module, scaling: Scaling, domain: Mapping[str, BoundSpec], network_size: int) -> None:
-        self._model, self._scaling, self._domain, self._size = model, scaling, domain, network_size
+        self._model, self._scaling, self.domain, self._size = model, scaling, domain, network_size
         self._device = scaling.spread.device
         self._graphs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
+        self._one_at_a_time = threading.RLock()  # of the threads that share a graph's memory
         self._capturable = self._device.type == "cuda"
 
-    def price(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Array | Tensor:
+    def predict_price(
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+    ) -> Array | Tensor:
         """Prices within the no-arbitrage bounds. Shapes: -> (n,) float64."""
         _check_kind(kind)
         table, home = self._table(contracts, outside)
@@ -55,14 +59,18 @@ class Predictor:
         value = put if kind == "put" else (put + _forward_value(table)).clamp_(min=0)
         return _returned(value, home)
 
-    def distribution(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> PayoffDistribution:
+    def predict_distribution(
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+    ) -> PayoffDistribution:
         """Valid distributions whose means are the prices. Shapes: -> levels (n, N)."""
         _check_kind(kind)
         table, home = self._table(contracts, outside)
         levels = self._put_levels if kind == "put" else self._call_levels
         return PayoffDistribution(_returned(self._in_chunks(f"{kind} levels", levels, table), home))
 
-    def greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
+    def predict_greeks(
+        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+    ) -> Greeks:
         """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
         _check_kind(kind)
         table, _ = self._table(contracts, outside)
@@ -88,7 +96,7 @@ class Predictor:
 
     def _spectrum(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Spectrum of the discounted put payoff. Shapes: (n, 6) float64 -> two of (n, bins) float64."""
-        inputs = features(table, self._domain).to(self._scaling.spread.dtype)
+        inputs = features(table, self.domain).to(self._scaling.spread.dtype)
         real, imag = self._scaling.restore(*self._model(inputs, torch.zeros_like(inputs)))
         unit = unit_of_price(table)[:, None]
         real, imag = real.double() * unit, imag.double() * unit
@@ -131,14 +139,15 @@ class Predictor:
             if n == 0:
                 return function(table)
             rows = next((r for r in _GRAPH_ROWS if r >= n), _CHUNK)
-            work = self._graph(name, function, rows) if self._capturable else function
+            with self._one_at_a_time:
+                work = self._graph(name, function, rows) if self._capturable else function
             pieces = [work(table[start : start + rows]) for start in range(0, n, rows)]
             return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _graph(self, name: str, function: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
         """`function` on up to `rows` contracts as one CUDA graph, captured once; as it is, if it cannot be."""
         if (name, rows) not in self._graphs:
-            middle = [(b.lower + b.upper) / 2 for b in (self._domain[field] for field in FIELDS)]
+            middle = [(b.lower + b.upper) / 2 for b in (self.domain[field] for field in FIELDS)]
             given = torch.tensor(middle, dtype=torch.float64, device=self._device).expand(rows, -1).contiguous()
             results: list[Tensor] = []
 
@@ -155,11 +164,12 @@ class Predictor:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
             def replayed(part: Tensor) -> Tensor:
-                done.wait()  # for a call on another stream, which uses the same memory
-                given[: len(part)] = part
-                replay()
-                answer = results[0][: len(part)].clone()
-                done.record()
+                with self._one_at_a_time:
+                    done.wait()  # for a call on another stream, which uses the same memory
+                    given[: len(part)] = part
+                    replay()
+                    answer = results[0][: len(part)].clone()
+                    done.record()
                 return answer
 
             self._graphs[name, rows] = replayed
@@ -183,7 +193,7 @@ class Predictor:
         """Whether the device sees nothing to complain of: one number read back, however many contracts."""
         if table.ndim != 2 or table.shape[1] != len(FIELDS) or len(table) == 0:
             return False
-        bounds = [self._domain[field] for field in FIELDS]
+        bounds = [self.domain[field] for field in FIELDS]
         limits = torch.tensor([[b.lower, b.upper] for b in bounds], dtype=torch.float64).to(self._device)
         low, high = torch.aminmax(table, dim=0)  # NaN in, NaN out
         return bool(((low >= limits[:, 0]) & (high <= limits[:, 1])).all())
@@ -191,9 +201,9 @@ class Predictor:
     def _checked(self, array: Array, outside: Outside) -> Array:
         learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
         inside = array if len(learnt) == len(array) else array[learnt]
-        for name, row in outside_domain(inside, self._domain).items():
+        for name, row in outside_domain(inside, self.domain).items():
             at = int(learnt[row])
-            bound = self._domain[name]
+            bound = self.domain[name]
             value = array[at, FIELDS.index(name)]
             text = (
                 f"contracts[{at}].{name} = {value:g} is outside the trained domain [{bound.lower:g}, {bound.upper:g}]"

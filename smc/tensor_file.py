@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from smc.errors import ConfigError
+from smc.tensor_header import Place, is_tensor_name
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "tensor_from"]
 
 # Tensors stand in this order of their types, the widest first, so that each is aligned; then by name.
 _TYPES = {
@@ -39,6 +40,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_BY_NAME = {name: dtype for dtype, name in _TYPES.items()}
 _ORDER = {dtype: rank for rank, dtype in enumerate(_TYPES)}
 _ALIGNMENT = 8
 
@@ -46,11 +48,13 @@ _ALIGNMENT = 8
 class Layout:
     """Where tensors of these names, types and shapes lie in a file. `size` is that of their data in bytes.
 
-    Raises: ConfigError for a type that safetensors does not have.
+    Raises: ConfigError for a type that safetensors does not have, or a name that could be a path.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
+            if not is_tensor_name(name):
+                raise ConfigError(f"a checkpoint cannot hold a tensor named {name!r}: slashes and '..' are not allowed")
             if tensor.dtype not in _TYPES:
                 raise ConfigError(
                     f"{name!r} is {tensor.dtype}, which a checkpoint cannot hold: {', '.join(_TYPES.values())}"
@@ -83,3 +87,10 @@ class Layout:
         text = orjson.dumps(fields)
         text += b" " * (-len(text) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
+
+
+def tensor_from(place: Place, data: memoryview) -> Tensor:
+    """A tensor of its own, from its bytes in a file."""
+    if not len(data):
+        return torch.empty(place.shape, dtype=_BY_NAME[place.dtype])
+    return torch.frombuffer(bytearray(data), dtype=_BY_NAME[place.dtype]).view(place.shape)

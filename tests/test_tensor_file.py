@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 from smc.tensor_file import _TYPES, Layout
+from smc.tensor_header import is_tensor_name
 
 
 def file_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -29,7 +30,7 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tens
 
 
 tensors = st.dictionaries(
-    st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable()),
+    st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable() and is_tensor_name(name)),
     st.tuples(st.sampled_from(list(_TYPES)), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 9)),
     min_size=1,
     max_size=12,
@@ -64,3 +65,11 @@ def test_a_layout_fits_what_it_was_made_for_and_nothing_else() -> None:
 def test_a_type_that_the_format_lacks_is_named() -> None:
     with pytest.raises(ConfigError, match=r"'model.w' is torch.complex128, which a checkpoint cannot hold: U64, .*F32"):
         Layout({"model.w": torch.zeros(1, dtype=torch.complex128)})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a\\b", "..", "model...w", ".hidden", "a\x00b", "a\nb", "n" * 513])
+def test_a_name_that_could_be_a_path_is_refused(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a checkpoint cannot hold a tensor named .*: slashes and '..' are not allowed"
+    ):
+        Layout({name: torch.zeros(1)})

@@ -80,7 +80,11 @@ class Catalog:
         if reference in self._aliases:
             return self.versions[self._aliases[reference]]
         digits = reference.removeprefix("v")
-        if digits.isdecimal() and digits.isascii() and (len(digits) == 10 or digits == reference):
+        if (
+            digits.isdecimal()
+            and digits.isascii()
+            and (len(digits) == 10 or (digits == reference and len(digits) < 10))
+        ):
             counter = int(digits)
             if counter < len(self.versions):
                 return self.versions[counter]

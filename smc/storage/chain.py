@@ -39,10 +39,10 @@ FORMAT: Final = 1
 GENESIS_PARENT: Final = "0" * 64
 BLOCK_DIGITS: Final = 10
 
-_HASH = re.compile(r"^[0-9a-f]{64}$")
-_HASH_PREFIX = re.compile(r"^[0-9a-f]{8,64}$")
-_VERSION = re.compile(r"^v([0-9]{10})$")
-_ALIAS = re.compile(r"^[A-Za-z][A-Za-z0-9._-]{0,63}$")
+_HASH = re.compile(r"^[0-9a-f]{64}\Z")
+_HASH_PREFIX = re.compile(r"^[0-9a-f]{8,64}\Z")
+_VERSION = re.compile(r"^v([0-9]{10})\Z")
+_ALIAS = re.compile(r"^[A-Za-z][A-Za-z0-9._-]{0,63}\Z")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -152,11 +152,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Draft:
-    """An entry before it has a place: what its submitter says, and an identity kept through retries."""
+    """An entry before it has a place: what its submitter says, and an identity kept through retries.
+
+    `vetted`: the checkpoint it names is there for certain, whatever was announced of its deletion.
+    """
 
     kind: str
     commit_id: str
     payload: Mapping[str, Any] = field(default_factory=dict)
+    vetted: bool = False
 
 
 @dataclass(frozen=True)

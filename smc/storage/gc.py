@@ -146,16 +146,21 @@ async def collect(
         if content_hash in wanted or catalog.collected_at(content_hash) is None:
             return None
         async with gate:
-            key = blob_key(content_hash)
-            try:
-                info = await retried(lambda: store.objects.stat(key))
-            except NotFound:  # another collector was faster
-                return 0
-            if datetime.now(UTC) - info.modified < policy.min_age:
-                return None
-            await retried(lambda: store.objects.delete(key))
-            return info.size
+            # Each try looks first: the store's uploads rely on a deletion that follows a look within one request.
+            return await retried(lambda: _delete_unless_young(store, blob_key(content_hash), policy.min_age))
 
     freed = await asyncio.gather(*(one(content_hash) for content_hash in plan.blobs))
     deleted = [size for size in freed if size]
     return CollectionResult(len(deleted), sum(deleted), sum(size is None for size in freed))
+
+
+async def _delete_unless_young(store: AsyncBlockchainModelStore, key: str, min_age: timedelta) -> int | None:
+    """The bytes freed, 0 if another collector was faster; None if somebody wrote it again meanwhile."""
+    try:
+        info = await store.objects.stat(key)
+    except NotFound:
+        return 0
+    if datetime.now(UTC) - info.modified < min_age:
+        return None
+    await store.objects.delete(key)
+    return info.size

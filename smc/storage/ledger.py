@@ -22,7 +22,7 @@ from typing import Final
 import orjson
 
 from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, StorageError, Unavailable
-from smc.storage.chain import Draft, Entry, Tail, block_key, build_block, check_after, parse_block, version_id
+from smc.storage.chain import Draft, Entry, Tail, blob_key, block_key, build_block, check_after, parse_block, version_id
 from smc.storage.index import SEGMENT, decode_index, encode_index, index_key
 from smc.storage.objects import ObjectStore
 from smc.storage.requests import RETRY_DELAYS, retried
@@ -61,6 +61,8 @@ class Ledger:
         self._last_version: Entry | None = None
         self._recent: OrderedDict[str, Entry] = OrderedDict()
         self._recent_versions: dict[int, Entry] = {}
+        # Content hashes whose deletion was announced, and not committed since, in what was read of the log.
+        self._announced: set[str] = set()
         self._raw: dict[int, bytes] = {}  # blocks of segments that have no index yet
         self._indexed: set[int] | None = None
         self._queue: deque[_Waiting] = deque()
@@ -236,7 +238,9 @@ class Ledger:
         self._raw[number] = b"".join(entry.line for entry in entries)
         for entry in entries:
             self._recent[entry.commit_id] = entry
+            self._announced.update(entry.collected)
             if entry.kind == "commit":
+                self._announced.discard(str(entry.fields.get("content_hash")))
                 self._last_version = entry
                 self._recent_versions[int(entry.fields["counter"])] = entry
         while len(self._recent) > _REMEMBERED:
@@ -252,7 +256,8 @@ class Ledger:
         """Append one entry, together with whatever else is waiting, and return it as stored.
 
         Entries of concurrent calls stand in the order of the calls. A commit_id that the recent ledger
-        has already returns the entry it has. Raises: Busy when too many are waiting.
+        has already returns the entry it has. Raises: Busy when too many are waiting; Conflict if the draft names a
+        checkpoint whose deletion was announced before its place in the log, unless it is `vetted`.
         """
         waiting = self._queued.get(draft.commit_id)
         if waiting is None:
@@ -347,7 +352,16 @@ class Ledger:
                 left.append(waiting)
             elif not waiting.future.done():
                 waiting.future.set_result(entry)
-        return left
+        return [waiting for waiting in left if not self._is_collected(waiting)]
+
+    def _is_collected(self, waiting: _Waiting) -> bool:
+        content_hash = waiting.draft.payload.get("content_hash")
+        if waiting.draft.vetted or content_hash not in self._announced:
+            return False
+        if not waiting.future.done():
+            waiting.future.set_exception(Conflict(f"{blob_key(str(content_hash))} is being collected"))
+            waiting.future.exception()  # retrieved: nobody may be waiting any more
+        return True
 
     async def _create_or_read(self, number: int, body: bytes) -> bytes:
         """Create block `number`, or find what is there: ours, if it equals `body`, or another writer's."""

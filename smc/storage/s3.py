@@ -29,7 +29,7 @@ from smc.storage.objects import Body, ObjectInfo
 
 __all__ = ["S3ObjectStore", "parse_uri"]
 
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 # Parts of large objects: the size, and how many travel at a time.
 _PART = 16 * 2**20
 _PARALLEL = 8

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
@@ -168,17 +169,16 @@ class AsyncBlockchainModelStore:
         Raises: ConfigError for a name that cannot be one, Conflict if the version's checkpoint is being collected.
         """
         check_alias(alias)
-        entry = await self._move(alias, version, message)
-        catalog = await self.catalog()
-        collected_at = catalog.collected_at(version.content_hash)
-        # Whoever collects looks for aliases after announcing it: one of the two sees the other.
-        if collected_at is not None and collected_at < entry.index:
-            if catalog.aliases.get(alias) == version:
-                await self._move(alias, None, f"{version.version_id} was collected")
-            raise Conflict(
-                f"{version.version_id} cannot be tagged: entry {collected_at} announced that its checkpoint is deleted"
-            )
-        return entry
+        collected_at = (await self.catalog()).collected_at(version.content_hash)
+        if collected_at is None:
+            try:
+                return await self._move(alias, version, message)
+            except Conflict:
+                # Whoever collects looks for aliases after announcing it: one of the two sees the other.
+                collected_at = (await self.catalog()).collected_at(version.content_hash)
+        raise Conflict(
+            f"{version.version_id} cannot be tagged: entry {collected_at} announced that its checkpoint is deleted"
+        )
 
     async def untag(self, alias: str, message: str = "") -> Entry:
         """Let an alias name nothing any more. Raises: NotFound if it names nothing."""
@@ -285,7 +285,10 @@ class AsyncBlockchainModelStore:
         await self.objects.put(key, data)
 
     async def append_commit(self, record: CommitRecord, content_hash: str, size: int) -> ModelVersion:
-        """Enter an uploaded checkpoint in the ledger. A commit_id that is there already is not entered again."""
+        """Enter an uploaded checkpoint in the ledger. A commit_id that is there already is not entered again.
+
+        Raises: Conflict if the checkpoint was collected after its upload: upload it again.
+        """
         payload: Mapping[str, object] = {
             "content_hash": content_hash,
             "size": size,
@@ -293,7 +296,19 @@ class AsyncBlockchainModelStore:
         }
         if record.model_hash is not None:
             payload = {**payload, "model_hash": record.model_hash}
-        entry = await self.ledger.append(Draft("commit", record.commit_id, payload))
+        draft = Draft("commit", record.commit_id, payload)
+        try:
+            entry = await self.ledger.append(draft)
+        except Conflict:
+            # An equal one is being collected. A collector that looked before this upload deletes what it saw within
+            # its next request; one that looks later sees that it is young.
+            await asyncio.sleep(2 * self._timeout)
+            try:
+                await retried(lambda: self.objects.stat(blob_key(content_hash)), self._retry_delays)
+            except NotFound:
+                reason = "was collected between its upload and its entry: upload it again"
+                raise Conflict(f"{self.uri}: {blob_key(content_hash)} {reason}") from None
+            entry = await self.ledger.append(replace(draft, vetted=True))
         version = entry.version
         if version is None:
             raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
@@ -301,8 +316,10 @@ class AsyncBlockchainModelStore:
 
     async def commit(self, data: Body, record: CommitRecord) -> ModelVersion:
         """Upload a checkpoint and enter it in the ledger."""
-        content_hash, size = await self.upload(data)
-        return await self.append_commit(record, content_hash, size)
+        try:
+            return await self.append_commit(record, *await self.upload(data))
+        except Conflict:
+            return await self.append_commit(record, *await self.upload(data))
 
     async def verify(self, *, blobs: bool = False, full: bool = False) -> Verification:
         """Check the whole ledger; see `smc.storage.verify`."""
