@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from jobs.pictures import draw_errors, draw_quantiles
+from smc.pictures import draw_errors, draw_quantiles
 from jobs.recipes import read_sweep
 from jobs.session import run_job
 from jobs.sweep import newest_versions, report, run_experiments

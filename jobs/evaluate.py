@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from jobs.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
+from smc.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from jobs.session import run_job
 from jobs.sweep import newest_versions
 from smc.black_scholes import Greeks

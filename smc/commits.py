@@ -25,7 +25,6 @@ from smc.checkpoint import CheckpointMetadata
 from smc.errors import Busy, ConfigError, Conflict, NumericsError
 from smc.snapshots import SnapshotRing, TakenSnapshot
 from smc.spool import CommitRecord, Spool, new_commit_id
-from smc.tensor_header import model_hash
 
 __all__ = [
     "DEFAULT_MESSAGE",
@@ -402,7 +401,7 @@ class _Pending:
             loss=snapshot.loss,
             experiment=request.experiment,
             resumed_from=request.resumed_from,
-            model_hash=model_hash(data),
+            model_hash=snapshot.model_hash(data),
         )
         return record, data
 

@@ -111,6 +111,10 @@ class TakenSnapshot:
         whole[first : slot.start] = header
         return whole[first:last]
 
+    def model_hash(self, file: memoryview) -> str | None:
+        """The hash of what inference reads of `file`."""
+        return self._slot.layout.model_hash(file)
+
     def release(self) -> None:
         """Give the memory back. Nothing may use `file` any more; doing it twice does no harm."""
         slot, self._slot = self._slot, None  # type: ignore[assignment]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smc.errors import ConfigError
-from smc.tensor_header import Place, is_tensor_name
+from smc.tensor_header import FOR_INFERENCE, Place, hash_of_spans, is_tensor_name, merged
 
 __all__ = ["Layout", "tensor_from"]
 
@@ -65,6 +65,9 @@ class Layout:
             tensor = tensors[name]
             start, self.size = self.size, self.size + tensor.numel() * tensor.element_size()
             self._places[name] = start, self.size, tensor.dtype, tensor.shape
+        places = [Place("", (), *self._places[name][:2]) for name in self._places if name.startswith(FOR_INFERENCE)]
+        self._for_inference = merged(places)
+        self._has_model = any(name.startswith("model.") for name in self._places)
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these tensors have the names, types and shapes that it was made for."""
@@ -78,6 +81,12 @@ class Layout:
         return {
             name: data[start:stop].view(dtype).view(shape) for name, (start, stop, dtype, shape) in self._places.items()
         }
+
+    def model_hash(self, file: memoryview) -> str | None:
+        """`smc.tensor_header.model_hash` of a file of this layout, without reading its header again."""
+        size = 8 + int.from_bytes(file[:8], "little")
+        spans = ((size + start, size + stop) for start, stop in self._for_inference)
+        return hash_of_spans(file, size, spans) if self._has_model else None
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """What stands before the data in the file."""

@@ -18,9 +18,11 @@ import orjson
 from smc.errors import Corrupt
 
 __all__ = [
+    "FOR_INFERENCE",
     "ITEM_SIZES",
     "Place",
     "TensorHeader",
+    "hash_of_spans",
     "header_size",
     "is_tensor_name",
     "merged",
@@ -38,7 +40,7 @@ ITEM_SIZES: Final[Mapping[str, int]] = {
 # As the reference implementation has it: nobody needs more, and a hostile length field would ask for it.
 _LARGEST_HEADER = 100_000_000
 _NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,512}")
-_FOR_INFERENCE = ("model.", "scaling.")
+FOR_INFERENCE: Final = ("model.", "scaling.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class TensorHeader:
 
     def for_inference(self) -> Mapping[str, Place]:
         """The tensors that a prediction needs, in the file's order: the model's and its scaling."""
-        return {name: place for name, place in self.places.items() if name.startswith(_FOR_INFERENCE)}
+        return {name: place for name, place in self.places.items() if name.startswith(FOR_INFERENCE)}
 
 
 def is_tensor_name(name: str) -> bool:
@@ -139,9 +141,14 @@ def model_hash(data: bytes | bytearray | memoryview) -> str | None:
         return None
     if not any(name.startswith("model.") for name in header.places):
         return None
-    digest = hashlib.sha256(view[: header.size])
-    for start, stop in merged(header.for_inference().values()):
-        digest.update(view[start:stop])
+    return hash_of_spans(view, header.size, merged(header.for_inference().values()))
+
+
+def hash_of_spans(file: memoryview, header_size: int, spans: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 of a header and these bytes behind it."""
+    digest = hashlib.sha256(file[:header_size])
+    for start, stop in spans:
+        digest.update(file[start:stop])
     return digest.hexdigest()
 
 

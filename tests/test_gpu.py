@@ -316,7 +316,7 @@ def losses_of(
         if eager:
             patch.setattr(TrainingStep, "_captured", lambda self: None)
         read = TrainingStep.losses
-        patch.setattr(TrainingStep, "losses", lambda self: found.extend(new := read(self)) or new)
+        patch.setattr(TrainingStep, "losses", lambda self, through: found.extend(new := read(self, through)) or new)
         pricer.train(training)
     return found, pricer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 from smc.tensor_file import _TYPES, Layout
-from smc.tensor_header import is_tensor_name
+from smc.tensor_header import is_tensor_name, model_hash
 
 
 def file_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -30,7 +30,9 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> Tens
 
 
 tensors = st.dictionaries(
-    st.text(max_size=8).filter(lambda name: name != "__metadata__" and name.isprintable() and is_tensor_name(name)),
+    (st.text(max_size=8) | st.sampled_from(["model.w", "model.b", "scaling.mean", "rng.cpu"])).filter(
+        lambda name: name != "__metadata__" and name.isprintable() and is_tensor_name(name)
+    ),
     st.tuples(st.sampled_from(list(_TYPES)), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 9)),
     min_size=1,
     max_size=12,
@@ -42,7 +44,9 @@ tensors = st.dictionaries(
 def test_the_bytes_are_those_of_the_library(drawn: dict[str, tuple[torch.dtype, list[int], int]], text: str) -> None:
     given_tensors = {name: random_tensor(dtype, tuple(shape), seed) for name, (dtype, shape, seed) in drawn.items()}
     metadata = {"of": text}
-    assert file_of(given_tensors, metadata) == safetensors.torch.save(given_tensors, metadata=metadata)
+    data = file_of(given_tensors, metadata)
+    assert data == safetensors.torch.save(given_tensors, metadata=metadata)
+    assert Layout(given_tensors).model_hash(memoryview(data)) == model_hash(data)
 
 
 def test_tensors_that_do_not_lie_in_order_are_written_in_order() -> None:

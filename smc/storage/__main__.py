@@ -1,6 +1,6 @@
 """The ledger's command line: `python -m smc.storage COMMAND BUCKET`.
 
-Exit status: 0 fine, 1 the ledger is corrupt, 2 the command could not be carried out.
+Exit status: 0 fine, 1 the ledger is corrupt, 2 the command could not be carried out. `--json` prints for programs.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
-
-import orjson
 
 from smc.command_line import exit_status
-from smc.spool import Spool
-from smc.storage.chain import ModelVersion
+from smc.storage import commands
 from smc.storage.dev_server import DevServer
-from smc.storage.store import AsyncBlockchainModelStore, recover
+from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["main"]
 
 
 # The demo's bucket, and those that the examples name.
 _DEV_BUCKETS = ("spectralmc", "my-model-bucket", "prod-models", "experiments-2025", "my-models")
+_VERSION = "v0000000042, 42, head, head:EXPERIMENT, an alias, or the beginning of a hash"
+
+Command = Callable[[AsyncBlockchainModelStore, argparse.Namespace], Awaitable[int]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,32 +40,83 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m smc.storage", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m smc.storage", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is retried")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def on_ledger(
-        name: str, help: str, command: Callable[[AsyncBlockchainModelStore, argparse.Namespace], Awaitable[int]]
-    ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def on_ledger(name: str, command: Command, *, only_prints: bool = False) -> argparse.ArgumentParser:
+        about = (command.__doc__ or "").strip()
+        sub = subparsers.add_parser(name, help=about, description=about)
         sub.add_argument("bucket", help="bucket, or s3://bucket/prefix")
         sub.add_argument("--json", action="store_true", help="print JSON")
-        only_prints = command in (_list_versions, _inspect)
         sub.set_defaults(run=lambda options: asyncio.run(_with_store(command, options)), may_be_cut=only_prints)
         return sub
 
-    verify = on_ledger("verify", "recompute every hash of the ledger", _verify)
-    verify.add_argument("--blobs", action="store_true", help="the bytes of every checkpoint too")
-    verify.add_argument("--full", action="store_true", help="read every block, whatever the server says of it")
-    listing = on_ledger("list-versions", "list the versions, oldest first", _list_versions)
-    listing.add_argument("--experiment", help="only this experiment's")
-    listing.add_argument("--last", type=int, metavar="N", help="only the newest N")
-    inspect = on_ledger("inspect", "show one version, its configuration and tensors", _inspect)
-    inspect.add_argument("version", nargs="?", help="like v0000000042; the newest if left out")
-    recovery = on_ledger("recover", "commit what the local spool keeps for this ledger", _recover)
-    recovery.add_argument("--spool", type=Path, help="the spool directory (default: SMC_SPOOL_DIR or ~/.smc/spool)")
+    sub = on_ledger("verify", commands.verify)
+    sub.add_argument("--blobs", action="store_true", help="the bytes of every checkpoint too")
+    sub.add_argument("--full", action="store_true", help="read every block, whatever the server says of it")
+    on_ledger("find-corruption", commands.find_corruption)
 
-    server = commands.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
+    sub = on_ledger("list-versions", commands.list_versions, only_prints=True)
+    sub.add_argument("--experiment", help="only this experiment's")
+    sub.add_argument("--message", metavar="TEXT", help="only those whose message contains this")
+    sub.add_argument("--tag", metavar="ALIAS", help="only the one that this alias names")
+    sub.add_argument(
+        "--since", type=_time, metavar="TIME", help="2026-11-25, 2026-11-25T10:00 (UTC), or 90m, 2h, 3d ago"
+    )
+    sub.add_argument("--until", type=_time, metavar="TIME")
+    sub.add_argument("--last", type=int, metavar="N", help="only the newest N")
+    sub = on_ledger("inspect", commands.inspect, only_prints=True)
+    sub.add_argument("version", nargs="?", help=f"{_VERSION}; the newest if left out")
+    sub = on_ledger("diff", commands.diff, only_prints=True)
+    sub.add_argument("a", help=_VERSION)
+    sub.add_argument("b", help="another")
+    sub = on_ledger("lineage", commands.lineage)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="a picture too: .png, .svg or .pdf")
+
+    for name, command in (("tag", commands.tag), ("untag", commands.untag), ("rollback", commands.rollback)):
+        sub = on_ledger(name, command)
+        sub.add_argument("name", help="the alias")
+        if name != "untag":
+            sub.add_argument("version", nargs="?" if name == "rollback" else None, help=_VERSION)
+        sub.add_argument("--message", default="", help="why, for the ledger")
+    sub = on_ledger("export", commands.export)
+    sub.add_argument("version", help=_VERSION)
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--force", action="store_true", help="replace the file")
+    sub = on_ledger("import", commands.import_)
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--experiment", default="", help="the experiment it belongs to")
+    sub.add_argument("--message", default="", help="for the ledger")
+    sub = on_ledger("recover", commands.recover_spool)
+    sub.add_argument("--spool", type=Path, help="the spool directory (default: SMC_SPOOL_DIR or ~/.smc/spool)")
+
+    for name, command in (("gc-preview", commands.gc_preview), ("gc-run", commands.gc_run)):
+        sub = on_ledger(name, command)
+        sub.add_argument("keep", type=int, help="how many of the newest versions keep their checkpoints")
+        sub.add_argument("--protect-tags", type=_names, default=[], metavar="5,12,BEST", help="keep these versions too")
+        sub.add_argument("--lineage", action="store_true", help="keep what a kept version was resumed from, and so on")
+        sub.add_argument("--no-heads", action="store_true", help="do not keep the newest version of each experiment")
+        sub.add_argument(
+            "--min-age",
+            type=_age,
+            default=timedelta(hours=1),
+            metavar="AGE",
+            help="leave what is younger, like 90m or 2d (default: 1h); less than 1h only while nobody commits",
+        )
+        if name == "gc-run":
+            sub.add_argument("--yes", action="store_true", help="really delete")
+
+    sub = on_ledger("tensorboard-log", commands.tensorboard_log)
+    sub.add_argument("--log-dir", type=Path, default=Path("runs"), help="where TensorBoard looks (default: runs)")
+    sub = on_ledger("report", commands.report)
+    sub.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    sub.add_argument("--contracts", type=int, default=2048, help="sample for the comparison with the closed form")
+    sub.add_argument("--blobs", action="store_true", help="verify the bytes of every checkpoint")
+
+    server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
     server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")
     server.add_argument("--port", type=int, help="the S3 port (default: the last one, or a free one)")
     server.add_argument(
@@ -75,79 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-async def _with_store(
-    command: Callable[[AsyncBlockchainModelStore, argparse.Namespace], Awaitable[int]], options: argparse.Namespace
-) -> int:
+async def _with_store(command: Command, options: argparse.Namespace) -> int:
     async with AsyncBlockchainModelStore(options.bucket) as store:
         return await command(store, options)
-
-
-async def _verify(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> int:
-    report = await store.verify(blobs=options.blobs, full=options.full)
-    if options.json:
-        _print_json({**vars(report), "ok": report.ok})
-    else:
-        for key, reason in report.problems:
-            print(f"{key}: {reason}")
-        checked = "bytes checked" if options.blobs else "sizes checked"
-        print(
-            f"{'ok' if report.ok else 'CORRUPT'}: {report.versions} versions, {report.entries} entries in "
-            f"{report.blocks} blocks, {report.blobs} checkpoints ({checked}), {report.collected} collected, "
-            f"{len(report.problems)} problems"
-        )
-    return 0 if report.ok else 1
-
-
-async def _list_versions(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> int:
-    versions = await store.list_versions()
-    if options.experiment is not None:
-        versions = [v for v in versions if v.experiment == options.experiment]
-    if options.last is not None:
-        versions = versions[max(0, len(versions) - options.last) :]
-    if options.json:
-        _print_json([_as_json(v) for v in versions])
-        return 0
-    print(f"{'version':<12}{'time (UTC)':<21}{'experiment':<14}{'step':>8}  {'loss':>10}  {'hash':<9} message")
-    for v in versions:
-        loss = "" if v.loss is None else f"{v.loss:.3e}"
-        print(
-            f"{v.version_id:<12}{v.timestamp:%Y-%m-%d %H:%M:%S}  {v.experiment:<14}{v.step:>8}  {loss:>10}  "
-            f"{v.content_hash[:8]}  {v.commit_message}"
-        )
-    return 0
-
-
-async def _inspect(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> int:
-    version = await (store.get_version(options.version) if options.version else store.get_head())
-    if version is None:
-        print(f"{store.uri} is empty")
-        return 0
-    from smc.checkpoint import decode
-
-    snapshot = decode(await store.load_checkpoint(version))
-    shapes = {name: [str(t.dtype).removeprefix("torch."), *t.shape] for name, t in snapshot.tensors.items()}
-    metadata = snapshot.metadata.model_dump(mode="json")
-    if options.json:
-        _print_json({"version": _as_json(version), "checkpoint": metadata, "tensors": shapes})
-        return 0
-    for name, value in _as_json(version).items():
-        print(f"{name:<16}{value}")
-    for name, value in metadata.items():
-        print(f"{name:<16}{orjson.dumps(value).decode()}")
-    for name, (dtype, *shape) in sorted(shapes.items()):
-        print(f"  {name:<52}{dtype:<10}{' x '.join(map(str, shape))}")
-    return 0
-
-
-async def _recover(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> int:
-    versions = await recover(store, Spool(options.spool))
-    if options.json:
-        _print_json([_as_json(v) for v in versions])
-        return 0
-    for v in versions:
-        print(f"{v.version_id}  step {v.step}  {v.content_hash[:8]}  {v.commit_message}")
-    print(f"{len(versions)} commits recovered into {store.uri}")
-    return 0
 
 
 def _dev_server(options: argparse.Namespace) -> int:
@@ -163,17 +144,27 @@ def _dev_server(options: argparse.Namespace) -> int:
             return 0
 
 
-def _as_json(version: ModelVersion) -> dict[str, Any]:
-    return {"version": version.version_id, **version.model_dump(mode="json")}
+def _names(text: str) -> list[str]:
+    return [name for part in text.split(",") if (name := part.strip())]
 
 
-def _print_json(value: object) -> None:
-    def plain(item: object) -> object:
-        if isinstance(item, datetime):
-            return item.isoformat()
-        raise TypeError(type(item).__name__)
+def _age(text: str) -> timedelta:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None or (not match[2] and float(match[1])):
+        raise argparse.ArgumentTypeError(f"{text!r} is no age: like 45s, 90m, 2h or 3d")
+    return timedelta(**{{"s": "seconds", "m": "minutes", "h": "hours"}.get(match[2], "days"): float(match[1])})
 
-    print(orjson.dumps(value, default=plain, option=orjson.OPT_INDENT_2).decode())
+
+def _time(text: str) -> datetime:
+    if re.fullmatch(r"[\d.]+[smhd]", text):
+        return datetime.now(UTC) - _age(text)
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time: like 2026-11-25, 2026-11-25T10:00, or 2h for two hours ago"
+        ) from None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class Catalog:
         self.tail = Tail()
         self.versions: list[ModelVersion] = []
         self.moves: list[AliasMove] = []
+        self.ends: list[str] = []  # the hash of each block's last entry
         self._aliases: dict[str, int] = {}
         self._named: dict[str, int] = {}  # by content hash: the last entry that committed it
         self._collected: dict[str, int] = {}  # and the last that announced its deletion
@@ -27,6 +28,7 @@ class Catalog:
     def apply(self, entries: Sequence[Entry]) -> None:
         """Take in one more block. Raises: Corrupt if it does not follow, or an entry contradicts itself."""
         self.tail = check_after(self.tail, entries)
+        self.ends.append(entries[-1].hash)
         for entry in entries:
             if (version := entry.version) is not None:
                 self.versions.append(version)
@@ -55,6 +57,16 @@ class Catalog:
     def aliases(self) -> Mapping[str, ModelVersion]:
         """Where each alias points, by name."""
         return {name: self.versions[counter] for name, counter in sorted(self._aliases.items())}
+
+    def before(self, alias: str) -> ModelVersion:
+        """The version that an alias named before the one it names now. Raises: NotFound."""
+        moves = [move.counter for move in self.moves if move.alias == alias]
+        if not moves:
+            raise NotFound(f"there is no alias {alias!r}: there are {', '.join(self.aliases) or 'none'}")
+        earlier = [counter for counter in moves if counter is not None and counter != moves[-1]]
+        if not earlier:
+            raise NotFound(f"alias {alias!r} has named no other version before: give one")
+        return self.versions[earlier[-1]]
 
     def aliases_of(self, version: ModelVersion) -> list[str]:
         """The aliases that point at a version."""
