@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from smc.pictures import draw_errors, draw_quantiles
 from jobs.recipes import read_sweep
 from jobs.session import run_job
 from jobs.sweep import newest_versions, report, run_experiments
@@ -27,6 +26,7 @@ from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
 from smc.evaluation import evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
+from smc.pictures import draw_errors, draw_quantiles
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 from smc.storage.dev_server import DevServer

@@ -10,28 +10,24 @@ compared with QuantLib's as well.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
 import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from smc.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from jobs.session import run_job
-from jobs.sweep import newest_versions
 from smc.black_scholes import Greeks
 from smc.contracts import FIELDS
-from smc.errors import ConfigError
 from smc.evaluation import Measure, evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
+from smc.page import facts, figure, page, png, table
+from smc.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 
@@ -39,6 +35,10 @@ __all__ = ["main", "quantlib_values"]
 
 Array = npt.NDArray[np.float64]
 
+_LEGEND = (
+    "Prices and distributions in basis points of each contract's spot; Greeks are the put's, per unit of spot, of "
+    "volatility and of rate, and per year."
+)
 _COLUMNS = ("quantity", "unit", "RMSE", "of mean", "99 %", "maximum", "against QuantLib", "worst contract")
 
 
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ledger", required=True, help="bucket or s3://bucket/prefix")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--version", help="like v0000000042 (default: the newest)")
+    which.add_argument("--version", help="a version, hash or alias (default: the newest)")
     which.add_argument("--experiment", help="the newest version of this experiment")
     parser.add_argument("--contracts", type=_positive, default=8192, help="how many are drawn")
     parser.add_argument("--seed", type=int, default=20_261_123, help="of the sample")
@@ -76,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_table(rows)
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = _pictures(evaluation)
-        for name, (_, png) in pictures.items():
-            (options.out / f"{name}.png").write_bytes(png)
+        for name, (_, image) in pictures.items():
+            (options.out / f"{name}.png").write_bytes(image)
         (options.out / "report.html").write_text(_page(evaluation, rows, pictures), encoding="utf-8")
         (options.out / "evaluation.json").write_text(json.dumps(_as_json(evaluation), indent=1))
         print(f"\n{options.out / 'report.html'}, with its pictures and evaluation.json beside it")
@@ -96,8 +96,9 @@ def _positive(text: str) -> int:
 
 
 async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namespace) -> Evaluation:
-    versions = await store.list_versions()
-    version = _chosen(versions, options, store.uri)
+    reference = options.version or (f"head:{options.experiment}" if options.experiment else "head")
+    catalog = await store.catalog()
+    versions, version = catalog.versions, catalog.resolve(reference)
     pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, version))
     contracts = SobolSampler(pricer.domain, seed=options.seed).sample(options.contracts)
     print(f"{version.version_id} of {store.uri}: {version.experiment}, step {version.step}, {version.commit_message}")
@@ -115,23 +116,6 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
             curve.append((earlier.step, price_error(then, inside).rmse))
     quantlib = _against_quantlib(pricer, contracts) if importlib.util.find_spec("QuantLib") else {}
     return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
-
-
-def _chosen(versions: Sequence[ModelVersion], options: argparse.Namespace, uri: str) -> ModelVersion:
-    if not versions:
-        raise ConfigError(f"{uri} has no versions")
-    if options.version is not None:
-        found = [v for v in versions if v.version_id == options.version]
-        if not found:
-            first, last = versions[0].version_id, versions[-1].version_id
-            raise ConfigError(f"{uri} has no version {options.version!r}: it has {first} to {last}")
-        return found[0]
-    if options.experiment is not None:
-        newest = newest_versions(versions)
-        if options.experiment not in newest:
-            raise ConfigError(f"{uri} has no experiment {options.experiment!r}: it has {', '.join(sorted(newest))}")
-        return newest[options.experiment]
-    return versions[-1]
 
 
 def quantlib_values(contracts: Array) -> tuple[Array, Greeks]:
@@ -190,10 +174,10 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG, by name."""
     pricer, contracts, measures = evaluation.pricer, evaluation.contracts, evaluation.measures
     pictures = {}
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("price", "implied volatility"), strict=True):
+    drawn = Figure(figsize=(12.5, 5), layout="constrained")
+    for axes, name in zip(drawn.subplots(1, 2), ("price", "implied volatility"), strict=True):
         draw_errors(axes, contracts, measures[name].errors, f"learnt minus exact {name}, {measures[name].unit}")
-    pictures["errors"] = ("Where the errors lie: every contract of the sample, put prices.", _png(figure))
+    pictures["errors"] = ("Where the errors lie: every contract of the sample, put prices.", png(drawn))
 
     # From what is typical to the worst, by the distance of the whole distribution.
     order = np.argsort(measures["W2, put"].errors)
@@ -204,14 +188,14 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
         ("quantiles", draw_quantiles, "Payoff distributions of puts, as quantile functions"),
         ("spectrum", draw_spectrum, "The same as spectra, the training target"),
     ):
-        figure = Figure(figsize=(12.5, 9), layout="constrained")
-        for axes, rank, contract, row in zip(figure.subplots(2, 2).flat, ranks, chosen, levels, strict=True):
+        drawn = Figure(figsize=(12.5, 9), layout="constrained")
+        for axes, rank, contract, row in zip(drawn.subplots(2, 2).flat, ranks, chosen, levels, strict=True):
             draw(axes, contract, row)
             axes.set_title(f"{rank} W2 error\n{axes.get_title()}", fontsize=9)
-        pictures[name] = (f"{caption}: contracts by the rank of their W2 error.", _png(figure))
+        pictures[name] = (f"{caption}: contracts by the rank of their W2 error.", png(drawn))
 
-    figure = Figure(figsize=(12.5, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    drawn = Figure(figsize=(12.5, 4.5), layout="constrained")
+    left, right = drawn.subplots(1, 2)
     losses = [(v.step, v.loss) for v in evaluation.history if v.loss]
     draw_learning(left, [step for step, _ in losses], [loss for _, loss in losses], "loss of the step")
     steps, errors = zip(*evaluation.curve, strict=True)
@@ -219,21 +203,15 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
     pictures["learning"] = (
         f"The {len(evaluation.history)} versions of {evaluation.version.experiment!r} in the ledger up to this one: "
         f"their losses, and {len(evaluation.curve)} of them loaded back and measured.",
-        _png(figure),
+        png(drawn),
     )
     return pictures
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mapping[str, tuple[str, bytes]]) -> str:
     version, pricer = evaluation.version, evaluation.pricer
     domain = ", ".join(f"{name} {pricer.domain[name].lower:g} to {pricer.domain[name].upper:g}" for name in FIELDS)
-    facts = {
+    about = {
         "ledger": evaluation.ledger,
         "message": version.commit_message,
         "committed": f"{version.timestamp:%Y-%m-%d %H:%M:%S} UTC",
@@ -243,38 +221,10 @@ def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mappi
         "domain": domain,
         "sample": f"{len(evaluation.contracts):,} contracts, scrambled Sobol",
     }
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in _COLUMNS)
-    body = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    figures = "\n".join(
-        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for name, (caption, png) in pictures.items()
-    )
-    about = "\n".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
-    title = html.escape(f"{version.version_id}: {version.experiment}, step {version.step}")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ text-align: right; padding: 3px 10px; border-bottom: 1px solid #ddd; white-space: nowrap }}
-th:nth-child(-n+2), td:nth-child(-n+2), th:last-child, td:last-child {{ text-align: left }}
-td:last-child {{ font-size: 12px; color: #555 }}
-.wide {{ overflow-x: auto }}
-dl {{ display: grid; grid-template-columns: max-content auto; gap: 2px 16px }}
-dd {{ margin: 0; overflow-wrap: anywhere }}
-figure {{ margin: 2.5em 0 }} img {{ max-width: 100% }} figcaption {{ color: #555 }}
-</style></head><body>
-<h1>{title}</h1>
-<dl>{about}</dl>
-<h2>Learnt minus exact</h2>
-<p>Prices and distributions in basis points of each contract's spot; Greeks are the put's, per unit of spot, of
-volatility and of rate, and per year.</p>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>
-{body}
-</tbody></table></div>
-{figures}
-</body></html>
-"""
+    title = f"{version.version_id}: {version.experiment}, step {version.step}"
+    styles = dict.fromkeys(_COLUMNS, "") | {"quantity": "text", "unit": "text", "worst contract": "text small"}
+    figures = [figure(name, caption, image) for name, (caption, image) in pictures.items()]
+    return page(title, facts(about), f"<h2>Learnt minus exact</h2><p>{_LEGEND}</p>", table(styles, rows), *figures)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, object]:

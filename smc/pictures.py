@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from smc import black_scholes
 from smc.contracts import FIELDS
+from smc.errors import ConfigError
 
-__all__ = ["draw_errors", "draw_learning", "draw_quantiles", "draw_spectrum", "in_words"]
+if TYPE_CHECKING:
+    from smc.storage.chain import ModelVersion
+    from smc.storage.history import Run
+
+__all__ = [
+    "draw_errors",
+    "draw_learning",
+    "draw_quantiles",
+    "draw_runs",
+    "draw_spectrum",
+    "in_words",
+    "save_lineage",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -59,11 +75,69 @@ def draw_spectrum(axes: Axes, contract: Array, levels: Array) -> None:
     axes.legend(frameon=False)
 
 
-def draw_learning(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str) -> None:
-    """A quantity by training step, one point a version."""
-    axes.semilogy(steps, values, color=_LEARNT, marker="o", ms=4, lw=1.2)
+def draw_learning(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, *, name: str | None = None
+) -> None:
+    """A quantity by training step, one point a version; of several experiments each has a colour and a name."""
+    colour = _LEARNT if name is None else None
+    axes.semilogy(steps, values, color=colour, marker="o", ms=4 if name is None else 2.5, lw=1.2, label=name)
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3, which="both")
+
+
+def draw_runs(
+    axes: Axes, runs: Sequence[Run], aliases: Mapping[str, ModelVersion], *, by: Literal["time", "version"]
+) -> None:
+    """Versions as dots, by when they were committed (a lane an experiment) or by their number (a lane a run).
+
+    Lines lead from a version to the run that was resumed from it; aliases stand at the versions they name.
+    """
+    lanes: dict[str, int] = {}
+    places: dict[int, tuple[Any, int]] = {}
+    colours: dict[str, Any] = {}
+    for number, run in enumerate(runs):
+        lane = number if by == "version" else lanes.setdefault(run.experiment, len(lanes))
+        at: list[Any] = [v.counter if by == "version" else v.timestamp for v in run.versions]
+        places |= {v.counter: (x, lane) for v, x in zip(run.versions, at, strict=True)}
+        (line,) = axes.plot(at, [lane] * len(at), marker="o", ms=4, lw=1.2, color=colours.get(run.experiment))
+        colours[run.experiment] = line.get_color()
+        if run.origin is not None and run.origin.counter in places and by == "version":
+            x, origin = places[run.origin.counter]
+            axes.annotate(
+                "",
+                (at[0], lane),
+                (x, origin),
+                arrowprops={"arrowstyle": "->", "color": "0.5", "connectionstyle": "arc3,rad=0.1"},
+            )
+    # Aliases of one version share a label; neighbours' stand at different heights.
+    named: dict[int, list[str]] = {}
+    for alias, version in aliases.items():
+        if version.counter in places:
+            named.setdefault(version.counter, []).append(alias)
+    for row, (counter, names) in enumerate(sorted(named.items())):
+        axes.annotate(
+            ", ".join(names),
+            places[counter],
+            (0, 9 + 11 * (row % 2)),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "lightyellow", "ec": "0.6", "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.5},
+        )
+    labels = [run.experiment for run in runs] if by == "version" else list(lanes)
+    axes.set_yticks(range(len(labels)), [label or "(no experiment)" for label in labels], fontsize=8)
+    axes.set(xlabel="version" if by == "version" else "committed (UTC)", ylim=(len(labels) - 0.4, -0.9))
+    axes.grid(axis="x", alpha=0.3)
+
+
+def save_lineage(path: Path, runs: Sequence[Run], aliases: Mapping[str, ModelVersion]) -> None:
+    """A picture of what was resumed from what, in the format that the file's name says. Raises: ConfigError."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{path}: a picture is a .png, .svg or .pdf")
+    figure = Figure(figsize=(12.5, 1.6 + 0.3 * len(runs)), layout="constrained")
+    draw_runs(figure.subplots(), runs, aliases, by="version")
+    figure.savefig(path, dpi=110)
 
 
 def in_words(contract: Array) -> str:

@@ -46,7 +46,7 @@ async def verify(store: Store, options: Options) -> int:
 
 
 async def find_corruption(store: Store, options: Options) -> int:
-    """Read every byte; say what is damaged, whom that concerns, and the newest version of each experiment that is whole."""
+    """Read every byte; say what is damaged, which versions that concerns, and what is still whole."""
     report = await store.verify(blobs=True, full=True)
     if report.ok:
         if options.json:
@@ -70,9 +70,8 @@ async def find_corruption(store: Store, options: Options) -> int:
         return 1
     print(f"{len(affected)} versions cannot be loaded: {', '.join(v.version_id for v in affected[:12])}")
     for version in sound:
-        print(
-            f"newest whole version of {version.experiment or '(no experiment)'}: {version.version_id}, step {version.step}"
-        )
+        name = version.experiment or "(no experiment)"
+        print(f"newest whole version of {name}: {version.version_id}, step {version.step}")
     return 1
 
 
@@ -406,16 +405,17 @@ async def tensorboard_log(store: Store, options: Options) -> int:
 
 async def report(store: Store, options: Options) -> int:
     """One self-contained page about the ledger."""
-    from smc.storage.report import write_report
+    from smc.storage.report import report_page
 
-    facts = await write_report(store, options.out, contracts=options.contracts, blobs=options.blobs)
+    made = await report_page(store, contracts=options.contracts, blobs=options.blobs)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(made.html, encoding="utf-8")
+    state = "ok" if made.ok else "CORRUPT"
     if options.json:
-        print_json({"file": str(options.out), **facts})
+        print_json({"file": options.out, "versions": made.versions, "experiments": made.experiments, "ok": made.ok})
     else:
-        print(
-            f"{options.out}: {facts['versions']} versions of {facts['experiments']} experiments, ledger {facts['state']}"
-        )
-    return 0 if facts["state"] == "ok" else 1
+        print(f"{options.out}: {made.versions} versions of {made.experiments} experiments, ledger {state}")
+    return 0 if made.ok else 1
 
 
 # --- as text -----------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def lineage_lines(runs: Sequence[Run]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """One tensor of the model in two versions: Euclidean norms, and that of the difference; None where there is none."""
+    """One tensor of the model in two versions: its norms, and the norm of the difference; None where there is none."""
 
     name: str
     norms: tuple[float | None, float | None]
@@ -105,7 +105,7 @@ class Difference:
 
 
 async def difference(store: AsyncBlockchainModelStore, a: ModelVersion, b: ModelVersion) -> Difference:
-    """Entries, settings and parameters of two versions, side by side. Raises: Corrupt, NotFound if one was collected."""
+    """Entries, settings and parameters of two versions, compared. Raises: Corrupt, NotFound if one was collected."""
     (header_a, parts_a), (header_b, parts_b) = await store.load_model(a), await store.load_model(b)
     said_a, said_b = (_flat(v.model_dump(mode="json", include=_SAID)) for v in (a, b))
     names = [*parts_a, *(name for name in parts_b if name not in parts_a)]

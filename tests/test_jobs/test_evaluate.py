@@ -82,9 +82,9 @@ def test_bad_input_is_one_line_and_status_2(
     pricer: GbmCVNNPricer, on_seaweed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for ledger, arguments, message in (
-        (on_seaweed, ["--version", "v0000000009"], "it has v0000000000 to v0000000003"),
-        (on_seaweed, ["--experiment", "mian"], "has no experiment 'mian': it has main, sketch"),
-        (on_seaweed + "-empty", [], "has no versions"),
+        (on_seaweed, ["--version", "v0000000009"], "has no version v0000000009: its newest is v0000000003"),
+        (on_seaweed, ["--experiment", "mian"], "there is no experiment 'mian': there are main, sketch"),
+        (on_seaweed + "-empty", [], "the ledger is empty"),
         ("s3://no-such-bucket-here", [], "bucket 'no-such-bucket-here' does not exist"),
     ):
         assert run(ledger, tmp_path, *arguments) == 2

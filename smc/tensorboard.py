@@ -1,0 +1,86 @@
+"""Training as TensorBoard sees it: a logger for `GbmCVNNPricer.train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+
+from smc.errors import ConfigError
+from smc.training import StepReport
+
+__all__ = ["TensorBoardLogger"]
+
+
+class TensorBoardLogger:
+    """Writes loss, learning rate, gradient norm and speed every so many steps, and now and then histograms.
+
+    ::
+
+        with TensorBoardLogger("runs/baseline", pricer.model) as logger:
+            pricer.train(config, logger=logger)
+
+    Without a model there are neither gradients nor histograms. On a GPU, where losses arrive late, a gradient norm is
+    that of the newest step launched; histograms, of parameters and their gradients, wait for the device.
+    Raises: ConfigError for an interval below 1.
+    """
+
+    def __init__(
+        self, log_dir: Path | str, model: nn.Module | None = None, *, every: int = 10, histograms_every: int = 1000
+    ) -> None:
+        if every < 1 or histograms_every < 1:
+            raise ConfigError(f"every and histograms_every must be at least 1, got {every} and {histograms_every}")
+        self._model, self._every, self._histograms_every = model, every, histograms_every
+        self._writer = SummaryWriter(str(log_dir), flush_secs=5)
+        self._last: StepReport | None = None
+        self._histograms_at = 0
+        # Not read at once: on a GPU that would be to wait for its step.
+        self._norm: tuple[int, Tensor] | None = None
+
+    def __enter__(self) -> TensorBoardLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, report: StepReport) -> None:
+        """Take in what training reports."""
+        last = self._last
+        if last is not None and report.batch > last.batch and report.step - last.step < self._every:
+            return
+        self._last = report
+        step, add = report.step, self._writer.add_scalar
+        add("train/loss", report.loss, step)
+        add("train/learning_rate", report.learning_rate, step)
+        if last is not None and report.batch > last.batch:
+            seconds = report.seconds - last.seconds
+            add("train/batch_seconds", seconds / (report.batch - last.batch), step)
+            add("train/contracts_per_second", (report.contracts - last.contracts) / max(seconds, 1e-9), step)
+        self._write_norm()
+        if self._model is None:
+            return
+        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+        if gradients:
+            self._norm = step, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if step - self._histograms_at >= self._histograms_every:
+            self._histograms_at = step
+            for name, parameter in self._model.named_parameters():
+                self._writer.add_histogram(f"parameters/{name}", parameter.detach().cpu().numpy(), step)
+                if parameter.grad is not None:
+                    self._writer.add_histogram(f"gradients/{name}", parameter.grad.cpu().numpy(), step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._write_norm()
+        self._writer.close()
+
+    def _write_norm(self) -> None:
+        if self._norm is not None:
+            step, norm = self._norm
+            self._writer.add_scalar("train/gradient_norm", float(norm), step)
+            self._norm = None
