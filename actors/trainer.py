@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,6 +19,7 @@ from smc.pricer_config import GbmCVNNPricerConfig
 from smc.storage.chain import ModelVersion
 from smc.storage.snapshots import load_snapshot_from_checkpoint
 from smc.storage.store import AsyncBlockchainModelStore
+from smc.tensorboard import TensorBoardLogger, folder_name
 
 __all__ = ["RemoteTrainerActor", "TrainerActor"]
 
@@ -24,11 +27,15 @@ __all__ = ["RemoteTrainerActor", "TrainerActor"]
 class TrainerActor:
     """Runs one experiment. A plain async class: give it any commit target and it works without Ray.
 
-    `extend` trains a finished experiment for another `num_batches`; otherwise it has nothing to do.
+    `extend` trains a finished experiment for another `num_batches`; otherwise it has nothing to do. `tensorboard`
+    is a folder for TensorBoard, in which the experiment gets one of its own.
     """
 
-    def __init__(self, experiment: Experiment, target: CommitTarget, *, extend: bool = False) -> None:
+    def __init__(
+        self, experiment: Experiment, target: CommitTarget, *, extend: bool = False, tensorboard: Path | None = None
+    ) -> None:
         self._experiment, self._target, self._extend = experiment, target, extend
+        self._tensorboard = tensorboard
         # The training loop has a thread of its own: on the event loop it would starve every other call.
         self._training = ThreadPoolExecutor(1, thread_name_prefix="smc-train")
         self._pricer: GbmCVNNPricer | None = None
@@ -57,14 +64,20 @@ class TrainerActor:
         pricer = self._pricer
 
         def run() -> TrainingResult:
-            return pricer.train(
-                config,
-                blockchain_store=self._target,
-                auto_commit=True,
-                commit_interval=experiment.commit_interval,
-                commit_message_template=experiment.commit_message_template,
-                experiment=experiment.name,
-            )
+            with ExitStack() as stack:
+                logger = None
+                if self._tensorboard is not None:
+                    folder = self._tensorboard / folder_name(experiment.name)
+                    logger = stack.enter_context(TensorBoardLogger(folder, pricer.model))
+                return pricer.train(
+                    config,
+                    logger=logger,
+                    blockchain_store=self._target,
+                    auto_commit=True,
+                    commit_interval=experiment.commit_interval,
+                    commit_message_template=experiment.commit_message_template,
+                    experiment=experiment.name,
+                )
 
         running = asyncio.get_running_loop().run_in_executor(self._training, run)
         try:

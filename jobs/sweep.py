@@ -28,7 +28,7 @@ from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 
-__all__ = ["ExperimentOutcome", "newest_versions", "report", "run_experiments"]
+__all__ = ["ExperimentOutcome", "absolute", "newest_versions", "report", "run_experiments"]
 
 # That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes).
 _SECONDS_AFTER_SIGTERM = 8.0
@@ -57,10 +57,11 @@ class ExperimentOutcome:
 
 
 async def run_experiments(
-    experiments: Sequence[Experiment], ledger: str, *, extend: bool = False
+    experiments: Sequence[Experiment], ledger: str, *, extend: bool = False, tensorboard: Path | None = None
 ) -> list[ExperimentOutcome]:
     """Train every experiment that is not finished, with progress bars; -> outcomes in the same order.
 
+    `tensorboard`: a folder for TensorBoard, absolute, of which the nodes that train have the same view.
     Raises: ConfigError, Unavailable or Corrupt if the ledger cannot be appended to.
     """
     import ray
@@ -100,7 +101,7 @@ async def run_experiments(
                 num_cpus=experiment.num_cpus,
                 num_gpus=experiment.num_gpus,
                 max_concurrency=16,
-            ).remote(experiment, handle, extend=extend)
+            ).remote(experiment, handle, extend=extend, tensorboard=tensorboard)
             try:
                 if not await _unless(stopping, trainer.progress.remote()):  # others may hold its place in the cluster
                     return not_started
@@ -231,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="the sweep, a YAML file")
     parser.add_argument("--ledger", help="bucket or s3://bucket/prefix (default: the file's)")
     parser.add_argument("--extend", action="store_true", help="train finished experiments further")
+    parser.add_argument("--tensorboard", type=absolute, metavar="DIR", help="live metrics for TensorBoard")
     options = parser.parse_args(arguments)
 
     async def run() -> int:
@@ -238,9 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ledger = options.ledger or sweep.ledger
         if ledger is None:
             raise ConfigError(f"{options.file}: no ledger given: pass --ledger, or set `ledger:` in the file")
-        return report(await run_experiments(experiments, ledger, extend=options.extend))
+        return report(
+            await run_experiments(experiments, ledger, extend=options.extend, tensorboard=options.tensorboard)
+        )
 
     return run_job(run)
+
+
+def absolute(path: str) -> Path:
+    """For actors, which have a working directory of their own."""
+    return Path(path).absolute()
 
 
 def report(outcomes: Sequence[ExperimentOutcome]) -> int:

@@ -69,6 +69,7 @@ class CommitRequest:
     template: str = DEFAULT_MESSAGE
     experiment: str = ""
     resumed_from: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
     final: bool = False
 
 
@@ -335,6 +336,8 @@ class BackgroundCommits:
                 watch.stop("put")
                 content_hash, size = await _patiently(lambda: committer.upload(placed))
                 watch.stop("upload")
+                taken = time.perf_counter() - pending.submitted
+                record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
                 if previous is not None:  # entries of one run stand in the ledger in the order of their steps
                     await asyncio.wait({previous})
                 try:
@@ -400,6 +403,7 @@ class _Pending:
             step=request.step,
             loss=snapshot.loss,
             experiment=request.experiment,
+            metrics=dict(request.metrics),
             resumed_from=request.resumed_from,
             model_hash=snapshot.model_hash(data),
         )

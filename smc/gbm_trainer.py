@@ -138,7 +138,9 @@ class GbmCVNNPricer:
             plan = self._enter_plan(config)
             first, end, simulated = at.step, at.step + config.num_batches, at.simulated
             train_one_batch = stack.enter_context(self._training_step(config, plan))
-            commits = _Commits(self, blockchain_store, commit_message_template, experiment) if auto_commit else None
+            commits = None
+            if auto_commit:
+                commits = _Commits(self, blockchain_store, plan, commit_message_template, experiment)
             reports = _Reports(self, train_one_batch, plan, config, logger)
             started = time.perf_counter()
             try:
@@ -424,9 +426,11 @@ def _check_finite(losses: list[float], last_step: int) -> None:
 class _Commits:
     """The commits of one call of `train()`."""
 
-    def __init__(self, pricer: GbmCVNNPricer, target: CommitTarget | None, template: str, experiment: str) -> None:
+    def __init__(
+        self, pricer: GbmCVNNPricer, target: CommitTarget | None, plan: TrainingPlan, template: str, experiment: str
+    ) -> None:
         assert target is not None
-        self._pricer, self._template, self._experiment = pricer, template, experiment
+        self._pricer, self._plan, self._template, self._experiment = pricer, plan, template, experiment
         state = pricer._state()
         if state.optimizer_state is None:  # it will be there after the first step
             state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
@@ -446,6 +450,10 @@ class _Commits:
             template=self._template,
             experiment=self._experiment,
             resumed_from=state.resumed_from,
+            metrics={
+                "learning_rate": self._plan.learning_rate(state.global_step - 1),
+                "contracts": state.cfg.sim_params.skip,
+            },
             final=final,
         )
         self._background.submit(request, tensors_of(state), metadata_of(state), step.outcome())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import TracebackType
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from smc.errors import ConfigError
 from smc.training import StepReport
 
-__all__ = ["TensorBoardLogger"]
+__all__ = ["TensorBoardLogger", "folder_name"]
 
 
 class TensorBoardLogger:
@@ -84,3 +85,9 @@ class TensorBoardLogger:
             step, norm = self._norm
             self._writer.add_scalar("train/gradient_norm", float(norm), step)
             self._norm = None
+
+
+def folder_name(experiment: str) -> str:
+    """A folder's name for an experiment, whatever the experiment is called."""
+    name = re.sub(r"[^A-Za-z0-9._ -]", "_", experiment).strip(". ")
+    return name or "no experiment"

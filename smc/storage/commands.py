@@ -132,7 +132,8 @@ async def inspect(store: Store, options: Options) -> int:
         print_json({"version": as_json(version, catalog), "checkpoint": metadata, "tensors": shapes})
         return 0
     for name, value in as_json(version, catalog).items():
-        print(f"{name:<16}{', '.join(value) if isinstance(value, list) else value}")
+        text = ", ".join(value) if isinstance(value, list) else value
+        print(f"{name:<16}{orjson.dumps(text).decode() if isinstance(text, dict) else text}")
     for name, value in metadata.items():
         print(f"{name:<16}{orjson.dumps(value).decode()}")
     for name, (dtype, *shape) in sorted(shapes.items()):
@@ -348,7 +349,7 @@ def _print_plan(plan: CollectionPlan) -> None:
         print(f"  {reason:<32}{_ranges(counters)}")
     size = sum(info.size for info in plan.orphans)
     print(f"deletes {len(plan.blobs)} checkpoints, {_size(plan.bytes)}:")
-    print(f"  {len(plan.versions)} versions{'':<21}{_ranges([v.counter for v in plan.versions]) or 'none'}")
+    print(f"  {f'{len(plan.versions)} versions':<32}{_ranges([v.counter for v in plan.versions]) or 'none'}")
     print(f"  {len(plan.orphans)} uploads that no version names, {_size(size)}")
     if plan.young:
         print(f"leaves {plan.young} more until they are older")

@@ -31,15 +31,20 @@ class Run:
     origin: ModelVersion | None
 
     @property
+    def name(self) -> str:
+        """The experiment's, for people."""
+        return self.experiment or "(no experiment)"
+
+    @property
     def line(self) -> str:
-        """One line for people."""
+        """All but the name, on one line for people."""
         first, last = self.versions[0], self.versions[-1]
         count = f"{len(self.versions)} version{'s' * (len(self.versions) > 1)}"
         loss = "" if last.loss is None else f", loss {last.loss:.3e}"
         origin = f", resumed from {self.origin.version_id}" if self.origin else ""
         span = first.version_id if first is last else f"{first.version_id} to {last.version_id}"
         steps = f"step {last.step}" if first is last else f"steps {first.step} to {last.step}"
-        return f"{self.experiment or '(no experiment)'}  {span}, {count}, {steps}{loss}{origin}"
+        return f"{span}, {count}, {steps}{loss}{origin}"
 
 
 def runs_of(versions: Sequence[ModelVersion]) -> list[Run]:
@@ -71,9 +76,10 @@ def lineage_lines(runs: Sequence[Run]) -> Iterator[str]:
             children.setdefault(id(run_of[run.origin.counter]), []).append(run)
     # Without recursion: an experiment resumed a thousand times is a thousand deep.
     waiting = [(run, "", "", "") for run in reversed(roots)]
+    width = max((len(run.name) for run in runs), default=0)
     while waiting:
         run, before, corner, beside = waiting.pop()
-        yield before + corner + run.line
+        yield f"{before + corner}{run.name:<{width}}  {run.line}"
         below = children.get(id(run), [])
         for i, child in reversed(list(enumerate(below))):
             last = i == len(below) - 1

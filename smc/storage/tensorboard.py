@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from smc.storage.chain import ModelVersion
 from smc.storage.history import settings_of
 from smc.storage.report import Measured, measured
 from smc.storage.store import AsyncBlockchainModelStore
+from smc.tensorboard import folder_name
 
 __all__ = ["write_history"]
 
@@ -27,7 +27,8 @@ logger = logging.getLogger("smc.storage")
 # Ends the name of every file that is written here, so that it can be written anew.
 _SUFFIX = ".ledger"
 _CONTRACTS = 1024
-_SETTINGS = ("simulation.", "network.", "plan.config.")
+# Settings in the table, in this order, by what they are called there.
+_SETTINGS = {"plan.config.": "training.", "network.": "network.", "simulation.": "simulation."}
 
 
 async def write_history(store: AsyncBlockchainModelStore, log_dir: Path) -> dict[str, int]:
@@ -40,7 +41,7 @@ async def write_history(store: AsyncBlockchainModelStore, log_dir: Path) -> dict
         raise NotFound(f"{store.uri} has no versions")
     counts: dict[str, int] = {}
     for experiment, head in catalog.heads.items():
-        directory = log_dir / _directory(experiment)
+        directory = log_dir / folder_name(experiment)
         for old in directory.glob(f"*{_SUFFIX}"):
             old.unlink()
         versions = [v for v in catalog.versions if v.experiment == experiment]
@@ -66,7 +67,13 @@ async def _add_newest(writer: SummaryWriter, store: AsyncBlockchainModelStore, h
     outcome: dict[str, float] = {} if head.loss is None else {"outcome/loss": head.loss}
     try:
         header, _ = await store.load_model(head)
-        settings = {name: value for name, value in settings_of(header).items() if name.startswith(_SETTINGS)}
+        known = settings_of(header)
+        settings = {
+            name.replace(prefix, shown, 1): value
+            for prefix, shown in _SETTINGS.items()
+            for name, value in known.items()
+            if name.startswith(prefix)
+        }
         found = await measured(store, head, _CONTRACTS)
     except (NotFound, ConfigError, Corrupt) as error:
         logger.warning("%s: no settings and no picture: %s", head.version_id, error)
@@ -94,9 +101,3 @@ def _picture(found: Measured) -> np.ndarray[Any, np.dtype[np.uint8]]:
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3]
-
-
-def _directory(experiment: str) -> str:
-    """A folder's name for an experiment, whatever the experiment is called."""
-    name = re.sub(r"[^A-Za-z0-9._ -]", "_", experiment).strip(". ")
-    return name or "no experiment"

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
+import safetensors.torch
 
 from smc.checkpoint import Snapshot, encode
 from smc.errors import ConfigError
@@ -18,9 +21,10 @@ from smc.gbm_trainer import GbmCVNNPricer
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.__main__ import main
-from smc.storage.chain import block_key
+from smc.storage.chain import blob_key, block_key
 from smc.storage.dev_server import DevServer
 from tests.conftest import small_config, small_training
+from tests.event_files import events
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def test_list_versions(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list-versions", ledger]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
-    assert lines[1].startswith("v0000000000 20")
+    assert lines[1].startswith("v0000000000  20")
     assert "alpha" in lines[1]
     assert main(["list-versions", ledger, "--experiment", "beta", "--last", "1", "--json"]) == 0
     (version,) = orjson.loads(capsys.readouterr().out)
@@ -98,13 +102,176 @@ def test_recover_commits_the_spool_once(on_seaweed: str, tmp_path: Path, capsys:
     assert [v["step"] for v in orjson.loads(capsys.readouterr().out)] == [1, 2, 3]
 
 
+def printed(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
+    capsys.readouterr()
+    assert main(arguments) == status
+    return capsys.readouterr().out
+
+
+def as_json(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 0) -> Any:
+    return orjson.loads(printed([*arguments, "--json"], capsys, status))
+
+
+def test_versions_are_filtered(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def counters(*options: str) -> list[int]:
+        return [v["counter"] for v in as_json(["list-versions", ledger, *options], capsys)]
+
+    times = [v["timestamp"] for v in as_json(["list-versions", ledger], capsys)]
+    assert main(["tag", ledger, "best", "1"]) == 0
+    assert counters("--tag", "best") == [1]
+    assert counters("--tag", "worst") == []
+    assert counters("--message", "STEP=4") == [1, 3]
+    assert counters("--message", "STEP=4", "--experiment", "beta") == [3]
+    assert counters("--since", times[1], "--until", times[2]) == [1, 2]
+    assert counters("--since", "1h") == [0, 1, 2, 3]
+    assert counters("--until", "1h") == []
+    assert counters("--since", "2200-01-01") == []
+    assert counters("--last", "3", "--until", times[2]) == [0, 1, 2]
+    assert "[best]" in printed(["list-versions", ledger], capsys).splitlines()[2]
+
+
+def test_aliases_move_and_roll_back(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(["tag", ledger, "live", "head:alpha"], capsys) == "live: v0000000001 (entry 4)\n"
+    assert as_json(["tag", ledger, "live", "head"], capsys) == {
+        "alias": "live",
+        "version": "v0000000003",
+        "was": "v0000000001",
+        "entry": 5,
+    }
+    assert printed(["rollback", ledger, "live"], capsys) == "live: v0000000001, was v0000000003 (entry 6)\n"
+    assert as_json(["rollback", ledger, "live", "v0000000002", "--message", "why"], capsys)["was"] == "v0000000001"
+    assert as_json(["inspect", ledger, "live"], capsys)["version"]["aliases"] == ["live"]
+    assert printed(["untag", ledger, "live"], capsys) == "live: nothing, was v0000000002 (entry 8)\n"
+    assert as_json(["rollback", ledger, "live"], capsys)["version"] == "v0000000002"
+    assert main(["verify", ledger, "--blobs"]) == 0
+
+
+def test_two_versions_are_compared(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(["diff", ledger, "0", "1"], capsys)
+    assert re.search(r"^step +2 +4$", out, re.MULTILINE)
+    assert re.search(r"^layers.0.weight +\d\S+ +\d\S+ +\d\S* %$", out, re.MULTILINE)
+    found = as_json(["diff", ledger, "0", "1"], capsys)
+    assert found["fields"]["step"] == [2, 4]
+    assert found["settings"]["global_step"] == [2, 4]
+    assert [v["version"] for v in found["versions"]] == ["v0000000000", "v0000000001"]
+    same = printed(["diff", ledger, "1", "3"], capsys)  # of two experiments with the same seed
+    assert "settings: the same" in same
+
+
+def test_a_lineage_is_printed_and_drawn(ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(["lineage", ledger, "--out", str(tmp_path / "lineage.png")], capsys)
+    assert out.splitlines()[0].startswith("alpha  v0000000000 to v0000000001, 2 versions, steps 2 to 4")
+    assert (tmp_path / "lineage.png").read_bytes().startswith(b"\x89PNG")
+    runs = as_json(["lineage", ledger], capsys)
+    assert runs[1] == {
+        "experiment": "beta",
+        "resumed_from": None,
+        "versions": ["v0000000002", "v0000000003"],
+        "steps": [2, 4],
+    }
+
+
+def test_a_version_leaves_as_a_file_and_comes_back(
+    ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.safetensors"
+    assert printed(["export", ledger, "head:alpha", str(file)], capsys).startswith(f"{file}: v0000000001, ")
+    tensors = safetensors.torch.load_file(file)
+    assert tensors["model.layers.0.weight"].shape == (16, 9, 2)
+    assert main(["export", ledger, "0", str(file)]) == 2
+    assert f"{file} exists: give another name, or --force" in capsys.readouterr().err
+    assert main(["export", ledger, "1", str(file), "--force"]) == 0
+    version = as_json(["import", ledger, str(file), "--experiment", "copied", "--message", "back"], capsys)
+    assert (version["version"], version["step"], version["experiment"]) == ("v0000000004", 4, "copied")
+    original = as_json(["inspect", ledger, "1"], capsys)["version"]
+    assert version["content_hash"] == original["content_hash"]
+    assert version["model_hash"] == original["model_hash"]
+    file.write_bytes(b"PK\x03\x04 not safetensors")
+    assert main(["import", ledger, str(file)]) == 1
+    assert "corrupt: not a safetensors file" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors"]
+
+
+def test_checkpoints_are_collected(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # alpha and beta are equal, so two checkpoints are four versions.
+    young = printed(["gc-preview", ledger, "1"], capsys)
+    assert "deletes 0 checkpoints, 0 bytes" in young
+
+    async def upload() -> None:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            await store.upload(b"x" * 1234)
+
+    asyncio.run(upload())
+    preview = printed(["gc-preview", ledger, "1", "--min-age", "0"], capsys)
+    assert "keeps 3 versions:" in preview
+    assert "deletes 1 checkpoints, 1.23 kB:" in preview
+    assert "1 uploads that no version names, 1.23 kB" in preview
+    plan = as_json(["gc-preview", ledger, "1", "--min-age", "0", "--no-heads", "--protect-tags", "1, 2"], capsys)
+    assert [kept["version"] for kept in plan["kept"]] == ["v0000000000", "v0000000001", "v0000000002", "v0000000003"]
+    assert plan["bytes"] == 1234
+    result = as_json(["gc-run", ledger, "1", "--min-age", "0", "--yes"], capsys)
+    assert result == {"deleted": 1, "bytes": 1234, "spared": 0}
+    assert "0 checkpoints deleted, 0 bytes freed; 3 versions kept" in printed(["gc-run", ledger, "1", "--yes"], capsys)
+    assert main(["verify", ledger, "--blobs"]) == 0
+
+
+def test_corruption_is_found_and_what_is_whole_is_named(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(["find-corruption", ledger], capsys).startswith("nothing is corrupt: 4 entries and 2 checkpoints")
+    assert as_json(["find-corruption", ledger], capsys)["ok"] is True
+
+    async def damage(key: str) -> None:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            data = bytearray(await store.objects.get(key))
+            data[-1] ^= 1
+            await store.objects.put(key, bytes(data))
+
+    key = blob_key(as_json(["inspect", ledger, "1"], capsys)["version"]["content_hash"])
+    asyncio.run(damage(key))
+    out = printed(["find-corruption", ledger], capsys, 1)
+    assert f"{key}: the bytes of v0000000003 do not have the hash in its name" in out
+    assert "2 versions cannot be loaded: v0000000001, v0000000003" in out
+    assert "newest whole version of beta: v0000000002, step 2" in out
+    found = as_json(["find-corruption", ledger], capsys, 1)
+    assert [v["version"] for v in found["affected"]] == ["v0000000001", "v0000000003"]
+    assert [v["version"] for v in found["sound"]] == ["v0000000000", "v0000000002"]
+    asyncio.run(damage(block_key(1)))
+    assert "The log itself is damaged" in printed(["find-corruption", ledger], capsys, 1)
+
+
+def test_the_history_goes_to_tensorboard_and_into_a_page(
+    ledger: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = printed(["tensorboard-log", ledger, "--log-dir", str(tmp_path / "runs")], capsys)
+    assert out == f"alpha: 2 versions\nbeta: 2 versions\ntensorboard --logdir={tmp_path / 'runs'}\n"
+    found = events(tmp_path / "runs" / "beta")
+    assert list(found["loss/by_version"]) == [2, 3]
+    assert set(found) > {"commit/seconds", "metrics/learning_rate", "metrics/contracts", "outcome/loss"}
+    page = tmp_path / "out" / "report.html"
+    out = printed(["report", ledger, "--out", str(page), "--contracts", "64"], capsys)
+    assert out == f"{page}: 4 versions of 2 experiments, ledger ok\n"
+    assert "<h2>Learnt and exact</h2>" in page.read_text()
+    assert as_json(["report", ledger, "--out", str(page), "--contracts", "64"], capsys)["ok"] is True
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["verify", "No_Bucket"], "error: 'No_Bucket' is neither a bucket's name nor s3://bucket/prefix"),
         (["verify", "no-such-bucket-here"], "error: bucket 'no-such-bucket-here' does not exist at http"),
         (["inspect", "LEDGER", "v0000000009"], "has no version v0000000009"),
-        (["inspect", "LEDGER", "newest"], "error: 'newest' is not a version"),
+        (["inspect", "LEDGER", "newest"], "'newest' is no version here: give v0000000042 or 42, head"),
+        (["diff", "LEDGER", "head", "v0000000001"], "error: the ledger is empty"),
+        (["tag", "LEDGER", "head", "head"], "error: the ledger is empty"),
+        (["untag", "LEDGER", "best"], "has no alias 'best': there are none"),
+        (["rollback", "LEDGER", "best"], "there is no alias 'best': there are none"),
+        (["export", "LEDGER", "v0000000007", "/nowhere/x.safetensors"], "has no version v0000000007: it is empty"),
+        (["import", "LEDGER", "/nowhere/x.safetensors"], "No such file or directory: '/nowhere/x.safetensors'"),
+        (["gc-preview", "LEDGER", "0"], "error: the number of versions to keep must be at least 1, got 0"),
+        (["gc-preview", "LEDGER", "5", "--protect-tags", "5"], "has no version v0000000005"),
+        (["gc-run", "LEDGER", "5"], "error: nothing was deleted: add --yes to delete this"),
+        (["tensorboard-log", "LEDGER"], "has no versions"),
+        (["lineage", "LEDGER", "--out", "x.exe"], "a picture is a .png, .svg or .pdf"),
+        (["report", "LEDGER", "--contracts", "1"], "error: contracts must be at least 8, got 1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -114,7 +281,25 @@ def test_bad_input_is_one_line_and_status_2(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert captured.out == ""
+    assert captured.out == "" or arguments[0] == "gc-run"  # which shows what it would have deleted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list-versions", "b", "--since", "yesterday"], "'yesterday' is no time: like 2026-11-25"),
+        (["gc-run", "b", "5", "--min-age", "7"], "'7' is no age: like 45s, 90m, 2h or 3d"),
+        (["gc-run", "b", "many"], "invalid int value: 'many'"),
+        (["diff", "b", "head"], "the following arguments are required: b"),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_wrong_credentials_are_one_line_and_status_2(
