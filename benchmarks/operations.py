@@ -22,6 +22,31 @@ from smc.storage.dev_server import DevServer
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "operations.md"
 LONGEST = 24
+# Files that the page's commands find in their folder.
+FILES = {
+    "serve.py": """from smc.storage.inference import InferenceClient
+
+with InferenceClient("s3://models", "production", poll_seconds=2.0) as client:
+    print(client.current.version.version_id, client.predict_price([[100, 105, 1.0, 0.03, 0.01, 0.25]]))
+    print("problem:", client.status.problem)
+""",
+    "damage.py": """import asyncio, sys
+from smc.storage import AsyncBlockchainModelStore
+from smc.storage.chain import blob_key
+
+
+async def main(bucket, version):
+    async with AsyncBlockchainModelStore(bucket) as store:
+        key = blob_key((await store.resolve(version)).content_hash)
+        data = bytearray(await store.objects.get(key))
+        data[-1] ^= 1
+        await store.objects.put(key, bytes(data))
+
+
+asyncio.run(main(*sys.argv[1:]))
+""",
+    "sweeps/operations.yaml": (ROOT / "sweeps" / "operations.yaml").read_text(),
+}
 
 
 def main() -> int:
@@ -42,8 +67,9 @@ def main() -> int:
                 "SMC_SPOOL_DIR": str(folder / "spool"),
                 "COLUMNS": "120",
             }
-            (folder / "sweeps").mkdir(exist_ok=True)
-            (folder / "sweeps" / "operations.yaml").write_bytes((ROOT / "sweeps" / "operations.yaml").read_bytes())
+            for name, text in FILES.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
             page = filled(PAGE.read_text(), folder, environment)
     if not options.check:
         PAGE.write_text(page)

@@ -14,6 +14,7 @@ from pathlib import Path
 def verify(root):
     """Entries, versions, and every (object, reason) that is wrong."""
     problems, parent, index, counter, seen, blobs, collected = [], "0" * 64, 0, 0, set(), {}, set()
+    commits = {}
     raw, ends = [], [(-1, parent)]
     names = sorted(p.name for p in (root / "log").iterdir()) if (root / "log").is_dir() else []
     problems += [(f"log/{n}", "not of this format") for n in names if not re.fullmatch(r"\d{10}\.(jsonl|sig)", n)]
@@ -36,8 +37,12 @@ def verify(root):
                     if entry["counter"] != counter:
                         problems.append((key, f"counter {entry['counter']} stands where {counter} should"))
                     counter, blobs[entry["content_hash"]] = entry["counter"] + 1, entry["size"]
+                    commits[entry["counter"]] = entry["content_hash"]
+                    collected.discard(entry["content_hash"])
                 elif entry["kind"] == "collect":
                     collected.update(entry["content_hashes"])
+                elif entry["kind"] == "tag" and commits.get(entry["counter"]) != entry["content_hash"]:
+                    problems.append((key, f"entry {entry['index']} lets an alias name what is not before it"))
                 seen.add(entry["commit_id"])
                 index = entry["index"] + 1
             except (ValueError, KeyError, TypeError) as error:

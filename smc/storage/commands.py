@@ -68,7 +68,9 @@ async def find_corruption(store: Store, options: Options) -> int:
             "The log itself is damaged: restore the objects named above from a copy of the bucket, then verify again."
         )
         return 1
-    print(f"{len(affected)} versions cannot be loaded: {', '.join(v.version_id for v in affected[:12])}")
+    count = "1 version" if len(affected) == 1 else f"{len(affected)} versions"
+    more = ", ..." if len(affected) > 12 else ""
+    print(f"cannot be loaded: {count}: {', '.join(v.version_id for v in affected[:12])}{more}")
     for version in sound:
         name = version.experiment or "(no experiment)"
         print(f"newest whole version of {name}: {version.version_id}, step {version.step}")

@@ -210,7 +210,7 @@ class AsyncBlockchainModelStore:
         try:
             header, parts, digest = await self._model_parts(key, version.size)
         except NotFound:
-            raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
+            raise await self._missing(version) from None
         except Corrupt as error:
             raise Corrupt(f"{key}: {error}", ((key, str(error)),)) from None
         if digest != version.model_hash:
@@ -249,11 +249,16 @@ class AsyncBlockchainModelStore:
         try:
             data, digest = await retried(lambda: self._get_hashed(key, version.size), self._retry_delays)
         except NotFound:
-            raise NotFound(f"{self.uri}: the checkpoint of {version.version_id} is not there ({key})") from None
+            raise await self._missing(version) from None
         if digest != version.content_hash:
             reason = f"the bytes of {version.version_id} do not have the hash in its name"
             raise Corrupt(f"{key}: {reason}", ((key, reason),))
         return data
+
+    async def _missing(self, version: ModelVersion) -> NotFound:
+        collected_at = (await self.catalog()).collected_at(version.content_hash)
+        why = "is not there" if collected_at is None else f"was collected, says entry {collected_at}"
+        return NotFound(f"{self.uri}: the checkpoint of {version.version_id} {why} ({blob_key(version.content_hash)})")
 
     async def _get_hashed(self, key: str, size: int) -> tuple[bytes | bytearray, str]:
         digest = hashlib.sha256()

@@ -229,7 +229,7 @@ def test_corruption_is_found_and_what_is_whole_is_named(ledger: str, capsys: pyt
     asyncio.run(damage(key))
     out = printed(["find-corruption", ledger], capsys, 1)
     assert f"{key}: the bytes of v0000000003 do not have the hash in its name" in out
-    assert "2 versions cannot be loaded: v0000000001, v0000000003" in out
+    assert "cannot be loaded: 2 versions: v0000000001, v0000000003" in out
     assert "newest whole version of beta: v0000000002, step 2" in out
     found = as_json(["find-corruption", ledger], capsys, 1)
     assert [v["version"] for v in found["affected"]] == ["v0000000001", "v0000000003"]

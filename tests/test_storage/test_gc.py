@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import runpy
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,7 +73,7 @@ async def test_what_a_policy_keeps_stays_and_the_rest_goes(make_store: Opener) -
         assert (report.versions, report.blobs, report.collected) == (10, 6, 4)
         for i in plan.kept:
             assert await store.load_checkpoint(versions[i]) == content(str(i))
-        with pytest.raises(NotFound, match="the checkpoint of v0000000002 is not there"):
+        with pytest.raises(NotFound, match="the checkpoint of v0000000002 was collected, says entry 11"):
             await store.load_checkpoint(versions[2])
         assert [v.counter for v in await store.list_versions()] == list(range(10))
 
@@ -111,6 +113,38 @@ async def test_what_is_young_and_what_equals_something_kept_stays() -> None:
         result = await collect(store, policy, plan)
         assert (result.deleted, result.spared) == (1, 2)
         assert (await store.verify(blobs=True)).ok
+
+
+async def test_the_independent_verifier_knows_aliases_and_collections(tmp_path: Path) -> None:
+    verify = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "verify_ledger.py"))["verify"]
+    scene = Scene()
+    await scene.prepare()
+    await scene.collect(scene.objects)
+
+    def problems() -> list[tuple[str, str]]:
+        for key, (data, _) in scene.objects.objects.items():
+            (tmp_path / key).parent.mkdir(exist_ok=True)
+            (tmp_path / key).write_bytes(data)
+        return list(verify(tmp_path)[2])
+
+    assert problems() == []
+    async with opened(scene.objects) as store:
+        catalog = await store.catalog()
+        gone = next(v for v in catalog.versions if catalog.collected_at(v.content_hash))
+        payload = {"alias": "x", "counter": 3, "content_hash": gone.content_hash[::-1], "message": ""}
+        await store.ledger.append(Draft("tag", "wrong", payload))
+        await store.append_commit(
+            CommitRecord(ledger="x", message="", step=1, loss=None), catalog.versions[0].content_hash, 12
+        )
+    assert [reason for _, reason in problems()] == ["entry 12 lets an alias name what is not before it"]
+    del scene.objects.objects[blob_key((await _first(scene)).content_hash)]
+    (tmp_path / blob_key((await _first(scene)).content_hash)).unlink()
+    assert problems()[1:] == [(blob_key((await _first(scene)).content_hash), "missing")]
+
+
+async def _first(scene: Scene) -> ModelVersion:
+    async with opened(scene.objects) as store:
+        return await store.get_version("v0000000000")
 
 
 async def test_wrong_policies_are_refused(make_store: Opener) -> None:
