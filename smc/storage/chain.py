@@ -233,7 +233,8 @@ def build_block(tail: Tail, drafts: Sequence[Draft], now: datetime | None = None
         if draft.kind == "commit":
             fields["counter"] = counter
             counter += 1
-        line = orjson.dumps({**fields, **draft.payload}, option=orjson.OPT_APPEND_NEWLINE)
+        # Copied: what orjson returns lies in a buffer of kilobytes, and thousands of lines are remembered.
+        line = bytes(memoryview(orjson.dumps({**fields, **draft.payload}, option=orjson.OPT_APPEND_NEWLINE)))
         parent = hashlib.sha256(line).hexdigest()
         index += 1
         lines.append(line)
