@@ -15,6 +15,7 @@ import gc
 import io
 import os
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -389,7 +390,8 @@ def soak(report: Report, options: argparse.Namespace) -> None:
             time.sleep(0.0005)
         if step_report.batch % (options.soak // 20) == 0:
             gc.collect()
-            stored = sum(len(data) for data, _ in list(objects.objects.values()))
+            kept = list(objects.objects.items())
+            stored = sum(sum(map(sys.getsizeof, (key, value, *value))) for key, value in kept)
             resident.append(_resident() - stored / 1e6)
 
     pricer = GbmCVNNPricer(experiment.fresh())

@@ -31,7 +31,7 @@ __all__ = ["HEAD_KEY", "Ledger"]
 
 HEAD_KEY: Final = "head.json"
 # Entries remembered by commit_id, so that a repeated submission is recognised; half as many at opening.
-_REMEMBERED = 4096
+_REMEMBERED = 2048
 _READS_AT_ONCE = 48
 _PROBES_AT_ONCE = 16
 _MAX_BLOCK_ENTRIES = 256
