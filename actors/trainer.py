@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import ray
 
 from smc.checkpoint import Snapshot, encode
 from smc.commits import CommitTarget
+from smc.evaluation import objective_value
 from smc.experiment import Experiment
 from smc.gbm_trainer import GbmCVNNPricer, Progress, TrainingResult
 from smc.pricer_config import GbmCVNNPricerConfig
@@ -77,6 +79,7 @@ class TrainerActor:
                     commit_interval=experiment.commit_interval,
                     commit_message_template=experiment.commit_message_template,
                     experiment=experiment.name,
+                    parameters=experiment.parameters,
                 )
 
         running = asyncio.get_running_loop().run_in_executor(self._training, run)
@@ -92,11 +95,19 @@ class TrainerActor:
         """Where training is, or None before it begins."""
         return self._pricer.progress if self._pricer else None
 
-    async def stop(self, within: float = math.inf) -> None:
-        """End training after the step it is in, with a final commit that has `within` seconds to reach the ledger."""
+    async def stop(self, within: float = math.inf, metrics: Mapping[str, float] | None = None) -> None:
+        """End training after the step it is in, with a final commit that has `within` seconds to reach the ledger.
+
+        `metrics` stand in that commit's entry.
+        """
         self._stopping = True
         if self._pricer is not None:
-            self._pricer.stop(within=within)
+            self._pricer.stop(within=within, metrics=metrics)
+
+    async def measure(self, objective: str) -> float | None:
+        """A quantity's RMSE against the closed form, as the pricer is; None before training begins."""
+        pricer = self._pricer
+        return None if pricer is None else await asyncio.to_thread(lambda: objective_value(pricer, objective))
 
     async def snapshot(self) -> list[Any] | None:
         """The state between two steps as a checkpoint file: a list holding its object ref.

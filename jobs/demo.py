@@ -19,8 +19,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jobs.recipes import read_sweep
+from jobs.running import RunOptions, newest_versions
 from jobs.session import run_job
-from jobs.sweep import newest_versions, report, run_experiments
+from jobs.sweep import report, run_experiments
 from smc import black_scholes
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with DevServer(options.dir / "s3") as server:
             print(f"S3 at {server.endpoint_url} (data in {options.dir / 's3'}), ledger {ledger}")
             os.environ.update(server.environment)
-            status = report(await run_experiments(experiments, ledger, extend=True))
+            status = report(await run_experiments(experiments, ledger, RunOptions(extend=True)))
             async with AsyncBlockchainModelStore(ledger) as store:
                 status = max(status, await _show_ledger(store))
                 best, pricer = await _best(store, [e.name for e in experiments])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from jobs.search import Random, Search, draws, grid, nested, trial_name
 from smc.errors import ConfigError
 from smc.experiment import Experiment
 
-__all__ = ["RECIPES", "Sweep", "make_experiment", "overlaid", "read_sweep"]
+__all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep"]
 
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     # A minute or two on two CPU cores: 0.1 bp of spot, see README.
@@ -65,14 +67,30 @@ RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 class Sweep(BaseModel):
-    """A file of experiments: a recipe, defaults laid over it, and each experiment's own settings over both."""
+    """A file of experiments: a recipe, defaults laid over it, and each experiment's own settings over both.
+
+    Experiments are listed by name, or made by `grid` (every combination), `random` (draws) or `search` (Optuna), which
+    name parameters with dots; any of these together. `concurrency`: how many run at a time, at most.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ledger: str | None = None
     recipe: str = "default"
     defaults: dict[str, Any] = Field(default_factory=dict)
-    experiments: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    experiments: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    random: Random | None = None
+    search: Search | None = None
+    concurrency: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _has_some(self) -> Sweep:
+        if not (self.experiments or self.grid or self.random or self.search):
+            raise ValueError("no experiments: give experiments, grid, random or search")
+        if empty := [name for name, values in self.grid.items() if not values]:
+            raise ValueError(f"grid.{empty[0]} has no values")
+        return self
 
 
 def make_experiment(name: str, *layers: Mapping[str, Any], recipe: str = "default", where: str = "") -> Experiment:
@@ -108,11 +126,25 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
         sweep = Sweep.model_validate(content)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explained(error, Sweep)}") from None
-    where = f"{path}: "
-    return sweep, [
-        make_experiment(name, sweep.defaults, settings or {}, recipe=sweep.recipe, where=where)
+    made = [
+        make_experiment(name, sweep.defaults, settings or {}, recipe=sweep.recipe, where=f"{path}: ")
         for name, settings in sweep.experiments.items()
     ]
+    chosen = [*(grid(sweep.grid) if sweep.grid else ()), *(draws(sweep.random) if sweep.random else ())]
+    made += [make_trial(sweep, trial_name(path.stem, parameters), parameters, path) for parameters in chosen]
+    if sweep.search is not None:  # a parameter that no experiment has is refused now, not after the first trials
+        first = draws(Random(count=1, seed=sweep.search.seed, parameters=sweep.search.parameters))
+        make_trial(sweep, f"{path.stem}/000", next(first), path)
+    twice = [name for name, count in Counter(experiment.name for experiment in made).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{path}: two experiments are called {twice[0]!r}")
+    return sweep, made
+
+
+def make_trial(sweep: Sweep, name: str, parameters: Mapping[str, Any], path: Path) -> Experiment:
+    """An experiment of a sweep whose parameters were chosen. Raises: ConfigError."""
+    settings = [sweep.defaults, nested(parameters), {"parameters": dict(parameters)}]
+    return make_experiment(name, *settings, recipe=sweep.recipe, where=f"{path}: ")
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

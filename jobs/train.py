@@ -15,7 +15,7 @@ import yaml
 
 from jobs.recipes import RECIPES, make_experiment
 from jobs.session import run_job
-from jobs.sweep import absolute, report, run_experiments
+from jobs.sweep import add_options, options_of, report, run_experiments
 from smc.errors import ConfigError
 
 __all__ = ["main", "setting"]
@@ -30,17 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="like training.batch_size=64; repeatable"
     )
-    parser.add_argument("--extend", action="store_true", help="train on if it is finished")
-    parser.add_argument("--tensorboard", type=absolute, metavar="DIR", help="live metrics for TensorBoard")
+    add_options(parser)
     options = parser.parse_args(arguments)
 
     async def run() -> int:
         settings = [setting(text) for text in options.set]
         experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
-        outcomes = await run_experiments(
-            [experiment], options.ledger, extend=options.extend, tensorboard=options.tensorboard
-        )
-        return report(outcomes)
+        return report(await run_experiments([experiment], options.ledger, options_of(options)))
 
     return run_job(run)
 

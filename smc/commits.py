@@ -70,6 +70,7 @@ class CommitRequest:
     experiment: str = ""
     resumed_from: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     final: bool = False
 
 
@@ -404,6 +405,7 @@ class _Pending:
             loss=snapshot.loss,
             experiment=request.experiment,
             metrics=dict(request.metrics),
+            parameters=dict(request.parameters),
             resumed_from=request.resumed_from,
             model_hash=snapshot.model_hash(data),
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,20 +12,29 @@ from torch import Tensor
 
 from smc import black_scholes
 from smc.black_scholes import Greeks, OptionKind
-from smc.contracts import ContractsLike
+from smc.contracts import BoundSpec, ContractsLike
+from smc.sobol_sampler import SobolSampler
 from smc.spectrum import PayoffDistribution
 
-__all__ = ["Measure", "Predicts", "evaluate", "price_error"]
+__all__ = ["QUANTITIES", "Measure", "Predicts", "evaluate", "objective_value", "price_error"]
 
 Array = npt.NDArray[np.float64]
 
 # Below this, in units of spot for a volatility of 1.00, a price hardly depends on volatility and implies none.
 _LEAST_VEGA = 0.02
 _TAIL = 0.975
+# The sample on which trials of a search are compared.
+_OBJECTIVE_CONTRACTS = 2048
+_OBJECTIVE_SEED = 20_261_124
 
 
 class Predicts(Protocol):
-    """What can be measured: a pricer, a predictor, a served model."""
+    """What can be measured: a pricer, or a predictor."""
+
+    @property
+    def domain(self) -> Mapping[str, BoundSpec]:
+        """What it was trained on."""
+        ...
 
     def predict_price(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> Array | Tensor:
         """Present values. Shapes: -> (n,)."""
@@ -79,6 +88,13 @@ class Measure:
         return None if self.size is None else self.rmse / self.size
 
 
+QUANTITIES: Final = (
+    "price", "implied volatility", "delta", "gamma", "vega", "theta", "rho",
+    "W2, put", "CVaR97.5, put", "W2, call", "CVaR97.5, call",
+)  # fmt: skip
+"""What is measured, by name."""
+
+
 def evaluate(pricer: Predicts, contracts: Array) -> dict[str, Measure]:
     """Every quantity that a pricer predicts, against its exact value, by name.
 
@@ -86,6 +102,12 @@ def evaluate(pricer: Predicts, contracts: Array) -> dict[str, Measure]:
     the levels, never negative; Greeks are the put's. Shapes: (n, 6), at least one of them with a volatility to imply.
     """
     return {measure.name: measure for measure in _measures(pricer, contracts)}
+
+
+def objective_value(pricer: Predicts, quantity: str) -> float:
+    """The RMSE of one quantity over a sample of the pricer's domain that is always the same."""
+    contracts = SobolSampler(pricer.domain, seed=_OBJECTIVE_SEED).sample(_OBJECTIVE_CONTRACTS)
+    return evaluate(pricer, contracts)[quantity].rmse
 
 
 def price_error(pricer: Predicts, contracts: Array) -> Measure:

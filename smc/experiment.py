@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
@@ -15,7 +15,10 @@ __all__ = ["Experiment"]
 
 
 class Experiment(BaseModel):
-    """One named training run. `num_gpus` above 0 puts model and simulation on a GPU, 0 on the CPU."""
+    """One named training run. `num_gpus` above 0 puts model and simulation on a GPU, 0 on the CPU.
+
+    `parameters` are what a sweep chose for it, by dotted names, for whoever reads the ledger.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,6 +31,7 @@ class Experiment(BaseModel):
     commit_message_template: str = DEFAULT_MESSAGE
     num_cpus: float = Field(default=1, gt=0)
     num_gpus: float = Field(default=0, ge=0)
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:

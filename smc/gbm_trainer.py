@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,6 +106,7 @@ class GbmCVNNPricer:
         self._requests: queue.SimpleQueue[Future[GbmCVNNPricerConfig]] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._stop_within = math.inf
+        self._stop_metrics: Mapping[str, float] = {}
         self._progress = Progress(config.global_step, config.global_step, None, training=False)
 
     # --- training -------------------------------------------------------------------------------------
@@ -119,6 +121,7 @@ class GbmCVNNPricer:
         commit_interval: int | None = None,
         commit_message_template: str = DEFAULT_MESSAGE,
         experiment: str = "",
+        parameters: Mapping[str, Any] | None = None,
         flush_seconds: float = FLUSH_SECONDS,
     ) -> TrainingResult:
         """Train for `config.num_batches` more batches, committing as asked; return when all is settled.
@@ -126,7 +129,8 @@ class GbmCVNNPricer:
         `auto_commit` commits the final state, `commit_interval=n` every n batches as well. A commit never
         holds up a step and never ends training: one that fails is logged, counted in the result, and
         its snapshot kept in the spool. After the last step commits have `flush_seconds` to reach the ledger; what has
-        not goes to the spool. Works the same inside a running event loop, which it blocks.
+        not goes to the spool. `experiment` and `parameters`, whatever JSON holds, stand in every entry. Works the same
+        inside a running event loop, which it blocks.
 
         Raises: ConfigError (a ValueError) for arguments that do not go together, before training starts;
         NumericsError when the loss is no longer finite, after the commits before it are settled.
@@ -140,7 +144,7 @@ class GbmCVNNPricer:
             train_one_batch = stack.enter_context(self._training_step(config, plan))
             commits = None
             if auto_commit:
-                commits = _Commits(self, blockchain_store, plan, commit_message_template, experiment)
+                commits = _Commits(self, blockchain_store, plan, commit_message_template, experiment, parameters or {})
             reports = _Reports(self, train_one_batch, plan, config, logger)
             started = time.perf_counter()
             try:
@@ -168,12 +172,13 @@ class GbmCVNNPricer:
                 commits=outcomes,
             )
 
-    def stop(self, *, within: float = math.inf) -> None:
+    def stop(self, *, within: float = math.inf, metrics: Mapping[str, float] | None = None) -> None:
         """Ask `train` to end after the step it is in; it still makes its final commit.
 
-        `within`: seconds that commits then have to reach the ledger, if that is less than they had anyway.
+        `within`: seconds that commits then have to reach the ledger, if that is less than they had anyway. `metrics`
+        stand in the final commit's entry, beside the others: they say why.
         """
-        self._stop_within = within
+        self._stop_within, self._stop_metrics = within, metrics or {}
         self._stop.set()
 
     @property
@@ -343,7 +348,7 @@ class GbmCVNNPricer:
                 self._active = None
                 self._serve_requests()
             self._stop.clear()
-            self._stop_within = math.inf
+            self._stop_within, self._stop_metrics = math.inf, {}
             self._progress = replace(self._progress, training=False, commits_pending=0)
 
     @contextlib.contextmanager
@@ -382,6 +387,7 @@ class _Reports:
         self._late = 0 if self._every == 1 else 1
         at = step.position
         self._first, self._end, self._asked = at.step, at.step + config.num_batches, at.step
+        self._contracts = at.simulated
         self._due: deque[tuple[int, int]] = deque()  # steps, and the contracts simulated until then
         self._loss, self._started = math.nan, time.perf_counter()
 
@@ -408,9 +414,11 @@ class _Reports:
             losses = self._step.losses(step)
             _check_finite(losses, step)
             self._loss = losses[-1]
-            self._pricer._progress = Progress(step, self._end, self._loss, True, commits_pending)
+            seconds = time.perf_counter() - self._started
+            per_second = (contracts - self._contracts) / max(seconds, 1e-9)
+            self._pricer._progress = Progress(step, self._end, self._loss, True, commits_pending, per_second)
             if self._logger is not None:
-                rate, seconds = self._plan.learning_rate(step - 1), time.perf_counter() - self._started
+                rate = self._plan.learning_rate(step - 1)
                 self._logger(StepReport(step, step - self._first, self._loss, rate, contracts, seconds))
 
 
@@ -427,10 +435,17 @@ class _Commits:
     """The commits of one call of `train()`."""
 
     def __init__(
-        self, pricer: GbmCVNNPricer, target: CommitTarget | None, plan: TrainingPlan, template: str, experiment: str
+        self,
+        pricer: GbmCVNNPricer,
+        target: CommitTarget | None,
+        plan: TrainingPlan,
+        template: str,
+        experiment: str,
+        parameters: Mapping[str, Any],
     ) -> None:
         assert target is not None
-        self._pricer, self._plan, self._template, self._experiment = pricer, plan, template, experiment
+        self._pricer, self._plan, self._template = pricer, plan, template
+        self._experiment, self._parameters = experiment, parameters
         state = pricer._state()
         if state.optimizer_state is None:  # it will be there after the first step
             state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
@@ -453,7 +468,9 @@ class _Commits:
             metrics={
                 "learning_rate": self._plan.learning_rate(state.global_step - 1),
                 "contracts": state.cfg.sim_params.skip,
+                **(self._pricer._stop_metrics if final else {}),
             },
+            parameters=self._parameters,
             final=final,
         )
         self._background.submit(request, tensors_of(state), metadata_of(state), step.outcome())

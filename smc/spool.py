@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from smc.errors import Corrupt
 
@@ -27,7 +27,8 @@ def new_commit_id() -> str:
 class CommitRecord(BaseModel):
     """What a commit's entry will say, apart from the checkpoint's hash and size.
 
-    `model_hash` is the hash of what inference reads of the checkpoint, see `smc.tensor_header`.
+    `model_hash` is the hash of what inference reads of the checkpoint, see `smc.tensor_header`; `parameters` are what a
+    sweep chose for the experiment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +42,7 @@ class CommitRecord(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     resumed_from: str | None = None
     model_hash: str | None = None
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 def spool_directory() -> Path:

@@ -102,6 +102,7 @@ class Progress:
     loss: float | None
     training: bool
     commits_pending: int = 0
+    contracts_per_second: float = 0.0
 
 
 @dataclass(frozen=True)

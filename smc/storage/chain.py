@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from smc.errors import ConfigError, Corrupt
 
@@ -62,6 +62,7 @@ class ModelVersion(BaseModel):
     commit_message: str = Field(alias="message")
     resumed_from: str | None
     model_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
     commit_id: str
     timestamp: datetime
     index: int

@@ -299,8 +299,8 @@ class AsyncBlockchainModelStore:
             "size": size,
             **record.model_dump(include={"experiment", "step", "loss", "metrics", "message", "resumed_from"}),
         }
-        if record.model_hash is not None:
-            payload = {**payload, "model_hash": record.model_hash}
+        optional = {"model_hash": record.model_hash, "parameters": record.parameters}
+        payload = {**payload, **{name: value for name, value in optional.items() if value}}
         draft = Draft("commit", record.commit_id, payload)
         try:
             entry = await self.ledger.append(draft)

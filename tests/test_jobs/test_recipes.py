@@ -43,7 +43,7 @@ def test_every_shipped_sweep_is_valid(path: Path) -> None:
         ("experiments: {a: {domain: {sigma: {lower: 0, upper: 0.1}}}}", "unknown field 'sigma'; allowed are X0"),
         ("experiments: {a: {commit_message_template: '{epoch}'}}", "unknown variable {epoch}"),
         ("experiments: {'a b': }", "name: String should match pattern"),
-        ("experiments: {}", "experiments: Dictionary should have at least 1 item"),
+        ("experiments: {}", "no experiments: give experiments, grid, random or search"),
         ("recipe: huge\nexperiments: {a: }", "recipe 'huge' is unknown; there are default, tiny, gpu"),
         ("experiments: [a", "not YAML"),
         ("just text", "expected a mapping with the keys ledger"),

@@ -1,0 +1,296 @@
+"""Runs experiments on a Ray cluster: a TrainerActor each, resumed elsewhere when lost; all state is the ledger's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tqdm import tqdm
+
+from jobs.search import PRUNED
+from smc.errors import ConfigError, SpectralMCError
+from smc.experiment import Experiment
+from smc.gbm_trainer import Progress, TrainingResult
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
+
+__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places", "newest_versions"]
+
+logger = logging.getLogger("smc.jobs")
+
+# Seconds that the trainer of a job that is gone may take to be gone as well.
+_NAME_TAKEN_LIMIT: Final = 30.0
+_POLL_SECONDS: Final = 0.5
+
+Watch = Callable[[Progress], bool]
+
+
+@dataclass(frozen=True)
+class ExperimentOutcome:
+    """How one experiment ended: with a result, with nothing left to do (None), or with an error.
+
+    `restarts`: how often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured.
+    """
+
+    experiment: Experiment
+    result: TrainingResult | None
+    error: Exception | None = None
+    restarts: int = 0
+    pruned: bool = False
+    value: float | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop before its end, and not given up."""
+        return self.result is not None and self.result.stopped and not self.pruned
+
+    @property
+    def line(self) -> str:
+        """One line for people."""
+        name = f"{self.experiment.name:<16}"
+        again = f", resumed {self.restarts} times" if self.restarts > 1 else ", resumed once" if self.restarts else ""
+        if self.error is not None:
+            return f"{name}failed: {str(self.error).splitlines()[0]}{again}"
+        if self.result is None:
+            return f"{name}finished before, skipped{again}"
+        r = self.result
+        counts = ", ".join(f"{len(r.commits_that(s))} {s}" for s in ("committed", "replaced", "failed"))
+        verb = "given up at" if self.pruned else "stopped at" if r.stopped else "trained to"
+        return f"{name}{verb} step {r.global_step} in {r.seconds:.1f} s, loss {r.loss:.3e}; commits: {counts}{again}"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How experiments are run.
+
+    `extend` trains finished ones further; `tensorboard` is an absolute folder that the training nodes share; `restarts`
+    is how often an experiment is resumed when its trainer is lost; `measure` names a quantity of `smc.evaluation`.
+    """
+
+    extend: bool = False
+    tensorboard: Path | None = None
+    restarts: int = 3
+    measure: str | None = None
+
+
+class Runner:
+    """Runs one experiment after the other, or several at a time, through one LedgerActor into one ledger."""
+
+    def __init__(self, store: AsyncBlockchainModelStore, ledger_actor: Any, options: RunOptions) -> None:
+        from actors.ledger import LedgerHandle
+
+        self._store, self._actor, self._options = store, ledger_actor, options
+        self._handle = LedgerHandle(store.uri, ledger_actor)
+        self._stopping = asyncio.Event()
+        self._within = math.inf
+        self._trainers: set[Any] = set()
+        self._bars = _Bars()
+
+    def stop(self, within: float = math.inf) -> None:
+        """Let every experiment end with a final commit, which has `within` seconds; start no other."""
+        self._within = within
+        self._stopping.set()
+        for trainer in self._trainers:
+            trainer.stop.remote(within)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether no other experiment is started."""
+        return self._stopping.is_set()
+
+    async def run(self, experiment: Experiment, watch: Watch | None = None) -> ExperimentOutcome:
+        """Train what remains of an experiment, from its last version, as often as its trainer is lost.
+
+        `watch` is shown the progress and says when to give the experiment up.
+        """
+        lost = 0
+        while True:
+            if self.stopping:
+                return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"), lost)
+            try:
+                outcome = await self._attempt(experiment, watch)
+            except _lost_errors() as error:
+                reason = str(error).strip().splitlines()[0]
+                if lost == self._options.restarts:
+                    return ExperimentOutcome(experiment, None, error, lost)
+                lost += 1
+                logger.warning(
+                    "%s: its trainer was lost (%s); goes on from its last version, restart %d of %d",
+                    experiment.name,
+                    reason,
+                    lost,
+                    self._options.restarts,
+                )
+                continue
+            except Exception as error:
+                return ExperimentOutcome(experiment, None, error, lost)
+            result = outcome.result
+            if result is not None and result.stopped and not (outcome.pruned or self.stopping):
+                # Its node is about to go and had it stopped: that is nobody's fault.
+                step = result.global_step
+                logger.warning("%s: stopped by its node at step %d; goes on elsewhere", experiment.name, step)
+                continue
+            return ExperimentOutcome(experiment, result, None, lost, outcome.pruned, outcome.value)
+
+    async def close(self) -> None:
+        """Settle what the ledger still has to do."""
+        self._bars.close()
+        await plain(self._actor.flush.remote())
+
+    async def _attempt(self, experiment: Experiment, watch: Watch | None) -> ExperimentOutcome:
+        import ray
+
+        trainer = await self._started(experiment)
+        pruned = False
+        try:
+            if not await _unless(self._stopping, trainer.progress.remote()):  # others may hold its place in the cluster
+                raise ConfigError("not started: the sweep was stopped")
+            self._trainers.add(trainer)
+            # What an earlier trainer handed over is in the ledger before anybody looks where to go on.
+            await plain(self._actor.flush.remote())
+            newest = (await self._store.catalog()).heads.get(experiment.name)
+            training = asyncio.ensure_future(plain(trainer.train.remote(newest)))
+            async for progress in _progress(trainer, training):
+                self._bars.show(experiment, progress)
+                if watch is not None and not pruned and progress.loss is not None and watch(progress):
+                    pruned = True
+                    await plain(trainer.stop.remote(math.inf, {PRUNED: 1.0}))
+            result = await training
+            value = None
+            if self._options.measure is not None and not pruned and not (result and result.stopped):
+                value = await plain(trainer.measure.remote(self._options.measure))
+            return ExperimentOutcome(experiment, result, pruned=pruned and bool(result and result.stopped), value=value)
+        finally:
+            self._trainers.discard(trainer)
+            # An error's traceback would keep the actor, and its place in the cluster, as long as the outcome lives.
+            ray.kill(trainer)
+
+    async def _started(self, experiment: Experiment) -> Any:
+        """Its trainer, under a name that one trainer at a time can have.
+
+        Raises: ConfigError if another job trains it.
+        """
+        from actors.ledger import NAMESPACE
+        from actors.trainer import RemoteTrainerActor
+
+        deadline = time.monotonic() + _NAME_TAKEN_LIMIT
+        while True:
+            try:
+                return RemoteTrainerActor.options(
+                    name=f"trainer:{self._store.uri}:{experiment.name}",
+                    namespace=NAMESPACE,
+                    num_cpus=experiment.num_cpus,
+                    num_gpus=experiment.num_gpus,
+                    max_concurrency=16,
+                ).remote(experiment, self._handle, extend=self._options.extend, tensorboard=self._options.tensorboard)
+            except ValueError:  # the name is taken, perhaps by what a job left that is gone
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"{experiment.name} is being trained by another job") from None
+            await asyncio.sleep(0.5)
+
+
+async def _progress(trainer: Any, training: asyncio.Future[Any]) -> Any:
+    """Where training is, now and then, until it ends."""
+    while not training.done():
+        await asyncio.wait({training}, timeout=_POLL_SECONDS)
+        if training.done():
+            return
+        answer = asyncio.ensure_future(plain(trainer.progress.remote()))
+        await asyncio.wait({answer, training}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done() and not answer.exception() and answer.result() is not None:
+            yield answer.result()
+
+
+def newest_versions(versions: Sequence[ModelVersion]) -> Mapping[str, ModelVersion]:
+    """The last of these versions for each experiment, by its name."""
+    return {version.experiment: version for version in versions}
+
+
+def cluster_places(num_cpus: float, num_gpus: float) -> int:
+    """How many experiments of this size the cluster holds at once, as it is now.
+
+    Raises: ConfigError if it holds none.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    places = int(have.get("CPU", 0) / num_cpus)
+    if num_gpus:
+        places = min(places, int(have.get("GPU", 0) / num_gpus))
+    if places < 1:
+        raise ConfigError(
+            f"an experiment asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs, the cluster has "
+            f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}; on a cluster that grows, say how many at a time: "
+            "--concurrency"
+        )
+    return places
+
+
+async def plain(ref: Awaitable[Any]) -> Any:
+    """Await a ref, with errors as the actor raised them."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        return await ref
+    except RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, SpectralMCError) else error from None
+
+
+def _lost_errors() -> tuple[type[Exception], ...]:
+    """What is raised when an actor, its worker or its node is gone."""
+    from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, WorkerCrashedError
+
+    return RayActorError, NodeDiedError, WorkerCrashedError, ObjectLostError
+
+
+async def _unless(stopping: asyncio.Event, ref: Awaitable[Any]) -> bool:
+    """Whether the ref is there before `stopping` is set."""
+    answer, stop = asyncio.ensure_future(plain(ref)), asyncio.ensure_future(stopping.wait())
+    await asyncio.wait({answer, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not answer.done():
+        answer.cancel()
+        return False
+    await answer
+    return True
+
+
+class _Bars:
+    """One progress bar an experiment on a terminal; a line now and then in a log."""
+
+    def __init__(self) -> None:
+        self._interactive = sys.stderr.isatty()
+        self._bars: dict[str, Any] = {}
+        self._said: dict[str, int] = {}
+
+    def show(self, experiment: Experiment, progress: Progress) -> None:
+        if progress.loss is None:
+            return
+        name = experiment.name
+        if self._interactive:
+            if name not in self._bars:
+                total = experiment.training.num_batches
+                self._bars[name] = tqdm(total=total, desc=name, position=len(self._bars), unit="batch", leave=True)
+            bar = self._bars[name]
+            bar.n = max(0, progress.step - (progress.end - (bar.total or 0)))
+            bar.set_postfix_str(f"loss {progress.loss:.2e}")
+            return
+        tenth = 10 * progress.step // max(1, progress.end)
+        if self._said.get(name) != tenth:
+            self._said[name] = tenth
+            print(
+                f"{name}: step={progress.step} of={progress.end} loss={progress.loss:.3e} "
+                f"contracts_per_s={progress.contracts_per_second:.0f} commits_pending={progress.commits_pending}",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()

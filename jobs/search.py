@@ -1,0 +1,284 @@
+"""Which experiments a sweep consists of: named ones, a grid, random draws, or a search that learns from the results.
+
+Every one of them is the same whenever the file is read: names and settings of a grid or of random draws depend on the
+file alone, and a search takes what it tried before from the ledger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from smc.errors import ConfigError
+from smc.evaluation import QUANTITIES
+
+if TYPE_CHECKING:
+    import optuna
+
+    from smc.storage import ModelVersion
+
+__all__ = [
+    "PRUNED",
+    "Choices",
+    "PastTrial",
+    "Random",
+    "Range",
+    "Search",
+    "Trial",
+    "Trials",
+    "draws",
+    "grid",
+    "nested",
+    "trial_name",
+]
+
+# The metric of a final commit that says that its experiment was given up.
+PRUNED: Final = "pruned"
+
+
+class Choices(BaseModel):
+    """A parameter that is one of these values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices: list[JsonValue] = Field(min_length=1)
+
+    def draw(self, generator: np.random.Generator) -> JsonValue:
+        """One of them, each as likely."""
+        return self.choices[int(generator.integers(len(self.choices)))]
+
+
+class Range(BaseModel):
+    """A parameter between two bounds: whole if both are, spread over orders of magnitude if `log`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    low: int | float
+    high: int | float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Range:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low must be above 0 for log, got {self.low:g}")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether its values are whole numbers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def draw(self, generator: np.random.Generator) -> JsonValue:
+        """A value, each (each order of magnitude) as likely."""
+        if self.whole and not self.log:
+            return int(generator.integers(int(self.low), int(self.high) + 1))
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = float(generator.uniform(low, high))
+        value = math.exp(value) if self.log else value
+        # Four digits are enough, and names stay short.
+        return round(value) if self.whole else float(f"{min(max(value, self.low), self.high):.4g}")
+
+
+class Random(BaseModel):
+    """So many experiments with parameters drawn at random, by dotted names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(ge=1)
+    seed: int = 0
+    parameters: dict[str, Choices | Range] = Field(min_length=1)
+
+
+class Search(BaseModel):
+    """So many trials whose parameters Optuna chooses from what the ones before came to (extra `search`).
+
+    `objective`: a quantity of `smc.evaluation`, whose RMSE against the closed form is made small, or `loss`. Trials
+    whose loss is worse than the median of others as far in training are given up, unless `prune` is false.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trials: int = Field(ge=1)
+    seed: int = 0
+    objective: str = "price"
+    prune: bool = True
+    parameters: dict[str, Choices | Range] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_an_objective(self) -> Search:
+        if self.objective not in ("loss", *QUANTITIES):
+            raise ValueError(f"objective {self.objective!r} is unknown; there are loss, {'; '.join(QUANTITIES)}")
+        return self
+
+
+def grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination, the last parameter changing fastest."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def draws(random: Random) -> Iterator[dict[str, Any]]:
+    """The draws: number i is the same for every count."""
+    for i in range(random.count):
+        generator = np.random.default_rng([random.seed, i])
+        yield {name: space.draw(generator) for name, space in random.parameters.items()}
+
+
+def trial_name(prefix: str, parameters: Mapping[str, Any]) -> str:
+    """A name that tells parameters, by the last part of their own names."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return "x".join(map(text, value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    told = "_".join(f"{name.rsplit('.', 1)[-1]}={text(value)}" for name, value in parameters.items())
+    return re.sub(r"[^A-Za-z0-9._/=-]", "-", f"{prefix}/{told}")
+
+
+def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as nested settings."""
+    settings: dict[str, Any] = {}
+    for path, value in parameters.items():
+        *above, last = path.split(".")
+        level = settings
+        for key in above:
+            level = level.setdefault(key, {})
+        level[last] = value
+    return settings
+
+
+class Trial:
+    """One trial of a search: its name, its parameters, and whether it should go on."""
+
+    def __init__(self, name: str, parameters: Mapping[str, Any], trial: optuna.Trial, prune: bool) -> None:
+        self.name, self.parameters, self.optuna, self._prune = name, parameters, trial, prune
+        self._reported = 0
+
+    def should_stop(self, step: int, end: int, loss: float) -> bool:
+        """Whether to give it up, given its loss at a step: asked at every tenth of its training."""
+        tenth = _tenth(step, end)
+        if not self._prune or tenth <= self._reported or not math.isfinite(loss):
+            return False
+        self._reported = tenth
+        self.optuna.report(loss, tenth)
+        return bool(self.optuna.should_prune())
+
+
+@dataclass(frozen=True)
+class PastTrial:
+    """What the ledger has of a trial: its versions, its last step if it is finished, and what it came to then."""
+
+    versions: Sequence[ModelVersion]
+    end: int
+    value: float | None
+
+
+class Trials:
+    """Asks Optuna for trials and tells it how they ended. All state is the ledger's: `past` are its trials, by name.
+
+    Raises: ConfigError if Optuna is not installed.
+    """
+
+    def __init__(self, prefix: str, search: Search, past: Mapping[str, PastTrial]) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise ConfigError("a search needs Optuna: pip install 'spectralmc[search]'") from None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._search, self._prefix = search, prefix
+        self._spaces = {name: _distribution(space) for name, space in search.parameters.items()}
+        sampler = optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+        self._study = optuna.create_study(sampler=sampler, pruner=pruner)
+        self._unfinished: list[tuple[str, Mapping[str, Any]]] = []
+        self._taken = set()
+        for name, trial in sorted(past.items()):
+            newest = trial.versions[-1]
+            number = name.removeprefix(f"{prefix}/")
+            if not number.isdecimal() or set(newest.parameters) != set(self._spaces):
+                continue
+            self._taken.add(int(number))
+            if trial.value is None and not newest.metrics.get(PRUNED):
+                self._unfinished.append((name, newest.parameters))
+                continue
+            finished = trial.value is not None
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params={key: _as_optuna(value) for key, value in newest.parameters.items()},
+                    distributions=self._spaces,
+                    value=trial.value,
+                    state=optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.PRUNED,
+                    intermediate_values={_tenth(v.step, trial.end): v.loss for v in trial.versions if v.loss},
+                )
+            )
+        self._left = search.trials - len(self._taken)
+
+    def ask(self) -> Trial | None:
+        """The next trial: an interrupted one first; None when there are to be no more."""
+        if self._unfinished:
+            name, parameters = self._unfinished.pop(0)
+            self._study.enqueue_trial({key: _as_optuna(value) for key, value in parameters.items()})
+            return Trial(name, parameters, self._study.ask(self._spaces), self._search.prune)
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        number = next(i for i in itertools.count() if i not in self._taken)
+        self._taken.add(number)
+        trial = self._study.ask(self._spaces)
+        parameters = {name: _from_optuna(value) for name, value in trial.params.items()}
+        return Trial(f"{self._prefix}/{number:03d}", parameters, trial, self._search.prune)
+
+    def tell(self, trial: Trial, value: float | None, *, pruned: bool = False) -> None:
+        """How a trial ended: with a value, given up, or (neither) without a result."""
+        from optuna.trial import TrialState
+
+        if pruned:
+            self._study.tell(trial.optuna, state=TrialState.PRUNED)
+        elif value is None or not math.isfinite(value):
+            self._study.tell(trial.optuna, state=TrialState.FAIL)
+        else:
+            self._study.tell(trial.optuna, value)
+
+    @property
+    def best(self) -> tuple[Mapping[str, Any], float] | None:
+        """Parameters and value of the best finished trial."""
+        try:
+            best = self._study.best_trial
+        except ValueError:  # none is finished
+            return None
+        assert best.value is not None
+        return {name: _from_optuna(value) for name, value in best.params.items()}, best.value
+
+
+def _tenth(step: int, end: int) -> int:
+    return 10 * step // max(1, end)
+
+
+def _distribution(space: Choices | Range) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(space, Choices):
+        return CategoricalDistribution([_as_optuna(value) for value in space.choices])
+    if space.whole:
+        return IntDistribution(int(space.low), int(space.high), log=space.log)
+    return FloatDistribution(space.low, space.high, log=space.log)
+
+
+def _as_optuna(value: Any) -> Any:
+    """A list as text: Optuna's choices are plain values."""
+    return "json:" + orjson.dumps(value).decode() if isinstance(value, list | dict) else value
+
+
+def _from_optuna(value: Any) -> Any:
+    return orjson.loads(value[5:]) if isinstance(value, str) and value.startswith("json:") else value
