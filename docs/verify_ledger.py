@@ -13,8 +13,8 @@ from pathlib import Path
 
 def verify(root):
     """Entries, versions, and every (object, reason) that is wrong."""
-    problems, parent, index, counter, seen, blobs, collected = [], "0" * 64, 0, 0, set(), {}, set()
-    commits = {}
+    problems, parent, index, counter, seen, blobs, announced = [], "0" * 64, 0, 0, set(), {}, {}
+    commits, aliases = {}, {}
     raw, ends = [], [(-1, parent)]
     names = sorted(p.name for p in (root / "log").iterdir()) if (root / "log").is_dir() else []
     problems += [(f"log/{n}", "not of this format") for n in names if not re.fullmatch(r"\d{10}\.(jsonl|sig)", n)]
@@ -38,11 +38,17 @@ def verify(root):
                         problems.append((key, f"counter {entry['counter']} stands where {counter} should"))
                     counter, blobs[entry["content_hash"]] = entry["counter"] + 1, entry["size"]
                     commits[entry["counter"]] = entry["content_hash"]
-                    collected.discard(entry["content_hash"])
+                    announced.pop(entry["content_hash"], None)
                 elif entry["kind"] == "collect":
-                    collected.update(entry["content_hashes"])
-                elif entry["kind"] == "tag" and commits.get(entry["counter"]) != entry["content_hash"]:
-                    problems.append((key, f"entry {entry['index']} lets an alias name what is not before it"))
+                    for digest in entry["content_hashes"]:
+                        announced.setdefault(digest, []).append(entry["index"])
+                elif entry["kind"] == "spare":
+                    for digest in entry["content_hashes"]:
+                        announced[digest] = [i for i in announced.get(digest, []) if i > entry["through"]]
+                elif entry["kind"] == "tag":
+                    aliases[entry["alias"]] = entry["content_hash"]
+                    if commits.get(entry["counter"]) != entry["content_hash"]:
+                        problems.append((key, f"entry {entry['index']} lets an alias name what is not before it"))
                 seen.add(entry["commit_id"])
                 index = entry["index"] + 1
             except (ValueError, KeyError, TypeError) as error:
@@ -61,7 +67,8 @@ def verify(root):
     for digest, size in blobs.items():
         path = root / "blobs" / f"{digest}.safetensors"
         if not path.is_file():
-            problems += [] if digest in collected else [(f"blobs/{path.name}", "missing")]
+            gone = announced.get(digest) and digest not in (commits.get(0), *aliases.values())
+            problems += [] if gone else [(f"blobs/{path.name}", "missing")]
         elif path.stat().st_size != size or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             problems.append((f"blobs/{path.name}", "does not have the size or the hash that its entry says"))
     return index, counter, problems

@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from smc.errors import ConfigError
 from smc.evaluation import QUANTITIES
@@ -89,6 +89,14 @@ class Range(BaseModel):
         return round(value) if self.whole else float(f"{min(max(value, self.low), self.high):.4g}")
 
 
+def _kind(value: Any) -> str:
+    return "choices" if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value) else "range"
+
+
+# Told apart by their keys, so that an error is about the right one.
+Space = Annotated[Annotated[Choices, Tag("choices")] | Annotated[Range, Tag("range")], Discriminator(_kind)]
+
+
 class Random(BaseModel):
     """So many experiments with parameters drawn at random, by dotted names."""
 
@@ -96,7 +104,7 @@ class Random(BaseModel):
 
     count: int = Field(ge=1)
     seed: int = 0
-    parameters: dict[str, Choices | Range] = Field(min_length=1)
+    parameters: dict[str, Space] = Field(min_length=1)
 
 
 class Search(BaseModel):
@@ -112,7 +120,7 @@ class Search(BaseModel):
     seed: int = 0
     objective: str = "price"
     prune: bool = True
-    parameters: dict[str, Choices | Range] = Field(min_length=1)
+    parameters: dict[str, Space] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> Search:
@@ -198,7 +206,9 @@ class Trials:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._search, self._prefix = search, prefix
         self._spaces = {name: _distribution(space) for name, space in search.parameters.items()}
-        sampler = optuna.samplers.TPESampler(seed=search.seed, constant_liar=True)
+        # Its first choices are random: not those that it made before.
+        seed = int(np.random.SeedSequence([search.seed, len(past)]).generate_state(1)[0])
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = optuna.create_study(sampler=sampler, pruner=pruner)
         self._unfinished: list[tuple[str, Mapping[str, Any]]] = []

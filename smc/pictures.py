@@ -26,6 +26,7 @@ __all__ = [
     "draw_runs",
     "draw_spectrum",
     "in_words",
+    "plain",
     "save_lineage",
 ]
 
@@ -79,8 +80,8 @@ def draw_learning(
     axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, *, name: str | None = None
 ) -> None:
     """A quantity by training step, one point a version; of several experiments each has a colour and a name."""
-    colour = _LEARNT if name is None else None
-    axes.semilogy(steps, values, color=colour, marker="o", ms=4 if name is None else 2.5, lw=1.2, label=name)
+    colour, label_of_line = (_LEARNT, None) if name is None else (None, plain(name))
+    axes.semilogy(steps, values, color=colour, marker="o", ms=4 if name is None else 2.5, lw=1.2, label=label_of_line)
     axes.set(xlabel="step", ylabel=label)
     axes.grid(alpha=0.3, which="both")
 
@@ -126,7 +127,7 @@ def draw_runs(
             arrowprops={"arrowstyle": "-", "lw": 0.5},
         )
     labels = [run.experiment for run in runs] if by == "version" else list(lanes)
-    axes.set_yticks(range(len(labels)), [label or "(no experiment)" for label in labels], fontsize=8)
+    axes.set_yticks(range(len(labels)), [plain(label or "(no experiment)") for label in labels], fontsize=8)
     axes.set(xlabel="version" if by == "version" else "committed (UTC)", ylim=(len(labels) - 0.4, -0.9))
     axes.grid(axis="x", alpha=0.3)
 
@@ -138,6 +139,11 @@ def save_lineage(path: Path, runs: Sequence[Run], aliases: Mapping[str, ModelVer
     figure = Figure(figsize=(12.5, 1.6 + 0.3 * len(runs)), layout="constrained")
     draw_runs(figure.subplots(), runs, aliases, by="version")
     figure.savefig(path, dpi=110)
+
+
+def plain(text: str) -> str:
+    """A name as a label: matplotlib would take what stands between dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def in_words(contract: Array) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +89,8 @@ class TensorBoardLogger:
 
 
 def folder_name(experiment: str) -> str:
-    """A folder's name for an experiment, whatever the experiment is called."""
-    name = re.sub(r"[^A-Za-z0-9._ -]", "_", experiment).strip(". ")
-    return name or "no experiment"
+    """A folder's name for an experiment, whatever the experiment is called; no other has the same."""
+    name = re.sub(r"[^A-Za-z0-9._=-]", "_", experiment).strip(".")
+    if name != experiment:  # told apart from the one that is called so
+        name = f"{name or 'no experiment'}.{hashlib.sha256(experiment.encode(errors='replace')).hexdigest()[:6]}"
+    return name if experiment else "no experiment"

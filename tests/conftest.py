@@ -18,7 +18,7 @@ from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig, SimulationParams
 from smc.gbm_trainer import GbmCVNNPricerConfig, TrainingConfig
 from smc.storage import AsyncBlockchainModelStore
-from smc.storage.chain import Draft
+from smc.storage.chain import Draft, block_key, build_block
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore
 
@@ -104,6 +104,12 @@ def memory_store() -> AsyncBlockchainModelStore:
 def tag_draft(commit_id: str, alias: str = "best") -> Draft:
     """An entry that lets an alias name nothing."""
     return Draft("tag", commit_id, {"alias": alias, "counter": None, "content_hash": None, "message": ""})
+
+
+async def force(store: AsyncBlockchainModelStore, *drafts: Draft) -> None:
+    """Write a block that the store itself would refuse to write."""
+    tail = await store.ledger.refresh()
+    await store.objects.create(block_key(tail.block), build_block(tail, drafts))
 
 
 def small_simulation(**changes: Any) -> SimulationParams:

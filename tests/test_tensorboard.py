@@ -83,15 +83,9 @@ def test_an_interval_below_one_is_refused(tmp_path: Path, every: int, histograms
         TensorBoardLogger(tmp_path, every=every, histograms_every=histograms)
 
 
-@pytest.mark.parametrize(
-    ("name", "folder"),
-    [
-        ("baseline", "baseline"),
-        ("../../etc", "_.._etc"),
-        ("a/b\\c", "a_b_c"),
-        ("", "no experiment"),
-        ("..", "no experiment"),
-    ],
-)
-def test_an_experiments_folder_is_inside(name: str, folder: str) -> None:
-    assert folder_name(name) == folder
+def test_an_experiments_folder_is_inside_and_its_own() -> None:
+    names = ["baseline", "sweep/lr=0.1", "sweep_lr=0.1", "../../etc", "..", "", "a b", "a_b", "ä", "no experiment"]
+    folders = [folder_name(name) for name in names]
+    assert folders[0] == "baseline"
+    assert len(set(folders)) == len(names)
+    assert all("/" not in folder and folder.strip(".") for folder in folders)

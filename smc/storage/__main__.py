@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--since", type=_time, metavar="TIME", help="2026-11-25, 2026-11-25T10:00 (UTC), or 90m, 2h, 3d ago"
     )
     sub.add_argument("--until", type=_time, metavar="TIME")
-    sub.add_argument("--last", type=int, metavar="N", help="only the newest N")
+    sub.add_argument("--last", type=_count, metavar="N", help="only the newest N")
     sub = on_ledger("inspect", commands.inspect, only_prints=True)
     sub.add_argument("version", nargs="?", help=f"{_VERSION}; the newest if left out")
     sub = on_ledger("diff", commands.diff, only_prints=True)
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
     server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
     server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")
-    server.add_argument("--port", type=int, help="the S3 port (default: the last one, or a free one)")
+    server.add_argument("--port", type=_port, help="the S3 port (default: the last one, or a free one)")
     server.add_argument(
         "--bucket", action="append", help=f"a bucket to create; repeatable (default: {', '.join(_DEV_BUCKETS)})"
     )
@@ -152,7 +152,24 @@ def _age(text: str) -> timedelta:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
     if match is None or (not match[2] and float(match[1])):
         raise argparse.ArgumentTypeError(f"{text!r} is no age: like 45s, 90m, 2h or 3d")
-    return timedelta(**{{"s": "seconds", "m": "minutes", "h": "hours"}.get(match[2], "days"): float(match[1])})
+    try:
+        age = timedelta(**{{"s": "seconds", "m": "minutes", "h": "hours"}.get(match[2], "days"): float(match[1])})
+        datetime.now(UTC) - age
+    except OverflowError:
+        raise argparse.ArgumentTypeError(f"{text!r} is longer ago than dates go") from None
+    return age
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of versions")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 1 to 65535")
+    return int(text)
 
 
 def _time(text: str) -> datetime:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from smc.errors import ConfigError, Corrupt, NotFound
-from smc.storage.chain import AliasMove, Entry, ModelVersion, Tail, block_key, check_after, version_id
+from smc.storage.chain import AliasMove, Announcements, Entry, ModelVersion, Tail, block_key, check_after, version_id
 
 __all__ = ["Catalog"]
 
@@ -22,26 +23,39 @@ class Catalog:
         self.moves: list[AliasMove] = []
         self.ends: list[str] = []  # the hash of each block's last entry
         self._aliases: dict[str, int] = {}
-        self._named: dict[str, int] = {}  # by content hash: the last entry that committed it
-        self._collected: dict[str, int] = {}  # and the last that announced its deletion
+        self._announcements = Announcements()
+        self._collect_times: dict[int, datetime] = {}
 
     def apply(self, entries: Sequence[Entry]) -> None:
-        """Take in one more block. Raises: Corrupt if it does not follow, or an entry contradicts itself."""
-        self.tail = check_after(self.tail, entries)
+        """Take in one more block.
+
+        Raises: Corrupt if it does not follow, or an entry contradicts itself; then nothing of it is taken in.
+        """
+        tail = check_after(self.tail, entries)
+        new: list[ModelVersion] = []
+        for entry in entries:
+            entry.check()
+            if entry.version is not None:
+                new.append(entry.version)
+            elif (move := entry.alias_move) is not None and move.counter is not None:
+                known = len(self.versions)
+                before = self.versions[move.counter :][:1] if move.counter < known else new[move.counter - known :][:1]
+                if [version.content_hash for version in before] != [move.content_hash]:
+                    reason = f"entry {entry.index}: alias {move.alias} names a version that is not before it"
+                    raise Corrupt(f"{block_key(entry.block)}: {reason}", ((block_key(entry.block), reason),))
+        self.tail = tail
+        self.versions += new
         self.ends.append(entries[-1].hash)
         for entry in entries:
-            if (version := entry.version) is not None:
-                self.versions.append(version)
-                self._named[version.content_hash] = entry.index
-            elif (move := entry.alias_move) is not None:
-                self._check(entry, move)
+            self._announcements.apply(entry)
+            if entry.kind == "collect":
+                self._collect_times[entry.index] = datetime.fromisoformat(entry.fields["timestamp"])
+            if (move := entry.alias_move) is not None:
                 self.moves.append(move)
                 if move.counter is None:
                     self._aliases.pop(move.alias, None)
                 else:
                     self._aliases[move.alias] = move.counter
-            for content_hash in entry.collected:
-                self._collected[content_hash] = entry.index
 
     @property
     def head(self) -> ModelVersion | None:
@@ -73,9 +87,13 @@ class Catalog:
         return [name for name, counter in sorted(self._aliases.items()) if counter == version.counter]
 
     def collected_at(self, content_hash: str) -> int | None:
-        """The entry that announced a checkpoint's deletion, unless something has committed it since."""
-        at = self._collected.get(content_hash, -1)
-        return at if at > self._named.get(content_hash, -1) else None
+        """The entry that announced a checkpoint's deletion, unless it has been committed or spared since."""
+        announced = self._announcements.of(content_hash)
+        return announced[-1] if announced else None
+
+    def announcements(self, content_hash: str) -> Mapping[int, datetime]:
+        """All of those entries, with their times."""
+        return {index: self._collect_times[index] for index in self._announcements.of(content_hash)}
 
     def resolve(self, reference: str) -> ModelVersion:
         """The version that somebody means.
@@ -112,15 +130,6 @@ class Catalog:
             f"{reference!r} is no version here: give v0000000042 or 42, head, head:EXPERIMENT, {_SHORTEST_HASH} or "
             f"more digits of a hash, or an alias (there are: {aliases}){hint}"
         )
-
-    def _check(self, entry: Entry, move: AliasMove) -> None:
-        if move.counter is None:
-            return
-        target = self.versions[move.counter] if move.counter < len(self.versions) else None
-        if target is None or target.content_hash != move.content_hash:
-            key = block_key(entry.block)
-            reason = f"entry {entry.index}: alias {move.alias} names a version that is not before it"
-            raise Corrupt(f"{key}: {reason}", ((key, reason),))
 
     def _by_hash(self, prefix: str) -> ModelVersion:
         found = [version for version in self.versions if version.content_hash.startswith(prefix)]

@@ -21,6 +21,7 @@ __all__ = [
     "FORMAT",
     "GENESIS_PARENT",
     "AliasMove",
+    "Announcements",
     "Draft",
     "Entry",
     "ModelVersion",
@@ -30,6 +31,7 @@ __all__ = [
     "build_block",
     "check_after",
     "check_alias",
+    "is_content_hash",
     "parse_block",
     "parse_version_id",
     "version_id",
@@ -133,12 +135,27 @@ class Entry:
     @property
     def collected(self) -> tuple[str, ...]:
         """Hashes of the checkpoints that a collect entry announces the deletion of. Raises: Corrupt."""
-        if self.kind != "collect":
-            return ()
+        return self._hashes() if self.kind == "collect" else ()
+
+    @property
+    def spared(self) -> tuple[tuple[str, ...], int]:
+        """Hashes that are not deleted after all, whatever entries up to an index announced. Raises: Corrupt."""
+        if self.kind != "spare":
+            return (), -1
+        through = self.fields.get("through")
+        if not isinstance(through, int) or not -1 <= through < self.index:
+            raise self._corrupt("through is not the index of an entry before it")
+        return self._hashes(), through
+
+    def _hashes(self) -> tuple[str, ...]:
         hashes = self.fields.get("content_hashes")
         if not isinstance(hashes, list) or not all(isinstance(h, str) and _HASH.match(h) for h in hashes):
             raise self._corrupt("content_hashes is not a list of SHA-256 in hexadecimal")
         return tuple(hashes)
+
+    def check(self) -> None:
+        """Raises: Corrupt if what it says of its kind is missing or wrong."""
+        _ = self.version, self.alias_move, self.collected, self.spared
 
     def _read(self, model: type[M]) -> M:
         try:
@@ -149,6 +166,32 @@ class Entry:
 
     def _corrupt(self, reason: str) -> Corrupt:
         return Corrupt(f"{block_key(self.block)}: entry {self.index}: {reason}")
+
+
+class Announcements:
+    """Which checkpoints a log says are being deleted: entry by entry, in order."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, list[int]] = {}
+
+    def apply(self, entry: Entry) -> None:
+        """Take in the next entry. Raises: Corrupt, before anything is changed."""
+        version, collected, (spared, through) = entry.version, entry.collected, entry.spared
+        if version is not None:
+            self._at.pop(version.content_hash, None)
+        for content_hash in collected:
+            self._at.setdefault(content_hash, []).append(entry.index)
+        for content_hash in spared:
+            left = [index for index in self._at.pop(content_hash, ()) if index > through]
+            if left:
+                self._at[content_hash] = left
+
+    def of(self, content_hash: str) -> Sequence[int]:
+        """Entries that announced a checkpoint's deletion, since it was last committed or spared."""
+        return self._at.get(content_hash, ())
+
+    def __contains__(self, content_hash: object) -> bool:
+        return content_hash in self._at
 
 
 @dataclass(frozen=True)
@@ -189,6 +232,11 @@ def block_key(number: int) -> str:
 def blob_key(content_hash: str) -> str:
     """Object key of a checkpoint."""
     return f"blobs/{content_hash}.safetensors"
+
+
+def is_content_hash(text: str) -> bool:
+    """Whether this is a SHA-256 in lower-case hexadecimal."""
+    return _HASH.match(text) is not None
 
 
 def version_id(counter: int) -> str:

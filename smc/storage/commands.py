@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from smc.errors import ConfigError, NotFound
+from smc.errors import ConfigError, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool
 from smc.storage.catalog import Catalog
 from smc.storage.chain import ModelVersion, blob_key
@@ -54,8 +54,7 @@ async def find_corruption(store: Store, options: Options) -> int:
         else:
             print(f"nothing is corrupt: {report.entries} entries and {report.blobs} checkpoints were read")
         return 0
-    log_is_whole = all(key.startswith("blobs/") for key, _ in report.problems)
-    affected, sound = await _affected(store, report) if log_is_whole else ([], [])
+    affected, sound = await _affected(store, report) if report.log_is_whole else ([], [])
     if options.json:
         problems = [{"object": key, "reason": reason} for key, reason in report.problems]
         names = {"affected": affected, "sound": sound}
@@ -63,14 +62,17 @@ async def find_corruption(store: Store, options: Options) -> int:
         return 1
     for key, reason in report.problems:
         print(f"{key}: {reason}")
-    if not log_is_whole:
+    if not report.log_is_whole:
         print(
             "The log itself is damaged: restore the objects named above from a copy of the bucket, then verify again."
         )
         return 1
+    if any(not key.startswith("blobs/") for key, _ in report.problems):
+        print("What is derived from the log (head.json, index/) is made again by the next writer.")
     count = "1 version" if len(affected) == 1 else f"{len(affected)} versions"
     more = ", ..." if len(affected) > 12 else ""
-    print(f"cannot be loaded: {count}: {', '.join(v.version_id for v in affected[:12])}{more}")
+    listed = ": " + ", ".join(v.version_id for v in affected[:12]) + more if affected else ""
+    print(f"cannot be loaded: {count}{listed}")
     for version in sound:
         name = version.experiment or "(no experiment)"
         print(f"newest whole version of {name}: {version.version_id}, step {version.step}")
@@ -89,6 +91,8 @@ async def _affected(store: Store, report: Verification) -> tuple[list[ModelVersi
 async def list_versions(store: Store, options: Options) -> int:
     """The versions that all filters let through, oldest first."""
     catalog = await store.catalog()
+    if options.tag is not None and options.tag not in catalog.aliases:
+        raise NotFound(f"there is no alias {options.tag!r}: there are {', '.join(catalog.aliases) or 'none'}")
     versions = [v for v in catalog.versions if _wanted(v, catalog, options)]
     if options.last is not None:
         versions = versions[max(0, len(versions) - options.last) :]
@@ -249,6 +253,8 @@ async def rollback(store: Store, options: Options) -> int:
 
 async def export(store: Store, options: Options) -> int:
     """Write one version's checkpoint, verified, as a file that any safetensors reader opens."""
+    if not options.file.name or options.file.is_dir():
+        raise ConfigError(f"{options.file} is a folder: give a file's name")
     if options.file.exists() and not options.force:
         raise ConfigError(f"{options.file} exists: give another name, or --force")
     version = await store.resolve(options.version)
@@ -272,7 +278,10 @@ async def import_(store: Store, options: Options) -> int:
     from smc.tensor_header import model_hash
 
     data = options.file.read_bytes()
-    metadata = decode(data).metadata
+    try:
+        metadata = decode(data).metadata
+    except Corrupt as error:  # the file, not the ledger
+        raise ConfigError(f"{options.file}: {error}") from None
     record = CommitRecord(
         ledger=store.uri,
         message=options.message or f"imported from {options.file.name}",
@@ -319,7 +328,7 @@ async def gc_run(store: Store, options: Options) -> int:
     policy = await _policy(store, options)
     plan = await plan_collection(store, policy)
     if not options.yes:
-        _print_plan(plan)
+        print_json(_plan_as_json(plan)) if options.json else _print_plan(plan)
         raise ConfigError("nothing was deleted: add --yes to delete this")
     result = await collect(store, policy, plan)
     if options.json:

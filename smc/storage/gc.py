@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from smc.errors import ConfigError, NotFound
 from smc.spool import new_commit_id
 from smc.storage.catalog import Catalog
-from smc.storage.chain import Draft, ModelVersion, blob_key, version_id
+from smc.storage.chain import Draft, ModelVersion, blob_key, is_content_hash, version_id
 from smc.storage.objects import ObjectInfo
 from smc.storage.requests import retried
 from smc.storage.store import AsyncBlockchainModelStore
@@ -24,6 +25,8 @@ __all__ = ["CollectionPlan", "CollectionResult", "RetentionPolicy", "collect", "
 _AT_ONCE = 16
 # Hashes in one entry: an entry is read whole by everybody.
 _MOST_HASHES = 1000
+# A collector that announced something longer ago than this is not at work any more.
+_LONGEST_COLLECTION = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class RetentionPolicy:
             by_name = {version.version_id: version for version in catalog.versions}
             for counter in list(kept):
                 version = catalog.versions[counter]
-                while (origin := by_name.get(version.resumed_from or "")) is not None:
+                # An origin that is not before a version is of another ledger, from which it was resumed.
+                while (origin := by_name.get(version.resumed_from or "")) and origin.counter < version.counter:
                     kept.setdefault(origin.counter, f"{version.version_id} resumed from it")
                     version = origin
         return kept
@@ -110,7 +114,7 @@ async def plan_collection(store: AsyncBlockchainModelStore, policy: RetentionPol
     now = datetime.now(UTC)
     async for info in store.objects.list("blobs/"):
         content_hash = info.key.removeprefix("blobs/").removesuffix(".safetensors")
-        if info.key != blob_key(content_hash) or content_hash in wanted:
+        if not is_content_hash(content_hash) or content_hash in wanted:  # what is not a checkpoint is not ours
             continue
         if now - info.modified < policy.min_age:
             young += 1
@@ -130,13 +134,13 @@ async def collect(
     `plan`: what somebody has seen and agreed to; nothing else is deleted. Raises: Unavailable, Corrupt.
     """
     plan = plan or await plan_collection(store, policy)
-    catalog = await store.catalog()
-    # What an earlier collector announced and did not come to needs no second entry.
-    new = sorted(content_hash for content_hash in plan.blobs if catalog.collected_at(content_hash) is None)
-    for start in range(0, len(new), _MOST_HASHES):
-        hashes = new[start : start + _MOST_HASHES]
-        message = f"keeping {len(plan.kept)} versions"
-        await store.ledger.append(Draft("collect", new_commit_id(), {"content_hashes": hashes, "message": message}))
+    await store.ledger.prepare()  # which also renews what a killed writer left stale
+    # Also what an earlier collector announced and did not come to: writers know the recent announcements.
+    message = f"keeping {len(plan.kept)} versions"
+    ours = []
+    for hashes in _parts(sorted(plan.blobs)):
+        draft = Draft("collect", new_commit_id(), {"content_hashes": hashes, "message": message})
+        ours.append((await store.ledger.append(draft)).index)
     catalog = await store.catalog()
     wanted = {catalog.versions[counter].content_hash for counter in policy.reasons(catalog)}
     gate = asyncio.Semaphore(_AT_ONCE)
@@ -149,9 +153,39 @@ async def collect(
             # Each try looks first: the store's uploads rely on a deletion that follows a look within one request.
             return await retried(lambda: _delete_unless_young(store, blob_key(content_hash), policy.min_age))
 
-    freed = await asyncio.gather(*(one(content_hash) for content_hash in plan.blobs))
-    deleted = [size for size in freed if size]
-    return CollectionResult(len(deleted), sum(deleted), sum(size is None for size in freed))
+    results = await asyncio.gather(*(one(content_hash) for content_hash in plan.blobs))
+    freed = dict(zip(plan.blobs, results, strict=True))
+    spared = {content_hash for content_hash, size in freed.items() if size is None}
+    await _revoke(store, catalog, spared | wanted, ours)
+    deleted = [size for size in freed.values() if size]
+    return CollectionResult(len(deleted), sum(deleted), len(spared))
+
+
+async def _revoke(store: AsyncBlockchainModelStore, catalog: Catalog, left: set[str], ours: Sequence[int]) -> None:
+    """Say in the log which announced checkpoints stay: the announcements were ours, or of collectors long gone."""
+    now = datetime.now(UTC)
+
+    def is_over(index: int, at: datetime) -> bool:
+        return index in ours or now - at > _LONGEST_COLLECTION
+
+    candidates = [
+        content_hash
+        for content_hash in sorted(left)
+        if catalog.collected_at(content_hash) is not None
+        and all(is_over(index, at) for index, at in catalog.announcements(content_hash).items())
+    ]
+    there = []
+    for content_hash in candidates:
+        with suppress(NotFound):
+            await retried(lambda: store.objects.stat(blob_key(content_hash)))  # noqa: B023  awaited here
+            there.append(content_hash)
+    for hashes in _parts(there):
+        payload = {"content_hashes": hashes, "through": catalog.tail.index - 1}
+        await store.ledger.append(Draft("spare", new_commit_id(), payload))
+
+
+def _parts(hashes: Sequence[str]) -> list[Sequence[str]]:
+    return [hashes[start : start + _MOST_HASHES] for start in range(0, len(hashes), _MOST_HASHES)]
 
 
 async def _delete_unless_young(store: AsyncBlockchainModelStore, key: str, min_age: timedelta) -> int | None:

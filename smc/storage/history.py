@@ -61,7 +61,12 @@ def runs_of(versions: Sequence[ModelVersion]) -> list[Run]:
             run = open_runs[version.experiment] = []
             runs.append(run)
         run.append(version)
-    return [Run(run[0].experiment, run, by_name.get(run[0].resumed_from or "")) for run in runs]
+
+    def origin_of(first: ModelVersion) -> ModelVersion | None:
+        origin = by_name.get(first.resumed_from or "")
+        return origin if origin is not None and origin.counter < first.counter else None  # else of another ledger
+
+    return [Run(run[0].experiment, run, origin_of(run[0])) for run in runs]
 
 
 def lineage_lines(runs: Sequence[Run]) -> Iterator[str]:

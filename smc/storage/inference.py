@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from smc.black_scholes import Greeks, OptionKind
 from smc.checkpoint import decode_parts, restore
 from smc.contracts import FIELDS, ContractsLike, resolve_domain
 from smc.cuda import require_device
-from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, SpectralMCError, Unavailable
+from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
 from smc.prediction import Outside, Predictor
 from smc.spectrum import PayoffDistribution
 from smc.storage.catalog import Catalog
@@ -161,7 +162,8 @@ class ModelFollower:
         self._wanted: ModelVersion | None = None
         self._suspect = False  # the ledger was not what it should be when last looked at
         self._failures, self._retry_at = 0, 0.0
-        self._load_error: SpectralMCError | None = None
+        self._load_error: Exception | None = None
+        self._memory_error: OSError | None = None
         self._problem: str | None = None
         self._checked: datetime | None = None
         self._polls = self._swaps = 0
@@ -185,12 +187,16 @@ class ModelFollower:
         self._retired = [model for model in self._retired if sys.getrefcount(model) > _ONLY_OURS]
         try:
             await self._poll()
-        except SpectralMCError as error:
+        except Exception as error:
             # What is wrong with the ledger stays wrong until it has been looked at again.
             self._suspect = self._suspect or not (isinstance(error, Unavailable) or error is self._load_error)
             self._say(error)
             raise
-        self._say(None)
+        self._say(self._memory_error)
+
+    def note(self, error: Exception) -> None:
+        """Say why nobody polls any more."""
+        self._say(error)
 
     async def _poll(self) -> None:
         if self._follows and (self._wanted is None or await self._is_news()):
@@ -203,7 +209,7 @@ class ModelFollower:
             raise self._load_error.with_traceback(None)
         try:
             predictor = await self._loaded(wanted)
-        except SpectralMCError as error:
+        except Exception as error:  # also what torch raises when the device's memory is full
             self._failures, self._load_error = self._failures + 1, error
             self._retry_at = time.monotonic() + min(_LONGEST_WAIT, 0.25 * 2**self._failures)
             raise
@@ -248,8 +254,7 @@ class ModelFollower:
             await self._check_end()
         catalog = await self._store.catalog()
         self._check_memory(catalog)
-        if self._end != catalog.tail.block - 1:
-            self._end, self._end_etag = catalog.tail.block - 1, None
+        self._remember(catalog)
         version = catalog.resolve(self._reference)
         moves = self._reference.startswith("head") or self._reference in catalog.aliases
         if self._track and not moves:
@@ -257,7 +262,6 @@ class ModelFollower:
         self._track = moves if self._track is None else self._track
         if version != self._wanted:
             self._wanted, self._failures, self._load_error = version, 0, None
-        self._remember(catalog)
         self._etag, self._suspect = etag, False
 
     async def _loaded(self, version: ModelVersion) -> Predictor:
@@ -307,15 +311,21 @@ class ModelFollower:
         if not catalog.ends:
             return
         seen = _Seen(self._store.uri, len(catalog.ends) - 1, catalog.ends[-1])
-        if seen == self._remembered:
+        if self._end != seen.block:
+            self._end, self._end_etag = seen.block, None
+        if seen == self._remembered and self._memory_error is None:
             return
-        self._remembered = seen
+        self._remembered, self._memory_error = seen, None
         if self._memory is not None:
-            part = self._memory.with_name(self._memory.name + ".part")
-            part.write_text(json.dumps(vars(seen)))
-            os.replace(part, self._memory)
+            # What cannot be remembered is no reason not to serve; it is a problem all the same.
+            part = self._memory.with_name(f"{self._memory.name}.{uuid.uuid4().hex}.part")
+            try:
+                part.write_text(json.dumps(vars(seen)))
+                os.replace(part, self._memory)
+            except OSError as error:
+                self._memory_error = error
 
-    def _say(self, error: SpectralMCError | None) -> None:
+    def _say(self, error: Exception | None) -> None:
         """Log a problem when its kind is new, and its end."""
         before, self._problem = self._problem, f"{type(error).__name__}: {error}" if error else None
         if error is not None and not (before or "").startswith(f"{type(error).__name__}: "):
@@ -380,11 +390,8 @@ class InferenceClient:
         self._follower = ModelFollower(
             self._store, reference, track=track, device=device, model_template=model_template, memory=memory
         )
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._ready = threading.Event()
-        self._first_error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._run: _Run | None = None
 
     def __enter__(self) -> InferenceClient:
         return self.start()
@@ -399,25 +406,24 @@ class InferenceClient:
 
         Raises: ConfigError, NotFound, Corrupt, NumericsError at once; Unavailable after `timeout` seconds.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="smc-serving", daemon=True)
-            self._thread.start()
-        arrived = self._ready.wait(timeout)
-        if self._first_error is not None or not arrived:
-            error = self._first_error or Unavailable(self.status.problem or f"nothing to serve after {timeout:g} s")
+        with self._lock:
+            if self._run is None:
+                self._run = _Run(self._follower, self._store, self._poll_seconds)
+            run = self._run
+        arrived = run.ready.wait(timeout)
+        if run.error is not None or not arrived:
             self.close()
-            raise error
+            if run.error is not None:
+                raise run.error
+            raise Unavailable(self.status.problem or f"nothing to serve after {timeout:g} s")
         return self
 
     def close(self) -> None:
-        """End the thread. What it served can still be asked."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            loop, stop = self._loop, self._stop
-            if loop is not None and stop is not None:
-                with suppress(RuntimeError):  # it has ended by itself
-                    loop.call_soon_threadsafe(stop.set)
-            thread.join()
+        """End the thread, also in the middle of a request. What it served can still be asked."""
+        with self._lock:
+            run, self._run = self._run, None
+        if run is not None:
+            run.end()
 
     @property
     def current(self) -> ServedModel:
@@ -453,26 +459,48 @@ class InferenceClient:
         """As `GbmCVNNPricer.predict_greeks`, by the current version. Shapes: -> five of (n,)."""
         return self.current.predict_greeks(contracts, kind, outside=outside)
 
+
+class _Run:
+    """A thread that polls from `start` to `close`; `ready` is set once a model is served, else `error` says why."""
+
+    def __init__(self, follower: ModelFollower, store: AsyncBlockchainModelStore, poll_seconds: float) -> None:
+        self._follower, self._store, self._poll_seconds = follower, store, poll_seconds
+        self.ready = threading.Event()
+        self.error: Exception | None = None
+        self._loop = asyncio.new_event_loop()
+        self._task = self._loop.create_task(self._serve())
+        self._thread = threading.Thread(target=self._work, name="smc-serving", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        with suppress(RuntimeError):  # it has ended by itself
+            self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            with suppress(asyncio.CancelledError):
+                self._loop.run_until_complete(self._task)
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+            self.ready.set()
+
     async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         try:
             async with self._store:
-                while not self._stop.is_set():
+                while True:
                     try:
                         await self._follower.poll()
                     except Unavailable:
                         pass
-                    except SpectralMCError as error:
-                        if not self._ready.is_set():
-                            self._first_error = error
+                    except Exception as error:
+                        if self._follower.served is None:
+                            self.error = error
                             return
                     if self._follower.served is not None:
-                        self._ready.set()
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._stop.wait(), self._poll_seconds)
-        except BaseException as error:
-            self._first_error = self._first_error or error
-            logger.exception("serving has ended")
-            raise
-        finally:
-            self._ready.set()
+                        self.ready.set()
+                    await asyncio.sleep(self._poll_seconds)
+        except Exception as error:  # the store cannot be opened
+            self.error = error
+            self._follower.note(error)

@@ -22,7 +22,18 @@ from typing import Final
 import orjson
 
 from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, StorageError, Unavailable
-from smc.storage.chain import Draft, Entry, Tail, blob_key, block_key, build_block, check_after, parse_block, version_id
+from smc.storage.chain import (
+    Announcements,
+    Draft,
+    Entry,
+    Tail,
+    blob_key,
+    block_key,
+    build_block,
+    check_after,
+    parse_block,
+    version_id,
+)
 from smc.storage.index import SEGMENT, decode_index, encode_index, index_key
 from smc.storage.objects import ObjectStore
 from smc.storage.requests import RETRY_DELAYS, retried
@@ -61,8 +72,7 @@ class Ledger:
         self._last_version: Entry | None = None
         self._recent: OrderedDict[str, Entry] = OrderedDict()
         self._recent_versions: dict[int, Entry] = {}
-        # Content hashes whose deletion was announced, and not committed since, in what was read of the log.
-        self._announced: set[str] = set()
+        self._announcements = Announcements()  # of what was read of the log
         self._raw: dict[int, bytes] = {}  # blocks of segments that have no index yet
         self._indexed: set[int] | None = None
         self._queue: deque[_Waiting] = deque()
@@ -238,9 +248,9 @@ class Ledger:
         self._raw[number] = b"".join(entry.line for entry in entries)
         for entry in entries:
             self._recent[entry.commit_id] = entry
-            self._announced.update(entry.collected)
+            with contextlib.suppress(Corrupt):  # whoever reads what it says is told; appending goes on
+                self._announcements.apply(entry)
             if entry.kind == "commit":
-                self._announced.discard(str(entry.fields.get("content_hash")))
                 self._last_version = entry
                 self._recent_versions[int(entry.fields["counter"])] = entry
         while len(self._recent) > _REMEMBERED:
@@ -257,8 +267,10 @@ class Ledger:
 
         Entries of concurrent calls stand in the order of the calls. A commit_id that the recent ledger
         has already returns the entry it has. Raises: Busy when too many are waiting; Conflict if the draft names a
-        checkpoint whose deletion was announced before its place in the log, unless it is `vetted`.
+        checkpoint whose deletion was announced before its place in the log, unless it is `vetted`; ConfigError if
+        nobody could read what the draft says.
         """
+        _check_readable(draft)
         waiting = self._queued.get(draft.commit_id)
         if waiting is None:
             if len(self._queue) >= _MAX_QUEUE:
@@ -356,7 +368,7 @@ class Ledger:
 
     def _is_collected(self, waiting: _Waiting) -> bool:
         content_hash = waiting.draft.payload.get("content_hash")
-        if waiting.draft.vetted or content_hash not in self._announced:
+        if waiting.draft.vetted or content_hash not in self._announcements:
             return False
         if not waiting.future.done():
             waiting.future.set_exception(Conflict(f"{blob_key(str(content_hash))} is being collected"))
@@ -452,6 +464,17 @@ class Ledger:
     def _head_hint(self) -> bytes:
         tail = self._tail or Tail()
         return orjson.dumps({"block": tail.block - 1, "index": tail.index - 1, "hash": tail.parent_hash})
+
+
+def _check_readable(draft: Draft) -> None:
+    """An entry stays for ever, so one that readers refuse must not be written."""
+    try:
+        (entry,) = parse_block(0, build_block(Tail(), [draft]))
+        if entry.kind != "spare":  # of an index that it does not have yet
+            entry.check()
+    except (Corrupt, TypeError, ValueError) as error:
+        reason = str(error).removeprefix(f"{block_key(0)}: entry 0: ").removeprefix(f"{block_key(0)}: ")
+        raise ConfigError(f"a {draft.kind} entry that nobody could read: {reason}") from None
 
 
 def _linked(entries: Sequence[Entry]) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from smc.errors import ConfigError, NotFound
+from smc.errors import ConfigError, Corrupt, NotFound, NumericsError
 from smc.evaluation import Measure, Predicts, evaluate
 from smc.page import facts, figure, page, png, table
-from smc.pictures import draw_learning, draw_quantiles, draw_runs
+from smc.pictures import draw_learning, draw_quantiles, draw_runs, plain
 from smc.sobol_sampler import SobolSampler
 from smc.storage.catalog import Catalog
 from smc.storage.chain import ModelVersion
@@ -74,7 +74,7 @@ async def report_page(store: AsyncBlockchainModelStore, *, contracts: int = 2048
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     parts = [_verification(verification, blobs), facts({"ledger": store.uri, "written": written})]
     experiments = 0
-    if all(key.startswith("blobs/") for key, _ in verification.problems):  # else the log cannot be followed
+    if verification.log_is_whole:
         catalog = await store.catalog()
         experiments = len(catalog.heads)
         if catalog.head is not None:
@@ -148,7 +148,7 @@ def _history(catalog: Catalog, stored: Mapping[str, int]) -> list[str]:
     left.axhline(sum(stored.values()) / 1e6, color="black", ls=":", label="stored now")
     left.set(xlabel="version", ylabel="checkpoints, MB", ylim=(0, None))
     left.legend(frameon=False)
-    right.barh([name or "(no experiment)" for name in kept_by], [size / 1e6 for size in kept_by.values()])
+    right.barh([plain(name or "(no experiment)") for name in kept_by], [size / 1e6 for size in kept_by.values()])
     right.set(xlabel="checkpoints kept, MB")
     collected = sum(catalog.collected_at(v.content_hash) is not None for v in versions)
     return [
@@ -189,7 +189,7 @@ async def _learnt(store: AsyncBlockchainModelStore, catalog: Catalog, contracts:
         version = catalog.versions[counter]
         try:
             found = await measured(store, version, contracts)
-        except (NotFound, ConfigError) as error:
+        except (NotFound, ConfigError, Corrupt, NumericsError) as error:
             parts.append(f"<p>{html.escape(f'{name}: {error}')}</p>")
             continue
         rows.append((name, version.version_id, *(f"{m.rmse:.4g}" for m in found.measures.values())))

@@ -308,16 +308,22 @@ class AsyncBlockchainModelStore:
             # An equal one is being collected. A collector that looked before this upload deletes what it saw within
             # its next request; one that looks later sees that it is young.
             await asyncio.sleep(2 * self._timeout)
-            try:
-                await retried(lambda: self.objects.stat(blob_key(content_hash)), self._retry_delays)
-            except NotFound:
-                reason = "was collected between its upload and its entry: upload it again"
+            if not await self._is_young(blob_key(content_hash)):
+                reason = "was collected between its upload and its entry, or may still be: upload it again"
                 raise Conflict(f"{self.uri}: {blob_key(content_hash)} {reason}") from None
             entry = await self.ledger.append(replace(draft, vetted=True))
         version = entry.version
         if version is None:
             raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
         return version
+
+    async def _is_young(self, key: str) -> bool:
+        """Whether the object is there, and no collector that looks at it now deletes it."""
+        try:
+            info = await retried(lambda: self.objects.stat(key), self._retry_delays)
+        except NotFound:
+            return False
+        return datetime.now(UTC) - info.modified < _YOUNG
 
     async def commit(self, data: Body, record: CommitRecord) -> ModelVersion:
         """Upload a checkpoint and enter it in the ledger."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
-from smc.errors import ConfigError, Corrupt, NotFound
+from smc.errors import ConfigError, Corrupt, NotFound, NumericsError
 from smc.pictures import draw_errors, draw_quantiles
 from smc.storage.chain import ModelVersion
 from smc.storage.history import settings_of
@@ -75,7 +75,7 @@ async def _add_newest(writer: SummaryWriter, store: AsyncBlockchainModelStore, h
             if name.startswith(prefix)
         }
         found = await measured(store, head, _CONTRACTS)
-    except (NotFound, ConfigError, Corrupt) as error:
+    except (NotFound, ConfigError, Corrupt, NumericsError) as error:
         logger.warning("%s: no settings and no picture: %s", head.version_id, error)
         return
     outcome |= {f"outcome/{m.name}, RMSE": m.rmse for m in found.measures.values()}

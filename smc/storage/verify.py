@@ -6,12 +6,22 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import orjson
 
 from smc.errors import Corrupt, NotFound
-from smc.storage.chain import Entry, ModelVersion, Tail, blob_key, block_key, check_after, parse_block
+from smc.storage.chain import (
+    Announcements,
+    Entry,
+    ModelVersion,
+    Tail,
+    blob_key,
+    block_key,
+    check_after,
+    parse_block,
+)
 from smc.storage.index import SEGMENT, decode_index, index_key
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import ObjectInfo, ObjectStore
@@ -37,6 +47,11 @@ class Verification:
     blobs: int = 0
     collected: int = 0
     problems: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def log_is_whole(self) -> bool:
+        """Whether the log itself can be followed; checkpoints and what is derived from the log may be wrong."""
+        return not any(key.startswith("log/") for key, _ in self.problems)
 
     @property
     def ok(self) -> bool:
@@ -66,11 +81,11 @@ async def verify_ledger(
     if head is not None and head[0] > last:
         report.problems.append((block_key(head[0]), "the block is missing: head.json has seen it"))
     head_hash = head[1] if head is not None and head[0] == last else None
-    versions, collected = _check_chain(blocks, head_hash, report)
+    said = _check_chain(blocks, head_hash, report)
     if last >= 0:
         _check_head(head, blocks, report)
     await _check_indexes(objects, indexes, blocks, report)
-    await _check_blobs(objects, versions, collected, report, contents=blobs, progress=progress)
+    await _check_blobs(objects, said, report, contents=blobs, progress=progress)
     return report
 
 
@@ -213,11 +228,40 @@ def _attributed(
     return ((block_key(number - 1), reason),)
 
 
-def _check_chain(
-    blocks: Sequence[list[Entry] | None], head_hash: str | None, report: Verification
-) -> tuple[list[ModelVersion], set[str]]:
-    versions: list[ModelVersion] = []
-    collected: dict[str, int] = {}
+@dataclass
+class _Said:
+    """What the entries of a log say of its checkpoints."""
+
+    versions: list[ModelVersion] = field(default_factory=list)
+    announcements: Announcements = field(default_factory=Announcements)
+    aliases: dict[str, str] = field(default_factory=dict)  # the content hash that each names
+
+    def take(self, entry: Entry) -> str | None:
+        """Take in the next entry; -> what is wrong with it."""
+        try:
+            version, move = entry.version, entry.alias_move
+            self.announcements.apply(entry)
+        except Corrupt as error:
+            return str(error)
+        if version is not None:
+            self.versions.append(version)
+        elif move is not None and move.counter is None:
+            self.aliases.pop(move.alias, None)
+        elif move is not None and move.counter is not None and move.content_hash is not None:
+            named = self.versions[move.counter].content_hash if move.counter < len(self.versions) else None
+            if named != move.content_hash:
+                return f"entry {entry.index}: alias {move.alias} names a version that is not before it"
+            self.aliases[move.alias] = move.content_hash
+        return None
+
+    def may_be_gone(self, content_hash: str) -> bool:
+        """Whether a collector may have deleted it: announced, and neither the genesis nor named by an alias."""
+        kept = {*self.aliases.values(), *(version.content_hash for version in self.versions[:1])}
+        return content_hash in self.announcements and content_hash not in kept
+
+
+def _check_chain(blocks: Sequence[list[Entry] | None], head_hash: str | None, report: Verification) -> _Said:
+    said = _Said()
     seen: dict[str, int] = {}
     tail: Tail | None = Tail()
     for number, entries in enumerate(blocks):
@@ -236,60 +280,48 @@ def _check_chain(
             if first != entry.index:
                 reason = f"entry {entry.index} repeats commit_id {entry.commit_id} of entry {first}"
                 report.problems.append((block_key(number), reason))
-            try:
-                version, move = entry.version, entry.alias_move
-                collected.update(dict.fromkeys(entry.collected, entry.index))
-            except Corrupt as error:
-                report.problems.append((block_key(number), str(error)))
-                continue
-            if version is not None:
-                versions.append(version)
-            elif move is not None and move.counter is not None:
-                named = versions[move.counter].content_hash if move.counter < len(versions) else None
-                if named != move.content_hash:
-                    reason = f"entry {entry.index}: alias {move.alias} names a version that is not before it"
-                    report.problems.append((block_key(number), reason))
+            if (wrong := said.take(entry)) is not None:
+                report.problems.append((block_key(number), wrong.removeprefix(f"{block_key(number)}: ")))
         # After a problem the chain is followed from what is there, so that one fault is one report.
-        counter = versions[-1].counter + 1 if versions else 0
+        counter = said.versions[-1].counter + 1 if said.versions else 0
         tail = Tail(number + 1, entries[-1].index + 1, counter, entries[-1].hash)
-    report.versions = len(versions)
-    committed = {version.content_hash: version.index for version in versions}
-    return versions, {content_hash for content_hash, at in collected.items() if at > committed.get(content_hash, -1)}
+    report.versions = len(said.versions)
+    return said
 
 
 async def _check_blobs(
     objects: ObjectStore,
-    versions: Sequence[ModelVersion],
-    collected: set[str],
+    said: _Said,
     report: Verification,
     *,
     contents: bool,
     progress: Callable[[int], None] | None,
 ) -> None:
     wanted: dict[str, list[ModelVersion]] = {}
-    for version in versions:
+    for version in said.versions:
         wanted.setdefault(version.content_hash, []).append(version)
     if not wanted:
         return
     sizes = {info.key: info.size async for info in objects.list("blobs/")}
     gate = asyncio.Semaphore(4)
+    missing: list[ModelVersion] = []
 
     async def one(named: Sequence[ModelVersion]) -> None:
         version = named[-1]
         key = blob_key(version.content_hash)
         if key not in sizes:
-            if version.content_hash in collected:
-                report.collected += 1
-            else:
-                report.problems.append((key, f"the checkpoint of {version.version_id} is missing"))
+            missing.append(version)
             return
-        report.blobs += 1
         if sizes[key] != version.size:
             reason = f"the checkpoint of {version.version_id} has {sizes[key]} bytes, its entry says {version.size}"
             report.problems.append((key, reason))
         elif contents:
             async with gate:
-                data = await retried(lambda: objects.get(key, version.size))
+                try:
+                    data = await retried(lambda: objects.get(key, version.size))
+                except NotFound:  # deleted since it was listed
+                    missing.append(version)
+                    return
                 digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
                 of_model = await asyncio.to_thread(lambda: model_hash(data))
             if digest != version.content_hash:
@@ -299,5 +331,25 @@ async def _check_blobs(
                     report.problems.append((key, f"its model does not have the hash in the entry of {v.version_id}"))
             if progress is not None:
                 progress(1)
+        report.blobs += 1
 
     await asyncio.gather(*(one(named) for named in wanted.values()))
+    if any(not said.may_be_gone(version.content_hash) for version in missing):
+        await _take_newer(objects, report.blocks, said)  # a collector may be at work
+    for version in missing:
+        if said.may_be_gone(version.content_hash):
+            report.collected += 1
+        else:
+            reason = f"the checkpoint of {version.version_id} is missing"
+            report.problems.append((blob_key(version.content_hash), reason))
+
+
+async def _take_newer(objects: ObjectStore, number: int, said: _Said) -> None:
+    """What was appended since the log was read."""
+    with suppress(NotFound, Corrupt):
+        while True:
+            key = block_key(number)
+            data = await retried(lambda: objects.get(key))  # noqa: B023  awaited here
+            for entry in parse_block(number, bytes(data)):
+                said.take(entry)
+            number += 1

@@ -15,7 +15,7 @@ from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, blob_key, block_key
 from smc.storage.objects import MemoryObjectStore
 from smc.tensor_header import model_hash
-from tests.conftest import NO_DELAYS, small_config, small_training, tag_draft
+from tests.conftest import NO_DELAYS, force, small_config, small_training, tag_draft
 from tests.faults import FaultStore
 
 Opener = Callable[[], AsyncBlockchainModelStore]
@@ -121,11 +121,51 @@ async def test_a_name_that_means_something_else_is_no_alias(name: str) -> None:
 async def test_a_tag_entry_that_says_what_cannot_be_is_found(payload: dict[str, Any]) -> None:
     async with in_memory() as store:
         await commit(store, 1)
-        await store.ledger.append(Draft("tag", "wrong", payload))
+        await force(store, Draft("tag", "wrong", payload))
+        await store.ledger.close()
         with pytest.raises(Corrupt, match=r"log/0000000001.jsonl: entry 1: "):
             await store.catalog()
         report = await store.verify()
         assert [key for key, _ in report.problems] == [block_key(1)]
+        assert (await commit(store, 2)).counter == 1  # training goes on
+
+
+async def test_an_entry_that_nobody_could_read_is_not_written() -> None:
+    async with in_memory() as store:
+        version = await commit(store, 1)
+        for draft, message in (
+            (Draft("collect", "a", {"content_hashes": ["backup/model"]}), "content_hashes is not a list of SHA-256"),
+            (Draft("tag", "b", {"alias": "best", "counter": 0}), "content_hash: Field required"),
+            (Draft("tag", "c", {"alias": "best", "message": "\udcff"}), "not valid UTF-8"),
+        ):
+            with pytest.raises(ConfigError, match=f"a {draft.kind} entry that nobody could read: .*{message}"):
+                await store.ledger.append(draft)
+        with pytest.raises(ConfigError, match=r"nobody could read: metrics.x: Input should be a valid number"):
+            await commit(store, 2, metrics={"x": float("nan")})
+        with pytest.raises(ConfigError, match="nobody could read"):
+            await store.tag("best", version, "\udcff")
+        assert len(await store.list_entries()) == 1
+        assert (await store.verify(blobs=True)).ok
+
+
+async def test_a_block_is_taken_in_as_a_whole_or_not_at_all() -> None:
+    async with in_memory() as store:
+        await commit(store, 0)
+        fields = {
+            "size": 1,
+            "experiment": "",
+            "step": 1,
+            "loss": None,
+            "metrics": {},
+            "message": "",
+            "resumed_from": None,
+        }
+        wrong = Draft("tag", "t", {"alias": "x", "counter": 5, "content_hash": "0" * 64, "message": ""})
+        await force(store, wrong, *(Draft("commit", f"c{i}", {"content_hash": f"{i:064x}", **fields}) for i in (1, 2)))
+        for _ in range(2):
+            with pytest.raises(Corrupt, match="alias x names a version that is not before it"):
+                await store.catalog()
+        assert (await store.get_head()).counter == 2  # type: ignore[union-attr]
 
 
 async def test_a_collected_version_cannot_be_tagged() -> None:

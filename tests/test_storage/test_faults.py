@@ -209,7 +209,7 @@ class LedgerMachine(RuleBasedStateMachine):
         store = self.stores[writer]
         assert store is not None
         with contextlib.suppress(Unavailable):
-            entry = self.run(store.ledger.append(Draft("tag", name, {})))
+            entry = self.run(store.ledger.append(tag_draft(name)))
             assert entry.index == self.order.index(name)
 
     @rule(writer=st.sampled_from([0, 1]))

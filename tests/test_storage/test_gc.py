@@ -15,7 +15,7 @@ import pytest
 from smc.errors import ConfigError, Conflict, NotFound, SpectralMCError
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
-from smc.storage.chain import Draft, blob_key
+from smc.storage.chain import Draft, blob_key, block_key, build_block
 from smc.storage.gc import CollectionPlan, RetentionPolicy, collect, plan_collection
 from smc.storage.objects import MemoryObjectStore, ObjectStore
 from tests.conftest import NO_DELAYS
@@ -113,6 +113,125 @@ async def test_what_is_young_and_what_equals_something_kept_stays() -> None:
         result = await collect(store, policy, plan)
         assert (result.deleted, result.spared) == (1, 2)
         assert (await store.verify(blobs=True)).ok
+
+
+async def test_what_was_spared_can_be_tagged_and_missed_again() -> None:
+    objects = MemoryObjectStore()
+    async with opened(objects) as store:
+        versions = [await commit(store, str(i)) for i in range(6)]
+        grow_old(objects)
+        policy = RetentionPolicy(keep_last=1)
+        plan = await plan_collection(store, policy)
+        await store.tag("wanted", versions[2])
+        assert (await collect(store, policy, plan)).spared == 1
+        catalog = await store.catalog()
+        assert [v.counter for v in catalog.versions if catalog.collected_at(v.content_hash) is not None] == [1, 3, 4]
+        await store.tag("again", versions[2])
+        await store.untag("again")
+        await store.untag("wanted")
+        assert (await store.verify(blobs=True)).ok
+        await store.objects.delete(blob_key(versions[2].content_hash))
+        reason = "the checkpoint of v0000000002 is missing"
+        assert (await store.verify()).problems == [(blob_key(versions[2].content_hash), reason)]
+
+
+async def test_announcements_of_a_collector_that_was_killed_are_taken_back_after_a_day() -> None:
+    objects = MemoryObjectStore()
+    async with opened(objects) as store:
+        versions = [await commit(store, str(i)) for i in range(4)]
+        hashes = [v.content_hash for v in versions]
+        await store.ledger.append(Draft("collect", "killed", {"content_hashes": hashes}))
+    grow_old(objects)
+    keep_all = RetentionPolicy(keep_last=9)
+    async with opened(objects) as store:
+        await collect(store, keep_all)
+        with pytest.raises(Conflict):  # it may still be at work
+            await store.tag("best", versions[2])
+    old = {key: (data, at) for key, (data, at) in objects.objects.items() if not key.startswith("log/0000000004")}
+    objects.objects = old
+    async with opened(objects) as store:
+        block = build_block(
+            await store.ledger.refresh(),
+            [Draft("collect", "killed", {"content_hashes": hashes})],
+            datetime.now(UTC) - timedelta(days=2),
+        )
+        await store.objects.create(block_key(4), block)
+        await collect(store, keep_all)
+        await store.tag("best", versions[2])
+        catalog = await store.catalog()
+        assert all(catalog.collected_at(content_hash) is None for content_hash in hashes)
+        assert (await store.verify(blobs=True)).ok
+
+
+async def test_what_is_no_checkpoint_is_left_alone() -> None:
+    objects = MemoryObjectStore()
+    async with opened(objects) as store:
+        for i in range(4):
+            await commit(store, str(i))
+        await store.objects.put("blobs/backup/model.safetensors", b"somebody's")
+        grow_old(objects)
+        assert (await collect(store, RetentionPolicy(keep_last=1))).deleted == 2
+        assert "blobs/backup/model.safetensors" in objects.objects
+        assert (await commit(store, "5")).counter == 4
+
+
+async def test_an_origin_of_another_ledger_keeps_nothing() -> None:
+    objects = MemoryObjectStore()
+    async with opened(objects) as store:
+        for i in range(5):
+            await commit(store, str(i), resumed_from="v0000000002")
+        grow_old(objects)
+        plan = await plan_collection(store, RetentionPolicy(keep_last=1, keep_lineage=True))
+        assert names(plan) == [1, 3]
+
+
+async def test_verification_beside_a_collection_finds_nothing_wrong() -> None:
+    objects = MemoryObjectStore()
+    async with opened(objects) as store:
+        for i in range(8):
+            await commit(store, str(i))
+        await store.ledger.close()
+    grow_old(objects)
+
+    class Collecting(FaultStore):
+        """Somebody collects between the log's listing and the checkpoints', or after it."""
+
+        def __init__(self, when: str) -> None:
+            super().__init__(objects, lambda call, operation, key: None)
+            self.when = when
+
+        async def list(self, prefix: str) -> Any:
+            if prefix == "blobs/" and self.when == "before":
+                await self.collect()
+            infos = [info async for info in self.inner.list(prefix)]
+            if prefix == "blobs/" and self.when == "after":
+                await self.collect()
+            for info in infos:
+                yield info
+
+        async def collect(self) -> None:
+            async with opened(objects) as other:
+                await collect(other, RetentionPolicy(keep_last=1))
+
+    whole = dict(objects.objects)
+    for when in ("before", "after"):
+        objects.objects = dict(whole)
+        async with opened(Collecting(when)) as store:
+            report = await store.verify(blobs=True)
+        assert report.ok, report.problems
+        assert report.collected == 6
+
+
+async def test_a_writer_that_slept_uploads_again() -> None:
+    """Between its upload and its entry hours went by, and a collector has announced its checkpoint."""
+    objects = MemoryObjectStore()
+    async with opened(objects) as store, opened(objects) as collector:
+        await commit(store, "first")
+        digest, size = await store.upload(b"slept")
+        await collector.ledger.append(Draft("collect", "c", {"content_hashes": [digest]}))
+        grow_old(objects)
+        with pytest.raises(Conflict, match="upload it again"):
+            await store.append_commit(CommitRecord(ledger="x", message="m", step=1, loss=None), digest, size)
 
 
 async def test_the_independent_verifier_knows_aliases_and_collections(tmp_path: Path) -> None:

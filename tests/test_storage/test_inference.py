@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -297,6 +298,94 @@ async def test_a_ledger_that_does_not_lead_on_from_what_was_served_is_refused(
             again = ModelFollower(reader, memory=memory)
             await again.poll()
             ledger.check(again, served)
+
+
+async def test_an_alias_that_is_gone_for_a_while_is_followed_again(ledger: Ledger) -> None:
+    async with opened(ledger.objects) as store, opened(ledger.objects) as reader:
+        old, new = await ledger.commit(store), await ledger.commit(store)
+        await store.tag("live", old)
+        follower = ModelFollower(reader, "live")
+        await settled(follower)
+        await store.untag("live")
+        await store.ledger.close()
+        for _ in range(20):
+            with pytest.raises(NotFound, match="'live' is no version here"):
+                await follower.poll()
+            ledger.check(follower, old)
+        await store.tag("live", new)
+        await store.ledger.close()
+        await follower.poll()
+        ledger.check(follower, new)
+        assert follower.status.problem is None
+
+
+async def test_a_memory_that_cannot_be_written_is_a_problem_and_no_hindrance(ledger: Ledger, tmp_path: Path) -> None:
+    async with opened(ledger.objects) as store, opened(ledger.objects) as reader:
+        await ledger.commit(store)
+        follower = ModelFollower(reader, memory=tmp_path / "gone" / "seen.json")
+        await settled(follower)
+        newer = await ledger.commit(store)
+        await store.ledger.close()
+        await follower.poll()
+        ledger.check(follower, newer)
+        assert follower.status.problem is not None
+        assert follower.status.problem.startswith("FileNotFoundError: ")
+        (tmp_path / "gone").mkdir()
+        await ledger.commit(store)
+        await store.ledger.close()
+        await follower.poll()
+        assert follower.status.problem is None
+        assert os.listdir(tmp_path / "gone") == ["seen.json"]
+
+
+def test_a_client_starts_and_ends_as_often_as_one_likes(ledger: Ledger) -> None:
+    client = InferenceClient(opened(ledger.objects), poll_seconds=0.01)
+    for _ in range(2):
+        with pytest.raises(NotFound, match="the ledger is empty"):
+            client.start()
+    version = asyncio.run(_one_commit(ledger))
+    for _ in range(10):
+        client.start()
+        client.close()
+    ledger.check(client, version)
+    client.close()
+    threads = [threading.Thread(target=client.start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([thread for thread in threading.enumerate() if thread.name == "smc-serving"]) == 1
+    client.close()
+
+
+def test_a_server_that_never_answers_holds_up_neither_start_nor_close(ledger: Ledger) -> None:
+    hangs = FaultStore(ledger.objects, lambda call, operation, key: "hangs")
+    client = InferenceClient(opened(hangs))
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"nothing to serve after 0.2 s"):
+        client.start(timeout=0.2)
+    assert time.monotonic() - started < 5
+
+
+def test_what_goes_wrong_in_loading_is_a_problem_and_tried_again(
+    ledger: Ledger, client: InferenceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = client.current.version
+
+    def full(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("smc.storage.inference._built", full)
+        new = asyncio.run(_one_commit(ledger))
+        deadline = time.monotonic() + 20
+        while client.status.problem is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.status.problem == "RuntimeError: CUDA out of memory"
+        ledger.check(client, old)
+    while client.status.serving != new and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ledger.check(client, new)
 
 
 async def test_wrong_input_is_refused(ledger: Ledger, tmp_path: Path) -> None:
