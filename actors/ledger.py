@@ -73,6 +73,7 @@ class LedgerActor:
         self._gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_UPLOADS_PER_NODE))
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
         self._recent: deque[float] = deque(maxlen=1000)
+        self._appending: set[asyncio.Future[None]] = set()
         self._draining = False
         self._started = time.time()
 
@@ -113,6 +114,8 @@ class LedgerActor:
         """
         self._admit()
         self._calls += 1
+        done = asyncio.get_running_loop().create_future()
+        self._appending.add(done)
         try:
             version = await (await self._opened()).append_commit(record, content_hash, size)
         except Exception:
@@ -120,6 +123,8 @@ class LedgerActor:
             raise
         finally:
             self._calls -= 1
+            self._appending.discard(done)
+            done.set_result(None)
         self._committed += 1
         self._recent.append(time.monotonic())
         return version.version_id
@@ -153,7 +158,9 @@ class LedgerActor:
         return code_version()
 
     async def flush(self) -> None:
-        """Return when what was submitted so far is settled."""
+        """Return when what was submitted so far is settled, also what waits for this actor to open its ledger."""
+        if self._appending:
+            await asyncio.wait(set(self._appending))
         if self._store is not None:
             await self._store.ledger.close()
 

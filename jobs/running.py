@@ -53,7 +53,7 @@ class ExperimentOutcome:
     @property
     def line(self) -> str:
         """One line for people."""
-        name = f"{self.experiment.name:<16}"
+        name = f"{self.experiment.name:<15} "
         again = f", resumed {self.restarts} times" if self.restarts > 1 else ", resumed once" if self.restarts else ""
         if self.error is not None:
             return f"{name}failed: {str(self.error).splitlines()[0]}{again}"
@@ -110,6 +110,8 @@ class Runner:
         `watch` is shown the progress and says when to give the experiment up.
         """
         lost = 0
+        if self._options.measure is None and await self._is_finished(experiment):
+            return ExperimentOutcome(experiment, None)
         while True:
             if self.stopping:
                 return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"), lost)
@@ -142,6 +144,19 @@ class Runner:
         """Settle what the ledger still has to do."""
         self._bars.close()
         await plain(self._actor.flush.remote())
+
+    async def _is_finished(self, experiment: Experiment) -> bool:
+        """Whether the ledger says so; a trainer, which takes seconds to start, need not be asked."""
+        from smc.checkpoint import read_metadata
+
+        newest = (await self._store.catalog()).heads.get(experiment.name)
+        if newest is None or self._options.extend:
+            return False
+        try:
+            metadata = read_metadata((await self._store.load_model(newest))[0])
+        except SpectralMCError:  # the trainer meets the same, and says so
+            return False
+        return metadata.plan is not None and metadata.global_step >= metadata.plan.end
 
     async def _attempt(self, experiment: Experiment, watch: Watch | None) -> ExperimentOutcome:
         import ray

@@ -1,0 +1,122 @@
+"""Twelve experiments; a node, the LedgerActor and the driver are killed, and the sweep is submitted again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.recipes import read_sweep
+from smc.gbm_trainer import GbmCVNNPricer
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage.objects import MemoryObjectStore
+
+ROOT = Path(__file__).parents[2]
+STEPS, INTERVAL = 240, 20
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "twelve.yaml"
+    path.write_text(
+        f"recipe: tiny\ndefaults: {{training: {{num_batches: {STEPS}}}, commit_interval: {INTERVAL}}}\n"
+        "grid: {training.learning_rate: [0.003, 0.01, 0.03], network.seed: [0, 1], training.batch_size: [8, 16]}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def cluster(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head that holds the ledger, and three nodes that may be killed. The test's own Ray steps aside."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {"ledger": 1}})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, namespace="test", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def final_hashes(path: Path) -> dict[str, str]:
+    """What each experiment ends with when nothing disturbs it."""
+    assert torch.get_num_threads() == 1  # as in an actor with one CPU
+    found = {}
+    for experiment in read_sweep(path)[1]:
+        store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+        result = GbmCVNNPricer(experiment.fresh()).train(experiment.training, blockchain_store=store, auto_commit=True)
+        (commit,) = result.commits
+        assert commit.content_hash is not None
+        found[experiment.name] = commit.content_hash
+    return found
+
+
+def versions(ledger: str) -> list[ModelVersion]:
+    async def read() -> list[ModelVersion]:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            return await store.list_versions()
+
+    return asyncio.run(read())
+
+
+@pytest.mark.timeout(300)
+def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
+    import ray
+
+    from actors.ledger import ledger_actor
+
+    command = [sys.executable, "-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+
+    def submit() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait_for(count: int, driver: subprocess.Popen[str]) -> None:
+        while len(versions(on_seaweed)) < count:
+            assert driver.poll() is None, driver.communicate()[0]
+            time.sleep(0.3)
+
+    driver = submit()
+    wait_for(6, driver)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+    wait_for(20, driver)
+    os.kill(ray.get(ledger_actor(on_seaweed).status.remote())["pid"], signal.SIGKILL)
+    wait_for(40, driver)
+    driver.kill()
+    driver.wait()
+    before = versions(on_seaweed)
+    undisturbed = final_hashes(file)
+    again = submit()
+    out, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, out
+    assert "12 of 12 experiments done" in out
+
+    async def verified() -> bool:
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            return (await store.verify(blobs=True)).ok
+
+    assert asyncio.run(verified())
+    after = versions(on_seaweed)
+    assert after[: len(before)] == before
+    assert len(before) >= 40
+    assert {v.experiment: v.content_hash for v in after if v.step == STEPS} == undisturbed
+    steps = Counter((v.experiment, v.step) for v in after)
+    assert set(steps.values()) == {1}, "something was committed twice"
+    resumed = {v.experiment for v in after if v.resumed_from is not None}
+    assert resumed, "nothing was interrupted"
+    print(f"\n12 experiments, {len(after)} versions, {len(resumed)} experiments resumed")
