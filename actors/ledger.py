@@ -23,7 +23,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.metrics import observe
+from actors.metrics import observe, observe_ledger
 from smc.errors import Busy, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
@@ -35,6 +35,8 @@ __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_a
 
 NAMESPACE = "spectralmc"
 _UPLOADS_PER_NODE = 4
+# Between two looks of the metrics at what the actor does.
+_OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
 
 Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
@@ -73,6 +75,7 @@ class LedgerActor:
         self._gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_UPLOADS_PER_NODE))
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
         self._recent: deque[float] = deque(maxlen=1000)
+        self._observer: asyncio.Task[None] | None = None
         self._appending: set[asyncio.Future[None]] = set()
         self._draining = False
         self._started = time.time()
@@ -173,6 +176,9 @@ class LedgerActor:
 
     async def close(self) -> None:
         """Settle everything and close the connection; the next call opens it again."""
+        if self._observer is not None:
+            self._observer.cancel()
+            self._observer = None
         store, self._store = self._store, None
         if store is not None:
             await store.__aexit__(None, None, None)
@@ -188,7 +194,14 @@ class LedgerActor:
             if self._store is None:
                 store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
                 self._store = await store.__aenter__()
+                if self._observer is None and ray.is_initialized():
+                    self._observer = asyncio.create_task(self._observe())
         return self._store
+
+    async def _observe(self) -> None:
+        while True:
+            observe_ledger(await self.status())
+            await asyncio.sleep(_OBSERVE_SECONDS)
 
     async def _upload_on_node(self, boxed: list[Any], node_id: str) -> tuple[str, int]:
         strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 import ray
 
+from actors.metrics import TrainingMetrics
 from smc.checkpoint import Snapshot, encode
 from smc.commits import CommitTarget
 from smc.evaluation import objective_value
 from smc.experiment import Experiment
-from smc.gbm_trainer import GbmCVNNPricer, Progress, TrainingResult
+from smc.gbm_trainer import GbmCVNNPricer, Progress, StepReport, TrainingResult
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.storage.chain import ModelVersion
 from smc.storage.snapshots import load_snapshot_from_checkpoint
@@ -66,11 +67,18 @@ class TrainerActor:
         pricer = self._pricer
 
         def run() -> TrainingResult:
+            loggers: list[Callable[[StepReport], None]] = []
+            if ray.is_initialized():
+                loggers.append(TrainingMetrics(experiment.name))
             with ExitStack() as stack:
-                logger = None
                 if self._tensorboard is not None:
                     folder = self._tensorboard / folder_name(experiment.name)
-                    logger = stack.enter_context(TensorBoardLogger(folder, pricer.model))
+                    loggers.append(stack.enter_context(TensorBoardLogger(folder, pricer.model)))
+
+                def logger(report: StepReport) -> None:
+                    for each in loggers:
+                        each(report)
+
                 return pricer.train(
                     config,
                     logger=logger,

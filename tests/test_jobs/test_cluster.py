@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -36,19 +37,17 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head that holds the ledger, and three nodes that may be killed. The test's own Ray steps aside."""
-    import ray
+def cluster(on_seaweed: str) -> Iterator[Any]:
+    """A head that holds the ledger, and three nodes that may be killed. This process does not join it."""
     from ray.cluster_utils import Cluster
 
-    ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {"ledger": 1}})
     for _ in range(3):
         cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, namespace="test", log_to_driver=False)
     yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
 
 
 def final_hashes(path: Path) -> dict[str, str]:
@@ -74,10 +73,6 @@ def versions(ledger: str) -> list[ModelVersion]:
 
 @pytest.mark.timeout(300)
 def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
-    import ray
-
-    from actors.ledger import ledger_actor
-
     command = [sys.executable, "-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
 
@@ -95,7 +90,10 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     wait_for(6, driver)
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     wait_for(20, driver)
-    os.kill(ray.get(ledger_actor(on_seaweed).status.remote())["pid"], signal.SIGKILL)
+    status = subprocess.run(
+        [sys.executable, "-m", "jobs.status", "--json"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    os.kill(json.loads(status.stdout)["ledgers"][on_seaweed]["pid"], signal.SIGKILL)
     wait_for(40, driver)
     driver.kill()
     driver.wait()
