@@ -14,14 +14,12 @@ from pathlib import Path
 def verify(root):
     """Entries, versions, and every (object, reason) that is wrong."""
     problems, parent, index, counter, seen, blobs, announced = [], "0" * 64, 0, 0, set(), {}, {}
-    commits, aliases = {}, {}
-    raw, ends = [], [(-1, parent)]
+    commits, aliases, raw, ends = {}, {}, [], [(-1, parent)]
     names = sorted(p.name for p in (root / "log").iterdir()) if (root / "log").is_dir() else []
     problems += [(f"log/{n}", "not of this format") for n in names if not re.fullmatch(r"\d{10}\.(jsonl|sig)", n)]
     for number in range(max((int(n[:10]) for n in names if re.fullmatch(r"\d{10}\.jsonl", n)), default=-1) + 1):
         key = f"log/{number:010d}.jsonl"
-        data = (root / key).read_bytes() if (root / key).is_file() else b""
-        raw.append(data)
+        raw.append(data := (root / key).read_bytes() if (root / key).is_file() else b"")
         if not data.endswith(b"\n") or b"\r" in data:
             problems.append((key, "missing, empty, truncated or with a control character"))
         for line in data.splitlines(keepends=True):
@@ -31,7 +29,7 @@ def verify(root):
                     problems.append((key, "an entry of another format"))
                 if entry["parent_hash"] != parent:
                     problems.append((key, f"entry {entry['index']} does not name the hash of the line before it"))
-                if entry["index"] != index or entry["commit_id"] in seen:
+                if entry["index"] != index or entry["commit_id"] in seen or seen.add(entry["commit_id"]):
                     problems.append((key, f"entry {entry['index']} is out of place or repeats a commit_id"))
                 if entry["kind"] == "commit":
                     if entry["counter"] != counter:
@@ -40,16 +38,14 @@ def verify(root):
                     commits[entry["counter"]] = entry["content_hash"]
                     announced.pop(entry["content_hash"], None)
                 elif entry["kind"] == "collect":
-                    for digest in entry["content_hashes"]:
-                        announced.setdefault(digest, []).append(entry["index"])
+                    announced |= {h: [*announced.get(h, []), index] for h in entry["content_hashes"]}
                 elif entry["kind"] == "spare":
-                    for digest in entry["content_hashes"]:
-                        announced[digest] = [i for i in announced.get(digest, []) if i > entry["through"]]
+                    for h in entry["content_hashes"]:
+                        announced[h] = [i for i in announced.get(h, []) if i > entry["through"]]
                 elif entry["kind"] == "tag":
                     aliases[entry["alias"]] = entry["content_hash"]
                     if commits.get(entry["counter"]) != entry["content_hash"]:
                         problems.append((key, f"entry {entry['index']} lets an alias name what is not before it"))
-                seen.add(entry["commit_id"])
                 index = entry["index"] + 1
             except (ValueError, KeyError, TypeError) as error:
                 problems.append((key, f"not an entry: {error!r}"))
@@ -67,8 +63,8 @@ def verify(root):
     for digest, size in blobs.items():
         path = root / "blobs" / f"{digest}.safetensors"
         if not path.is_file():
-            gone = announced.get(digest) and digest not in (commits.get(0), *aliases.values())
-            problems += [] if gone else [(f"blobs/{path.name}", "missing")]
+            if not announced.get(digest) or digest in (commits.get(0), *aliases.values()):
+                problems.append((f"blobs/{path.name}", "missing"))
         elif path.stat().st_size != size or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             problems.append((f"blobs/{path.name}", "does not have the size or the hash that its entry says"))
     return index, counter, problems

@@ -133,9 +133,10 @@ class Runner:
             except Exception as error:
                 return ExperimentOutcome(experiment, None, error, lost)
             result = outcome.result
-            if result is not None and result.stopped and not (outcome.pruned or self.stopping):
+            cut = not await self._is_finished(experiment) if result is None else result.stopped
+            if cut and not (outcome.pruned or self.stopping or self._options.extend):
                 # Its node is about to go and had it stopped: that is nobody's fault.
-                step = result.global_step
+                step = result.global_step if result else 0
                 logger.warning("%s: stopped by its node at step %d; goes on elsewhere", experiment.name, step)
                 continue
             return ExperimentOutcome(experiment, result, None, lost, outcome.pruned, outcome.value)

@@ -142,7 +142,9 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in seaweed.environment.items():
             patch.setenv(name, value)
-        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False, namespace="tests")
+        # "local": another test may have started a head, which a bare init would join.
+        options = {"include_dashboard": False, "logging_level": "ERROR", "log_to_driver": False}
+        ray.init(address="local", num_cpus=2, namespace="tests", **options)
     yield
     ray.shutdown()
 

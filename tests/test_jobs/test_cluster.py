@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from jobs.node import spot_notice
 from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
@@ -93,6 +96,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     status = subprocess.run(
         [sys.executable, "-m", "jobs.status", "--json"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+    assert status.returncode == 0, status.stderr
     os.kill(json.loads(status.stdout)["ledgers"][on_seaweed]["pid"], signal.SIGKILL)
     wait_for(40, driver)
     driver.kill()
@@ -118,3 +122,87 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     resumed = {v.experiment for v in after if v.resumed_from is not None}
     assert resumed, "nothing was interrupted"
     print(f"\n12 experiments, {len(after)} versions, {len(resumed)} experiments resumed")
+
+
+@pytest.mark.timeout(200)
+def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_elsewhere(
+    on_seaweed: str, tmp_path: Path
+) -> None:
+    from ray.cluster_utils import Cluster
+
+    file = tmp_path / "spot.yaml"
+    file.write_text(
+        "recipe: tiny\ndefaults: {training: {num_batches: 8000}, commit_interval: 500}\nexperiments: {a: }\n"
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    ray = str(Path(sys.executable).parent / "ray")
+    node = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
+    driver = started("jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1")
+    try:
+        while len(versions(on_seaweed)) < 1:
+            assert driver.poll() is None, driver.communicate()[0]
+            time.sleep(0.2)
+        node.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        out = node.communicate(timeout=60)[0]
+        assert time.monotonic() - asked < 30, out
+        assert node.returncode == 0, out
+        assert "1 trainers stop with a final commit" in out, out
+        stopped = versions(on_seaweed)[-1]
+        assert stopped.step % 500, "it committed between two intervals"
+        cluster.add_node(num_cpus=1)
+        out = driver.communicate(timeout=120)[0]
+    finally:
+        for process in (driver, node):
+            process.kill()
+            process.wait()
+        for worker in list(cluster.worker_nodes):
+            cluster.remove_node(worker)
+        cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
+    assert driver.returncode == 0, out
+    assert f"a: stopped by its node at step {stopped.step}; goes on elsewhere" in out
+    found = versions(on_seaweed)
+    assert {v.resumed_from for v in found if v.step > stopped.step} == {stopped.version_id}
+    assert found[-1].content_hash == final_hashes(file)["a"]
+
+
+def test_a_notice_of_ec2_is_seen() -> None:
+    answers = {"PUT": (200, b"token"), "GET": (404, b"")}
+
+    class Metadata(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            status, body = answers[self.command]
+            if self.command == "GET" and self.headers["X-aws-ec2-metadata-token"] != "token":
+                status = 401
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_PUT = answer
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/latest"
+        assert not spot_notice(url)
+        answers["GET"] = (200, b'{"action": "terminate"}')
+        assert spot_notice(url)
+        answers["PUT"] = (403, b"")
+        assert not spot_notice(url)
+        server.shutdown()
+    assert not spot_notice("http://127.0.0.1:9/latest")

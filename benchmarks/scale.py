@@ -1,0 +1,142 @@
+"""One LedgerActor under many trainers: commits a second, acknowledgements, the actor's processor time and memory.
+
+.venv/bin/python -m benchmarks.scale [--json FILE] [--trainers 1 8 64 512] [--seconds 15]
+
+Trainers do not train: each commits a snapshot of 1 MB, waits until it is acknowledged, and commits the next. They live
+in as many processes as there are processors, and go the whole way of a real one: the object store, an upload
+beside them, the actor's append. SeaweedFS is 50 ms away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.ledger import LedgerHandle, ledger_actor
+from benchmarks.reporting import Report, run
+from benchmarks.slow_link import SlowLink
+from smc.errors import Busy
+from smc.spool import CommitRecord
+from smc.storage import AsyncBlockchainModelStore
+from smc.storage.dev_server import DevServer
+
+SNAPSHOT = 1_000_000
+LATENCY = 0.05
+
+
+@ray.remote(num_cpus=1, max_concurrency=4)
+class Crowd:
+    """Some simulated trainers in one process."""
+
+    async def commit(self, handle: LedgerHandle, names: list[str], until: float) -> list[float]:
+        """Seconds of every acknowledgement, until a moment (of time.time)."""
+        taken: list[float] = []
+
+        async def trainer(name: str) -> None:
+            draw = np.random.default_rng(list(name.encode()))
+            async with handle.committer() as committer:
+                step = 0
+                while time.time() < until:
+                    step += 1
+                    snapshot = draw.bytes(SNAPSHOT)
+                    started = time.perf_counter()
+                    placed = await committer.put(memoryview(snapshot))
+                    content_hash, size = await patiently(committer.upload, placed)
+                    record = CommitRecord(ledger=handle.uri, message="", step=step, loss=None, experiment=name)
+                    await patiently(committer.append, record, content_hash, size)
+                    taken.append(time.perf_counter() - started)
+
+        await asyncio.gather(*(trainer(name) for name in names))
+        return taken
+
+
+async def patiently(call: Any, *arguments: Any) -> Any:
+    while True:
+        try:
+            return await call(*arguments)
+        except Busy as busy:
+            await asyncio.sleep(busy.retry_after)
+
+
+def of_process(pid: int) -> tuple[float, float]:
+    """Processor seconds and resident MB of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def measure(report: Report, options: argparse.Namespace) -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    processes = os.cpu_count() or 2
+    with tempfile.TemporaryDirectory() as folder, DevServer(Path(folder), buckets=("scale",)) as server:
+        os.environ.update(server.environment)
+        with SlowLink(server.endpoint_url, latency=LATENCY, megabytes=1000) as link:
+            os.environ["AWS_ENDPOINT_URL"] = link.url
+            ray.init(include_dashboard=False, log_to_driver=False, num_cpus=4 * processes)
+            try:
+                crowds = [Crowd.remote() for _ in range(processes)]
+                for count in options.trainers:
+                    one_size(report, crowds, count, options.seconds)
+            finally:
+                ray.shutdown()
+
+
+def one_size(report: Report, crowds: list[Any], count: int, seconds: float) -> None:
+    uri = f"s3://scale/{uuid.uuid4().hex}"
+    actor = ledger_actor(uri)
+    ray.get(actor.prepare.remote())
+    handle = LedgerHandle(uri, actor)
+    names = [f"trainer-{i}" for i in range(count)]
+
+    def commits(lasting: float) -> list[float]:
+        until = time.time() + lasting
+        groups = [names[i :: len(crowds)] for i in range(len(crowds))]
+        found = ray.get(
+            [crowd.commit.remote(handle, group, until) for crowd, group in zip(crowds, groups, strict=True)]
+        )
+        return [value for part in found for value in part]
+
+    commits(2.0)  # worker processes for the uploads start
+    pid = ray.get(actor.status.remote())["pid"]
+    cpu, resident = of_process(pid)
+    started = time.perf_counter()
+    taken = commits(seconds)
+    lasted = time.perf_counter() - started
+    cpu_after, resident_after = of_process(pid)
+    name = f"{count} trainers"
+    report.add(f"{name}: commits", len(taken) / lasted, "1/s")
+    report.add(f"{name}: acknowledgement, median", 1e3 * float(np.median(taken)), "ms")
+    report.add(f"{name}: acknowledgement, 99 %", 1e3 * float(np.quantile(taken, 0.99)), "ms")
+    report.add(f"{name}: actor's processor time of a commit", 1e3 * (cpu_after - cpu) / len(taken), "ms")
+    report.add(f"{name}: of one processor", 100 * (cpu_after - cpu) / lasted, "%")
+    report.add(f"{name}: actor's resident memory", resident_after, "MB")
+    report.add(
+        f"{name}: its growth, of the bytes committed", 100 * (resident_after - resident) / len(taken), "%", at_most=1
+    )
+
+    async def check() -> None:
+        async with AsyncBlockchainModelStore(uri) as store:
+            assert (await store.verify()).ok
+            assert len(await store.list_versions()) >= len(taken)
+
+    asyncio.run(check())
+    ray.kill(actor)
+
+
+if __name__ == "__main__":
+    run(
+        "One LedgerActor, many trainers",
+        measure,
+        ("--trainers", {"type": int, "nargs": "+", "default": [1, 8, 64, 512]}),
+        ("--seconds", {"type": float, "default": 15.0, "help": "that each size is measured for"}),
+    )
