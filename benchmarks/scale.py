@@ -82,7 +82,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
         os.environ.update(server.environment)
         with SlowLink(server.endpoint_url, latency=LATENCY, megabytes=1000) as link:
             os.environ["AWS_ENDPOINT_URL"] = link.url
-            ray.init(include_dashboard=False, log_to_driver=False, num_cpus=4 * processes)
+            ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=4 * processes)
             try:
                 crowds = [Crowd.remote() for _ in range(processes)]
                 for count in options.trainers:

@@ -98,7 +98,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with server():
-        ray.init(include_dashboard=False, log_to_driver=False, num_cpus=max(4, *options.together))
+        ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=max(4, *options.together))
         try:
             for name, (recipe, settings) in SIZES.items():
                 if not torch.cuda.is_available():

@@ -1,0 +1,174 @@
+"""What a user takes to AWS and to Grafana is valid, without AWS."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+
+from jobs import node, sweep, train
+
+ROOT = Path(__file__).parent.parent
+POLICIES = sorted((ROOT / "docs" / "iam").glob("*.json"))
+BUCKET = "arn:aws:s3:::BUCKET"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())
+    return loaded
+
+
+def test_the_cluster_file_is_one_for_rays_autoscaler(cluster: dict[str, Any]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(json.loads(json.dumps(cluster))))
+    with pytest.raises(Exception, match="available_node_type"):
+        validate_config(prepare_config({**cluster, "available_node_type": {}}))
+
+
+def test_its_nodes_are_what_ec2_starts(cluster: dict[str, Any]) -> None:
+    model = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances")
+    for name, kind in cluster["available_node_types"].items():
+        report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1, **kind["node_config"]}, model.input_shape)
+        assert not report.has_errors(), (name, report.generate_report())
+        assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required"  # IMDSv2
+        assert all(device["Ebs"]["Encrypted"] for device in kind["node_config"]["BlockDeviceMappings"])
+    head, worker = (cluster["available_node_types"][name] for name in ("head", "gpu_worker"))
+    assert head["resources"] == {"CPU": 0, "ledger": 1}
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert worker["min_workers"] == 0
+    assert head["node_config"]["IamInstanceProfile"] != worker["node_config"]["IamInstanceProfile"]
+
+
+def test_its_commands_hold_no_secret_and_ask_for_a_token(cluster: dict[str, Any]) -> None:
+    starts = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
+    assert sum("RAY_AUTH_MODE=token" in command for command in starts) == 2
+    text = (ROOT / "ray_cluster.yaml").read_text()
+    assert not re.search(r"AWS_SECRET|AKIA[0-9A-Z]{16}|RAY_AUTH_TOKEN=", text)
+    (worker,) = (command for command in starts if "jobs.node" in command)
+    arguments = worker.split("jobs.node ")[1].split(" > ")[0].split()
+    assert arguments[:3] == ["--spot", "--", "ray"]
+    assert "--block" in arguments
+    assert node.spot_notice("http://127.0.0.1:9") is False
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def allowed(policy: dict[str, Any], action: str, resource: str, **context: bool) -> bool:
+    """Whether a policy allows an action: an explicit denial wins, conditions by their names."""
+
+    def matches(statement: dict[str, Any]) -> bool:
+        actions, resources = (_listed(statement[key]) for key in ("Action", "Resource"))
+        condition = statement.get("Condition", {})
+        if "Bool" in condition and context.get("encrypted", True):
+            return False
+        if "Null" in condition and not context.get("if_none_match", False):
+            return False
+        return any(fnmatch.fnmatchcase(action, a) for a in actions) and any(
+            fnmatch.fnmatchcase(resource, r) for r in resources
+        )
+
+    effects = [statement["Effect"] for statement in policy["Statement"] if matches(statement)]
+    return "Deny" not in effects and "Allow" in effects
+
+
+CASES = [
+    # action, object, with If-None-Match; who may
+    ("s3:GetObject", "log/0000000000.jsonl", False, {"reader", "trainer", "ledger", "collector"}),
+    ("s3:GetObject", "blobs/00.safetensors", False, {"reader", "trainer", "ledger", "collector"}),
+    ("s3:PutObject", "log/0000000000.jsonl", True, {"ledger", "collector"}),
+    ("s3:PutObject", "log/0000000000.jsonl", False, set()),
+    ("s3:PutObject", "blobs/00.safetensors", False, {"trainer", "ledger"}),
+    ("s3:PutObject", "head.json", False, {"ledger", "collector"}),
+    ("s3:PutObject", "index/0000000000.json", False, {"ledger", "collector"}),
+    ("s3:DeleteObject", "blobs/00.safetensors", False, {"collector"}),
+    ("s3:DeleteObject", "log/0000000000.jsonl", False, set()),
+    ("s3:DeleteObject", "head.json", False, set()),
+    ("s3:DeleteObjectVersion", "log/0000000000.jsonl", False, set()),
+    ("s3:PutBucketPolicy", "log/0000000000.jsonl", False, set()),
+]
+
+
+@pytest.mark.parametrize(("action", "key", "if_none_match", "who"), CASES)
+def test_each_role_may_do_what_it_needs_and_no_more(action: str, key: str, if_none_match: bool, who: set[str]) -> None:
+    found = set()
+    for path in POLICIES:
+        policy = json.loads(path.read_text())
+        if allowed(policy, action, f"{BUCKET}/PREFIX/{key}", if_none_match=if_none_match):
+            found.add(path.stem)
+        assert not allowed(policy, action, f"{BUCKET}/PREFIX/{key}", if_none_match=if_none_match, encrypted=False)
+        assert not allowed(policy, action, f"arn:aws:s3:::another/{key}", if_none_match=if_none_match)
+    assert found == who
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+def test_a_policy_has_the_form_of_one(path: Path) -> None:
+    policy = json.loads(path.read_text())
+    assert policy["Version"] == "2012-10-17"
+    names = [statement["Sid"] for statement in policy["Statement"]]
+    assert len(set(names)) == len(names)
+    for statement in policy["Statement"]:
+        assert set(statement) <= {"Sid", "Effect", "Action", "Resource", "Condition"}
+        assert re.fullmatch("[A-Za-z0-9]+", statement["Sid"])
+        if statement["Effect"] == "Allow":
+            actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+            assert not any("*" in action for action in actions)
+    assert len(json.dumps(policy, separators=(",", ":"))) < 6144  # of a managed policy
+
+
+def test_every_panel_has_a_place_of_its_own() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana" / "spectralmc.json").read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        (x, y)
+        for panel in panels
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24
+    provider = yaml.safe_load((ROOT / "docs" / "grafana" / "provider.yml").read_text())
+    assert provider["providers"][0]["type"] == "file"
+
+
+def test_what_the_tests_ran_with_is_pinned() -> None:
+    """An audit has a list to go by: every package that is installed here is in constraints.txt, as it is there."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines if "==" in line}
+    tools = {"pip", "setuptools", "wheel", "spectralmc"}
+    place = sysconfig.get_paths()["purelib"]  # Ray adds some that it brings along to the path
+    here = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower() for d in metadata.distributions(path=[place])}
+    assert here - pinned - tools == set()
+
+
+def test_nothing_is_unpickled() -> None:
+    for folder in ("smc", "actors", "jobs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            text = path.read_text()
+            text = text.replace("No pickle", "")
+            assert not re.search(r"\bpickle\b|(?<!safetensors\.)torch\.load\(|allow_pickle|joblib", text), path
+
+
+def test_the_jobs_say_what_they_take(capsys: pytest.CaptureFixture[str]) -> None:
+    for job in (train, sweep, node):
+        with pytest.raises(SystemExit) as ended:
+            job.main(["--help"])
+        assert ended.value.code == 0
+        assert "usage: python -m jobs." in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        node.main(["--", "ray", "start", "--head"])
+    assert refused.value.code == 2
+    assert "--block" in capsys.readouterr().err
