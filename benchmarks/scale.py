@@ -4,8 +4,8 @@
 
 Trainers do not train: each commits a snapshot of 1 MB, waits until it is acknowledged, and commits the next. They live
 in as many processes as there are processors, and go the whole way of a real one: the object store, an upload
-beside them, the actor's append. SeaweedFS is 50 ms away. On a cluster each node uploads for itself, here one node does for
-all; so the appends are measured alone as well, of a checkpoint that is there: that is what the one actor has to do.
+beside them, the actor's append. SeaweedFS is 50 ms away. On a cluster each node uploads for itself, here one node does
+for all; so the appends are measured alone as well, of a checkpoint that is there: that is the one actor's work.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Crowd:
     async def commit(
         self, handle: LedgerHandle, names: list[str], until: float, there: tuple[str, int] | None
     ) -> list[float]:
-        """Seconds of every acknowledgement, until a moment (of time.time); appends alone, if a checkpoint is `there`."""
+        """Seconds of every acknowledgement, until a moment (time.time); appends alone, if a checkpoint is `there`."""
         taken: list[float] = []
 
         async def trainer(name: str) -> None:

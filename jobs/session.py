@@ -25,7 +25,9 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True)
+    # Lines for programs, with job and actor ids: of the driver, and of every actor and task.
+    as_json = ray.LoggingConfig(encoding="JSON", log_level="INFO") if os.environ.get("SMC_LOG_JSON") == "1" else None
+    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True, logging_config=as_json)
 
 
 def run_job(main: Callable[[], Coroutine[Any, Any, int]]) -> int:
