@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,13 @@ from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, Trai
 from smc.sobol_sampler import SobolSampler
 from smc.spectrum import put_spectrum_and_slope, quantile_levels, quantile_spectrum
 from smc.spectrum_cuda import put_levels
-from smc.storage import AsyncBlockchainModelStore
+from smc.storage import AsyncBlockchainModelStore, commit_snapshot
+from smc.storage.inference import InferenceClient
+from smc.storage.objects import MemoryObjectStore
+from smc.tensorboard import TensorBoardLogger
 from smc.training_step import _AHEAD, TrainingStep
 from tests.conftest import small_config, small_simulation, small_training
+from tests.event_files import events
 from tests.test_snapshots import snapshots_that_differ
 
 pytestmark = pytest.mark.gpu
@@ -500,3 +507,63 @@ def test_a_sweep_of_two_experiments_on_half_a_gpu_each_commits_to_one_ledger(
 
 def test_a_thousand_snapshots_equal_synchronous_saves_while_training_goes_on() -> None:
     assert snapshots_that_differ("cuda", 1000) == []
+
+
+def test_models_are_served_on_the_gpu_and_swapped_beside_predictions() -> None:
+    pricer = GbmCVNNPricer(small_config("cuda"))
+    pricer.train(small_training(5))
+    state = pricer.snapshot()
+    contracts = torch.from_numpy(CONTRACTS).cuda()
+    objects = MemoryObjectStore()
+    prices: dict[int, np.ndarray] = {}
+    store = AsyncBlockchainModelStore("memory", objects=objects)
+
+    async def commit() -> int:
+        with torch.no_grad():
+            next(state.cvnn.parameters()).add_(0.01)
+        expected = GbmCVNNPricer(replace(state, cvnn=copy.deepcopy(state.cvnn))).predict_price(contracts)
+        async with store.another() as own:
+            version = await commit_snapshot(own, state, "m")
+        assert isinstance(expected, torch.Tensor)
+        prices[version.counter] = expected.cpu().numpy()
+        return version.counter
+
+    asyncio.run(commit())
+    stop = threading.Event()
+    seen: list[tuple[int, np.ndarray]] = []
+    with InferenceClient(store, device="cuda", poll_seconds=0.01) as client:
+
+        def ask() -> None:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                while not stop.is_set():
+                    served = client.current
+                    price = served.predict_price(contracts)
+                    assert isinstance(price, torch.Tensor)
+                    seen.append((served.version.counter, price.cpu().numpy()))
+
+        callers = [threading.Thread(target=ask) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for _ in range(20):
+            counter = asyncio.run(commit())
+            deadline = time.monotonic() + 20
+            while client.current.version.counter != counter:
+                assert time.monotonic() < deadline, client.status
+                time.sleep(0.01)
+        stop.set()
+        for caller in callers:
+            caller.join()
+    for counter, price in seen:
+        np.testing.assert_allclose(price, prices[counter], rtol=1e-6)
+    assert len({counter for counter, _ in seen}) > 15
+
+
+def test_tensorboard_gets_gradients_of_steps_that_are_graphs(tmp_path: Path) -> None:
+    pricer = GbmCVNNPricer(small_config("cuda"))
+    with TensorBoardLogger(tmp_path, pricer.model, every=50, histograms_every=100) as logger:
+        pricer.train(small_training(500), logger=logger)
+    found = events(tmp_path)
+    norms = list(found["train/gradient_norm"].values())
+    assert len(norms) >= 5
+    assert all(np.isfinite(norm) and norm > 0 for norm in norms)
+    assert any(name.startswith("gradients/") for name in found)
