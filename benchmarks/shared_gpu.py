@@ -27,6 +27,7 @@ from actors.ledger import LedgerHandle, ledger_actor
 from actors.trainer import RemoteTrainerActor
 from benchmarks.reporting import Report, run
 from jobs.recipes import make_experiment
+from smc.gbm_trainer import GbmCVNNPricer
 
 SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "batch 32 x 8,192 paths": (
@@ -75,6 +76,25 @@ async def at(trainer: Any) -> tuple[float, int] | None:
     return (time.perf_counter(), progress.step) if progress is not None and progress.loss is not None else None
 
 
+def busy(recipe: str, settings: Mapping[str, Any], steps: int = 400) -> float:
+    """The share of time in which a kernel of one experiment alone runs on the GPU, in the second half of some steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    experiment = make_experiment("busy", settings, {"training": {"num_batches": steps}, "num_gpus": 1}, recipe=recipe)
+    pricer = GbmCVNNPricer(experiment.fresh())
+    pricer.train(experiment.training)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        pricer.train(experiment.training)
+        torch.cuda.synchronize()
+    found = sorted((e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type.name == "CUDA")
+    middle = (found[0][0] + found[-1][1]) / 2
+    covered, last = 0.0, middle
+    for start, end in found:
+        covered += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return covered / (last - middle)
+
+
 @contextmanager
 def server() -> Iterator[None]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -103,6 +123,8 @@ def measure(report: Report, options: argparse.Namespace) -> None:
             for name, (recipe, settings) in SIZES.items():
                 if not torch.cuda.is_available():
                     recipe, settings = "tiny", {}
+                else:
+                    report.add(f"{name}: GPU busy with one alone", 100 * busy(recipe, settings), "%")
                 alone: list[float] = []
                 for interval in (None, 10, None):
                     measured, commits = asyncio.run(rates(1, recipe, settings, interval, options.seconds))

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
+from smc.checkpoint import metadata_of, tensors_of
+from smc.commits import BackgroundCommits, CommitRequest
 from smc.errors import Busy, ConfigError
-from smc.spool import CommitRecord
+from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
+from tests.conftest import small_config
 
 
 async def upload_here(boxed: list[Any], node_id: str) -> tuple[str, int]:
@@ -123,3 +130,33 @@ def test_an_actor_with_older_code_is_drained_and_replaced(on_seaweed: str, monke
         return await committer.append(record(1), content_hash, size)
 
     assert asyncio.run(through_the_old_handle()) == "v0000000000"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_commits_through_ray_leave_no_object_behind(on_seaweed: str, tmp_path: Path) -> None:
+    from ray._private.worker import global_worker
+
+    def references() -> int:
+        gc.collect()
+        return len(global_worker.core_worker.get_all_reference_counts())
+
+    actor = ledger_actor(on_seaweed)
+    state = small_config()
+    tensors, metadata = tensors_of(state), metadata_of(state)
+    outcome = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    counts = []
+    for _ in range(3):
+        handle = LedgerHandle(on_seaweed, actor)
+        commits = BackgroundCommits(handle, tensors, metadata, spool=Spool(tmp_path), slots=8)
+        for step in range(12):
+            while commits.pending > 6:
+                time.sleep(0.005)
+            commits.submit(CommitRequest(step=step, batch=step), tensors, metadata, outcome)
+        assert {o.status for o in commits.close()} == {"committed"}
+        del commits, handle
+        deadline = time.monotonic() + 20
+        while counts and references() > counts[0] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        counts.append(references())
+    print(f"\nreferences that this process holds after 12, 24 and 36 commits: {counts}")
+    assert counts[2] <= counts[0]
