@@ -26,7 +26,7 @@ from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
 
 ROOT = Path(__file__).parents[2]
-STEPS, INTERVAL = 240, 20
+STEPS, INTERVAL = 160, 20
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     )
     assert status.returncode == 0, status.stderr
     os.kill(json.loads(status.stdout)["ledgers"][on_seaweed]["pid"], signal.SIGKILL)
-    wait_for(40, driver)
+    wait_for(32, driver)
     driver.kill()
     driver.wait()
     before = versions(on_seaweed)
@@ -115,7 +115,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     assert asyncio.run(verified())
     after = versions(on_seaweed)
     assert after[: len(before)] == before
-    assert len(before) >= 40
+    assert len(before) >= 32
     assert {v.experiment: v.content_hash for v in after if v.step == STEPS} == undisturbed
     steps = Counter((v.experiment, v.step) for v in after)
     assert set(steps.values()) == {1}, "something was committed twice"

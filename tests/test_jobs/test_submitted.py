@@ -105,7 +105,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         environment,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while True:
             try:
                 made.get("/api/version")
@@ -214,7 +214,7 @@ def check_panels(head: Head, folder: Path) -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     queries = [(panel["title"], target["expr"]) for panel in panels for target in panel["targets"]]
     assert len(queries) >= 12
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=20) as answer:
             text = answer.read().decode()
