@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jobs.recipes import read_sweep
-from jobs.running import RunOptions, newest_versions
+from jobs.running import RunOptions
 from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc import black_scholes
@@ -89,7 +89,7 @@ async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
 
 async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple[ModelVersion, GbmCVNNPricer]:
     """Each experiment's newest version, loaded back and measured on fresh contracts."""
-    newest = newest_versions(await store.list_versions())
+    newest = (await store.catalog()).heads
     fresh = SobolSampler({}, seed=int.from_bytes(b"fresh")).sample(4096)
     print("\nAgainst the closed form, 4,096 fresh contracts, in bp of spot:")
     print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}")

@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,9 +18,9 @@ from jobs.search import PRUNED
 from smc.errors import ConfigError, SpectralMCError
 from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage import AsyncBlockchainModelStore
 
-__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places", "newest_versions"]
+__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places"]
 
 logger = logging.getLogger("smc.jobs")
 
@@ -221,11 +221,6 @@ async def _progress(trainer: Any, training: asyncio.Future[Any]) -> Any:
         await asyncio.wait({answer, training}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done() and not answer.exception() and answer.result() is not None:
             yield answer.result()
-
-
-def newest_versions(versions: Sequence[ModelVersion]) -> Mapping[str, ModelVersion]:
-    """The last of these versions for each experiment, by its name."""
-    return {version.experiment: version for version in versions}
 
 
 def cluster_places(num_cpus: float, num_gpus: float) -> int:

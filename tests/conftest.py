@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig, SimulationParams
 from smc.gbm_trainer import GbmCVNNPricerConfig, TrainingConfig
-from smc.storage import AsyncBlockchainModelStore
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, block_key, build_block
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore
@@ -110,6 +111,17 @@ async def force(store: AsyncBlockchainModelStore, *drafts: Draft) -> None:
     """Write a block that the store itself would refuse to write."""
     tail = await store.ledger.refresh()
     await store.objects.create(block_key(tail.block), build_block(tail, drafts))
+
+
+def versions_of(ledger: str, *, verified: bool = True) -> list[ModelVersion]:
+    """Every version of a ledger, which verifies."""
+
+    async def read() -> list[ModelVersion]:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            assert not verified or (await store.verify(blobs=True)).ok
+            return await store.list_versions()
+
+    return asyncio.run(read())
 
 
 def small_simulation(**changes: Any) -> SimulationParams:

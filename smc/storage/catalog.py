@@ -33,11 +33,14 @@ class Catalog:
         """
         tail = check_after(self.tail, entries)
         new: list[ModelVersion] = []
+        moves: list[AliasMove] = []
         for entry in entries:
-            entry.check()
-            if entry.version is not None:
-                new.append(entry.version)
-            elif (move := entry.alias_move) is not None and move.counter is not None:
+            version, move, _ = entry.version, entry.alias_move, (entry.collected, entry.spared)
+            if version is not None:
+                new.append(version)
+            if move is not None:
+                moves.append(move)
+            if move is not None and move.counter is not None:
                 known = len(self.versions)
                 before = self.versions[move.counter :][:1] if move.counter < known else new[move.counter - known :][:1]
                 if [version.content_hash for version in before] != [move.content_hash]:
@@ -50,12 +53,12 @@ class Catalog:
             self._announcements.apply(entry)
             if entry.kind == "collect":
                 self._collect_times[entry.index] = datetime.fromisoformat(entry.fields["timestamp"])
-            if (move := entry.alias_move) is not None:
-                self.moves.append(move)
-                if move.counter is None:
-                    self._aliases.pop(move.alias, None)
-                else:
-                    self._aliases[move.alias] = move.counter
+        self.moves += moves
+        for move in moves:
+            if move.counter is None:
+                self._aliases.pop(move.alias, None)
+            else:
+                self._aliases[move.alias] = move.counter
 
     @property
     def head(self) -> ModelVersion | None:

@@ -176,9 +176,9 @@ class Announcements:
 
     def apply(self, entry: Entry) -> None:
         """Take in the next entry. Raises: Corrupt, before anything is changed."""
-        version, collected, (spared, through) = entry.version, entry.collected, entry.spared
-        if version is not None:
-            self._at.pop(version.content_hash, None)
+        collected, (spared, through) = entry.collected, entry.spared
+        if entry.kind == "commit":
+            self._at.pop(str(entry.fields.get("content_hash")), None)
         for content_hash in collected:
             self._at.setdefault(content_hash, []).append(entry.index)
         for content_hash in spared:

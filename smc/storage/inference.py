@@ -55,30 +55,40 @@ _LONGEST_WAIT: Final = 60.0
 _ONLY_OURS: Final = 3
 
 
-@dataclass(frozen=True)
-class ServedModel:
-    """A verified version, ready to predict. It never changes: whoever holds it goes on with it after a swap."""
+class _Predicting:
+    """Predicts as `GbmCVNNPricer` does, with the predictor of the moment."""
 
-    version: ModelVersion
-    predictor: Predictor
+    def _predictor(self) -> Predictor:
+        raise NotImplementedError
 
     def predict_price(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> Array | Tensor:
         """As `GbmCVNNPricer.predict_price`. Shapes: -> (n,)."""
-        return self.predictor.predict_price(contracts, kind, outside=outside)
+        return self._predictor().predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """As `GbmCVNNPricer.predict_distribution`. Shapes: -> levels (n, N)."""
-        return self.predictor.predict_distribution(contracts, kind, outside=outside)
+        return self._predictor().predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """As `GbmCVNNPricer.predict_greeks`. Shapes: -> five of (n,)."""
-        return self.predictor.predict_greeks(contracts, kind, outside=outside)
+        return self._predictor().predict_greeks(contracts, kind, outside=outside)
+
+
+@dataclass(frozen=True)
+class ServedModel(_Predicting):
+    """A verified version, ready to predict. It never changes: whoever holds it goes on with it after a swap."""
+
+    version: ModelVersion
+    predictor: Predictor
+
+    def _predictor(self) -> Predictor:
+        return self.predictor
 
 
 @dataclass(frozen=True)
@@ -361,7 +371,7 @@ def _read_memory(path: Path | None, ledger: str) -> _Seen | None:
     return seen
 
 
-class InferenceClient:
+class InferenceClient(_Predicting):
     """Predicts with a model of a ledger, and follows the ledger in a thread of its own.
 
     ::
@@ -441,23 +451,8 @@ class InferenceClient:
         """What is served, and what is in the way."""
         return self._follower.status
 
-    def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
-    ) -> Array | Tensor:
-        """As `GbmCVNNPricer.predict_price`, by the current version. Shapes: -> (n,)."""
-        return self.current.predict_price(contracts, kind, outside=outside)
-
-    def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
-    ) -> PayoffDistribution:
-        """As `GbmCVNNPricer.predict_distribution`, by the current version. Shapes: -> levels (n, N)."""
-        return self.current.predict_distribution(contracts, kind, outside=outside)
-
-    def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
-    ) -> Greeks:
-        """As `GbmCVNNPricer.predict_greeks`, by the current version. Shapes: -> five of (n,)."""
-        return self.current.predict_greeks(contracts, kind, outside=outside)
+    def _predictor(self) -> Predictor:
+        return self.current.predictor
 
 
 class _Run:

@@ -22,8 +22,9 @@ import torch
 from jobs.node import spot_notice
 from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
+from tests.conftest import versions_of
 
 ROOT = Path(__file__).parents[2]
 STEPS, INTERVAL = 160, 20
@@ -66,14 +67,6 @@ def final_hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def versions(ledger: str) -> list[ModelVersion]:
-    async def read() -> list[ModelVersion]:
-        async with AsyncBlockchainModelStore(ledger) as store:
-            return await store.list_versions()
-
-    return asyncio.run(read())
-
-
 @pytest.mark.timeout(300)
 def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
     command = [sys.executable, "-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
@@ -85,7 +78,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
         )
 
     def wait_for(count: int, driver: subprocess.Popen[str]) -> None:
-        while len(versions(on_seaweed)) < count:
+        while len(versions_of(on_seaweed, verified=False)) < count:
             assert driver.poll() is None, driver.communicate()[0]
             time.sleep(0.3)
 
@@ -101,7 +94,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     wait_for(32, driver)
     driver.kill()
     driver.wait()
-    before = versions(on_seaweed)
+    before = versions_of(on_seaweed, verified=False)
     undisturbed = final_hashes(file)
     again = submit()
     out, _ = again.communicate(timeout=200)
@@ -113,7 +106,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
             return (await store.verify(blobs=True)).ok
 
     assert asyncio.run(verified())
-    after = versions(on_seaweed)
+    after = versions_of(on_seaweed, verified=False)
     assert after[: len(before)] == before
     assert len(before) >= 32
     assert {v.experiment: v.content_hash for v in after if v.step == STEPS} == undisturbed
@@ -151,7 +144,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
     node = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
     driver = started("jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1")
     try:
-        while len(versions(on_seaweed)) < 1:
+        while len(versions_of(on_seaweed, verified=False)) < 1:
             assert driver.poll() is None, driver.communicate()[0]
             time.sleep(0.2)
         node.send_signal(signal.SIGTERM)
@@ -160,7 +153,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         assert time.monotonic() - asked < 30, out
         assert node.returncode == 0, out
         assert "1 trainers stop with a final commit" in out, out
-        stopped = versions(on_seaweed)[-1]
+        stopped = versions_of(on_seaweed, verified=False)[-1]
         assert stopped.step % 500, "it committed between two intervals"
         cluster.add_node(num_cpus=1)
         out = driver.communicate(timeout=120)[0]
@@ -173,7 +166,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
     assert driver.returncode == 0, out
     assert f"a: stopped by its node at step {stopped.step}; goes on elsewhere" in out
-    found = versions(on_seaweed)
+    found = versions_of(on_seaweed, verified=False)
     assert {v.resumed_from for v in found if v.step > stopped.step} == {stopped.version_id}
     assert found[-1].content_hash == final_hashes(file)["a"]
 

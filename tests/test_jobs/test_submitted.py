@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -25,8 +24,8 @@ from typing import Any
 import pytest
 import yaml
 
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.dev_server import DevServer
+from tests.conftest import versions_of
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "docs" / "grafana" / "spectralmc.json"
@@ -125,15 +124,6 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         shutil.rmtree(session, ignore_errors=True)
 
 
-def versions(ledger: str) -> list[ModelVersion]:
-    async def read() -> list[ModelVersion]:
-        async with AsyncBlockchainModelStore(ledger) as store:
-            assert (await store.verify(blobs=True)).ok
-            return await store.list_versions()
-
-    return asyncio.run(read())
-
-
 @pytest.mark.timeout(240)
 def test_train_sweep_and_evaluate_are_submitted_with_a_token(head: Head, on_seaweed: str) -> None:
     quick = ["--recipe", "tiny", "--set", "training.num_batches=20"]
@@ -150,7 +140,7 @@ def test_train_sweep_and_evaluate_are_submitted_with_a_token(head: Head, on_seaw
     assert swept.returncode == 0, swept.stdout + swept.stderr
     assert "2 of 2 experiments done" in swept.stdout
     names = ["solo", "pair/learning_rate=0.003", "pair/learning_rate=0.01"]
-    assert sorted(v.experiment for v in versions(on_seaweed) if v.step == 20) == sorted(names)
+    assert sorted(v.experiment for v in versions_of(on_seaweed) if v.step == 20) == sorted(names)
 
     evaluated = head.submit("jobs.evaluate", "--ledger", on_seaweed, "--version", "head:solo", "--contracts", "256")
     assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
@@ -176,7 +166,7 @@ def test_a_running_job_is_watched_stopped_and_keeps_no_secret(head: Head, on_sea
         options=("--no-wait", "--submission-id", "long", "--runtime-env-json", waits),
     )  # fmt: skip
     assert started.returncode == 0, started.stdout + started.stderr
-    while not versions(on_seaweed):
+    while not versions_of(on_seaweed):
         time.sleep(1)
 
     status = head.run("python", "-m", "jobs.status", "--json", RAY_ADDRESS=head.address)
@@ -205,7 +195,7 @@ def test_a_running_job_is_watched_stopped_and_keeps_no_secret(head: Head, on_sea
     logs = head.run("ray", "job", "logs", "long", "--address", head.dashboard).stdout
     step = int(re.search(r"long            stopped at step (\d+) in", logs).group(1))  # type: ignore[union-attr]
     assert "0 of 1 experiments done, 1 stopped" in logs
-    assert versions(on_seaweed)[-1].step == step
+    assert versions_of(on_seaweed)[-1].step == step
     assert secret not in logs
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import demo, sweep, train
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from tests.conftest import versions_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,15 +20,6 @@ class Elsewhere:
 
     def is_up(self) -> bool:
         return True
-
-
-def versions(ledger: str) -> list[ModelVersion]:
-    async def read() -> list[ModelVersion]:
-        async with AsyncBlockchainModelStore(ledger) as store:
-            assert (await store.verify(blobs=True)).ok
-            return await store.list_versions()
-
-    return asyncio.run(read())
 
 
 @pytest.fixture
@@ -51,7 +41,7 @@ def test_a_sweep_trains_every_experiment_into_one_ledger_and_goes_on_from_it(
     out = capfd.readouterr().out
     assert "2 of 2 experiments done" in out
     assert "trained to step 60" in out
-    made = versions(on_seaweed)
+    made = versions_of(on_seaweed)
     assert len(made) == 6
     for name in ("one", "two"):
         assert [v.step for v in made if v.experiment == name] == [20, 40, 60]
@@ -59,7 +49,7 @@ def test_a_sweep_trains_every_experiment_into_one_ledger_and_goes_on_from_it(
     assert sweep.main([str(file), "--ledger", on_seaweed]) == 0
     assert capfd.readouterr().out.count("finished before, skipped") == 2
     assert sweep.main([str(file), "--ledger", on_seaweed, "--extend"]) == 0
-    again = versions(on_seaweed)
+    again = versions_of(on_seaweed)
     assert again[:6] == made
     assert {v.resumed_from for v in again[6:]} == {v.version_id for v in made if v.step == 60}
 
@@ -69,7 +59,7 @@ def test_train_runs_one_experiment(on_seaweed: str, capfd: pytest.CaptureFixture
     arguments = ["--ledger", on_seaweed, "--experiment", "solo", "--recipe", "tiny"]
     assert train.main([*arguments, "--set", "training.num_batches=10"]) == 0
     assert "solo            trained to step 10" in capfd.readouterr().out
-    assert [v.step for v in versions(on_seaweed)] == [10]
+    assert [v.step for v in versions_of(on_seaweed)] == [10]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -84,7 +74,7 @@ def test_an_experiment_that_fails_does_not_take_the_others_along(
     out = capfd.readouterr().out
     assert "bad             failed: the loss is" in out
     assert "1 of 3 experiments done, 2 failed" in out
-    assert [v.step for v in versions(on_seaweed) if v.experiment == "good"] == [20, 40, 60]
+    assert [v.step for v in versions_of(on_seaweed) if v.experiment == "good"] == [20, 40, 60]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -118,7 +108,7 @@ def test_bad_settings_of_train_are_one_line_and_status_2(on_seaweed: str, capfd:
         error = capfd.readouterr().err
         assert message in error
         assert error.count("\n") == 1
-    assert versions(on_seaweed) == []
+    assert versions_of(on_seaweed) == []
 
 
 def test_unreachable_storage_is_one_line_and_status_2(
@@ -145,7 +135,7 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while not {"a"} <= {v.experiment for v in versions(on_seaweed)}:
+    while not {"a"} <= {v.experiment for v in versions_of(on_seaweed)}:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
@@ -156,7 +146,7 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
     assert process.returncode == 2, out
     assert out.count("stopped at step") == 1
     assert "b               failed: not started: the sweep was stopped" in out
-    newest = {v.experiment: v.step for v in versions(on_seaweed)}
+    newest = {v.experiment: v.step for v in versions_of(on_seaweed)}
     for name, step in newest.items():
         assert f"{name:<16}stopped at step {step} " in out
 
