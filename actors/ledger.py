@@ -24,7 +24,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import observe, observe_ledger
-from smc.errors import Busy, SpectralMCError, Unavailable
+from smc.errors import Busy, ConfigError, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
 
@@ -38,6 +38,8 @@ _UPLOADS_PER_NODE = 4
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
+# Of the actor while a driver waits for it: other drivers may replace it, and a node may be short of something.
+_MOST_REPLACED, _MOST_DEATHS = 3, 30
 
 Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 
@@ -45,12 +47,30 @@ Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 @ray.remote(num_cpus=0, max_retries=3)
 def _upload_task(uri: str, endpoint_url: str | None, boxed: list[Any]) -> tuple[str, int]:
     """Runs where the checkpoint lies: fetches it without a copy, hashes and stores it."""
+    data = memoryview(ray.get(boxed[0]))
+    if (connection := _connections.get((uri, endpoint_url))) is None:
+        connection = _connections[uri, endpoint_url] = _Connection(uri, endpoint_url)
+    try:
+        return connection.runner.run(connection.store.upload(data))
+    except BaseException:
+        _connections.pop((uri, endpoint_url)).close()  # the next one starts afresh
+        raise
 
-    async def upload(data: memoryview) -> tuple[str, int]:
-        async with AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url) as store:
-            return await store.upload(data)
 
-    return asyncio.run(upload(memoryview(ray.get(boxed[0]))))
+class _Connection:
+    """An open store and its event loop, which a worker process keeps: to open one takes a fifth of a second."""
+
+    def __init__(self, uri: str, endpoint_url: str | None) -> None:
+        self.runner = asyncio.Runner()
+        self.store = AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url)
+        self.runner.run(self.store.__aenter__())
+
+    def close(self) -> None:
+        self.runner.run(self.store.__aexit__(None, None, None))
+        self.runner.close()
+
+
+_connections: dict[tuple[str, str | None], _Connection] = {}
 
 
 @lru_cache(maxsize=1)
@@ -268,16 +288,30 @@ def ledger_actor(uri: str, *, endpoint_url: str | None = None) -> Any:
 
     One that runs other code than ours is drained and replaced. It runs on a node with the custom
     resource `ledger` where the cluster has one.
+
+    Raises: ConfigError if what is started there has other code again and again; Unavailable if it does not start.
     """
+    deaths = replaced = 0
     while True:
         actor = _get_or_start(uri, endpoint_url)
         try:
-            if ray.get(actor.version.remote()) == code_version():
+            theirs = ray.get(actor.version.remote())
+            if theirs == code_version():
                 return actor
+            if replaced == _MOST_REPLACED:
+                raise ConfigError(
+                    f"the LedgerActor of {uri} runs code {theirs}, this job {code_version()}, also after it was "
+                    f"started again {replaced} times: give every node the same code (`ray job submit --working-dir .`)"
+                )
             ray.get(actor.drain.remote())
             ray.kill(actor, no_restart=True)
-        except (ActorDiedError, ActorUnavailableError):
-            time.sleep(0.1)  # another driver is replacing it just now
+            replaced += 1
+        except (ActorDiedError, ActorUnavailableError) as error:  # another driver is replacing it just now
+            deaths += 1
+            if error.actor_init_failed or deaths == _MOST_DEATHS:
+                reason = str(error).strip().splitlines()[-1].strip()
+                raise Unavailable(f"the LedgerActor of {uri} does not start: {reason}") from None
+            time.sleep(0.1)
 
 
 def _get_or_start(uri: str, endpoint_url: str | None) -> Any:

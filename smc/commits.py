@@ -54,8 +54,8 @@ _MEMORY: Final = 2 * 2**30
 _FEWEST, _MOST = 2, 8
 # Share of one processor that commits may take while training runs, beyond a burst of so many seconds: Python lets one
 # thread work at a time, and a commit is some milliseconds of it.
-_SHARE: Final = 0.25
-_BURST: Final = 0.5
+_SHARE: Final = 0.1
+_BURST: Final = 0.1
 # Seconds between two lines that say how many snapshots were replaced.
 _REPLACED_INTERVAL: Final = 10.0
 
@@ -168,7 +168,7 @@ class BackgroundCommits:
     least 2 and at most 8; two more on the device. A slot is taken from the submission until the commit is
     settled. Half of them are encoded or uploaded at a time, the others wait; when there is no slot left, the
     oldest periodic snapshot that waits is replaced by the newer one, which is logged and counted. A final one is never
-    replaced. Whatever cannot be committed is written to the spool. While training runs the thread takes a quarter
+    replaced. Whatever cannot be committed is written to the spool. While training runs the thread takes a tenth
     of a processor, or less; `close` lifts that.
 
     The tensors and metadata given here are those of a first state; later ones must have the same tensors.

@@ -14,7 +14,7 @@ import torch
 from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
 from smc.checkpoint import metadata_of, tensors_of
 from smc.commits import BackgroundCommits, CommitRequest
-from smc.errors import Busy, ConfigError
+from smc.errors import Busy, ConfigError, Unavailable
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
 from tests.conftest import small_config
@@ -50,6 +50,35 @@ async def test_a_ledger_that_cannot_be_opened_is_a_config_error(on_seaweed: str)
     with pytest.raises(ConfigError):
         await actor.append(record(0), "0" * 64, 1)
     assert (await actor.status())["failed"] == 1
+
+
+class DoesNotStart(LedgerActor):
+    def __init__(self, uri: str, *, endpoint_url: str | None = None) -> None:
+        super().__init__(uri, endpoint_url=endpoint_url)
+        raise ValueError("no room here")
+
+
+class OtherCode(LedgerActor):
+    async def version(self) -> str:
+        return "another"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (DoesNotStart, Unavailable, "does not start: ValueError: no room here"),
+        (OtherCode, ConfigError, "runs code another, this job .* give every node the same code"),
+    ],
+)
+def test_an_actor_that_cannot_be_had_is_an_error_and_no_endless_loop(
+    kind: type[LedgerActor], error: type[Exception], message: str, on_seaweed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr("actors.ledger.RemoteLedgerActor", ray.remote(kind))
+    with pytest.raises(error, match=message):
+        ledger_actor(on_seaweed)
 
 
 @pytest.mark.usefixtures("ray_cluster")
