@@ -21,12 +21,15 @@ def connect() -> None:
         # A cluster of this process alone: a bare ray.init() would write a token to the user's home and
         # leave other commands locked out.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    for_programs = os.environ.get("SMC_LOG_JSON") == "1"
+    if for_programs:  # one line a message: Ray would write "repeated 2x" behind it
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
     if ray.is_initialized():
         return
-    # Lines for programs, with job and actor ids: of the driver, and of every actor and task.
-    as_json = ray.LoggingConfig(encoding="JSON", log_level="INFO") if os.environ.get("SMC_LOG_JSON") == "1" else None
+    # Of the driver, and of every actor and task, with job and actor ids.
+    as_json = ray.LoggingConfig(encoding="JSON", log_level="WARNING") if for_programs else None
     ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True, logging_config=as_json)
 
 

@@ -135,7 +135,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         "recipe: tiny\ndefaults: {training: {num_batches: 8000}, commit_interval: 250}\nexperiments: {a: }\n"
     )
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1", "SMC_LOG_JSON": "1"}
 
     def started(*arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -172,7 +172,12 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
             cluster.remove_node(worker)
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
     assert driver.returncode == 0, out
-    assert f"a: stopped by its node at step {stopped.step}; goes on elsewhere" in out
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    said = {line["message"]: line for line in lines}[
+        f"a: stopped by its node at step {stopped.step}; goes on elsewhere"
+    ]
+    assert said["levelname"] == "WARNING"
+    assert said["job_id"]
     found = versions_of(on_seaweed, verified=False)
     assert {v.resumed_from for v in found if v.step > stopped.step} == {stopped.version_id}
     assert found[-1].content_hash == final_hashes(file)["a"]
