@@ -132,7 +132,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
 
     file = tmp_path / "spot.yaml"
     file.write_text(
-        "recipe: tiny\ndefaults: {training: {num_batches: 8000}, commit_interval: 250}\nexperiments: {a: }\n"
+        "recipe: tiny\ndefaults: {training: {num_batches: 5000}, commit_interval: 500}\nexperiments: {a: }\n"
     )
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1", "SMC_LOG_JSON": "1"}
