@@ -6,7 +6,9 @@ import asyncio
 import random
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -16,15 +18,22 @@ class FaultProxy:
     """Runs in a thread of its own. Headers pass untouched, so that signatures hold.
 
     `rate` is the share of requests that fail, evenly by status 500 and 503, a reset before and after the
-    request was applied, a hang, and an answer cut short. `latency` is added to every request.
+    request was applied, or after its head, a hang, and an answer cut short. `latency` is added to every request.
     """
 
-    KINDS = ("500", "503", "reset-before", "reset-after", "hang", "truncate")
+    KINDS = ("500", "503", "reset-before", "reset-after", "head-only", "hang", "truncate")
 
     def __init__(
-        self, target: str, *, rate: float = 0.0, latency: float = 0.0, hang: float = 2.0, seed: int = 1
+        self,
+        target: str,
+        *,
+        rate: float = 0.0,
+        latency: float = 0.0,
+        hang: float = 2.0,
+        seed: int = 1,
+        kinds: Sequence[str] = KINDS,
     ) -> None:
-        self._target, self.rate, self.latency, self._hang = target, rate, latency, hang
+        self._target, self.rate, self.latency, self._hang, self._kinds = target, rate, latency, hang, kinds
         self._random = random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.requests = 0
@@ -66,14 +75,16 @@ class FaultProxy:
         body = await request.read()
         if self.latency:
             await asyncio.sleep(self.latency)
-        fault = self._random.choice(self.KINDS) if self._random.random() < self.rate else ""
+        fault = self._random.choice(self._kinds) if self._random.random() < self.rate else ""
         if fault:
             self.faults[fault] += 1
         if fault in ("500", "503"):
             return web.Response(status=int(fault))
         if fault == "hang":
             await asyncio.sleep(self._hang)
-        if fault in ("reset-before", "hang"):
+        if fault == "head-only":
+            await self._send_head(request)
+        if fault in ("reset-before", "hang", "head-only"):
             return self._reset(request)
         url = self._target + request.raw_path
         async with self._session.request(
@@ -96,6 +107,16 @@ class FaultProxy:
         await response.write(data)
         await response.write_eof()
         return response
+
+    async def _send_head(self, request: web.Request) -> None:
+        """What a client leaves that is killed before it sends the body."""
+        target = urlsplit(self._target)
+        _, writer = await asyncio.open_connection(target.hostname, target.port)
+        head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        writer.write(f"{request.method} {request.raw_path} HTTP/1.1\r\n{head}\r\n".encode())
+        await writer.drain()
+        writer.close()
+        await asyncio.sleep(0.1)
 
     def _reset(self, request: web.Request) -> web.StreamResponse:
         if request.transport is not None:

@@ -134,11 +134,12 @@ async def _with_store(command: Command, options: argparse.Namespace) -> int:
 def _dev_server(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with DevServer(options.dir, buckets=options.bucket or _DEV_BUCKETS, port=options.port) as server:
-        print(
-            f"S3 at {server.endpoint_url}, buckets {', '.join(server.buckets)}, data in {options.dir}; Ctrl-C ends it"
-        )
-        print(f"In another terminal:  . {os.path.join(options.dir, 's3.env')}", flush=True)
         try:
+            print(
+                f"S3 at {server.endpoint_url}, buckets {', '.join(server.buckets)}, data in {options.dir}; "
+                f"Ctrl-C ends it\nIn another terminal:  . {os.path.join(options.dir, 's3.env')}",
+                flush=True,
+            )
             return server.wait()
         except KeyboardInterrupt:
             return 0

@@ -69,6 +69,7 @@ async def verify_ledger(
     raises Corrupt: every problem is in the result. Raises: Unavailable, ConfigError.
     """
     report = Verification()
+    seen = await _head(objects)  # before the log, which may grow meanwhile
     listed = {info.key: info async for info in objects.list("log/")}
     numbers = [int(key[4:14]) for key in listed if _BLOCK_KEY.match(key)]
     for key in sorted(listed):
@@ -77,9 +78,9 @@ async def verify_ledger(
     last = max(numbers, default=-1)
     indexes = await _indexes(objects, (last + 1) // SEGMENT)
     blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
+    if seen is not None and seen[0] > last:
+        report.problems.append((block_key(seen[0]), "the block is missing: head.json has seen it"))
     head = await _settled_head(objects, last)
-    if head is not None and head[0] > last:
-        report.problems.append((block_key(head[0]), "the block is missing: head.json has seen it"))
     head_hash = head[1] if head is not None and head[0] == last else None
     said = _check_chain(blocks, head_hash, report)
     if last >= 0:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import orjson
 import pytest
@@ -16,10 +16,12 @@ from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import blob_key, block_key
+from smc.storage.dev_server import DevServer
 from smc.storage.ledger import HEAD_KEY
-from smc.storage.objects import MemoryObjectStore
+from smc.storage.objects import MemoryObjectStore, ObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from tests.conftest import NO_DELAYS, tag_draft
+from tests.fault_proxy import FaultProxy
 from tests.faults import FaultStore
 
 Opener = Callable[[], AsyncBlockchainModelStore]
@@ -326,6 +328,51 @@ async def test_verification_names_what_was_tampered_with(damage: str, key: str, 
         import re
 
         assert any(k == target and re.search(reason, r) for k, r in report.problems), report.problems
+
+
+class Beside(FaultStore):
+    """Lets something happen just before one of the requests."""
+
+    def __init__(self, inner: ObjectStore, call: int, what: Callable[[], Awaitable[object]]) -> None:
+        super().__init__(inner, lambda call, operation, key: None)
+        self._call, self._what = call, what
+
+    async def _do(self, operation: str, key: str, *arguments: object) -> object:
+        if self.calls == self._call:
+            await self._what()
+        return await super()._do(operation, key, *arguments)
+
+
+async def test_verification_beside_a_writer_finds_nothing() -> None:
+    objects, requests = MemoryObjectStore(), 0
+    async with AsyncBlockchainModelStore("memory", objects=objects) as writer:
+        await commit(writer, 0)
+
+        async def write() -> None:
+            await commit(writer, 1)
+            await writer.ledger.close()
+
+        while True:
+            beside = Beside(objects, requests, write)
+            async with AsyncBlockchainModelStore("memory", objects=beside) as reader:
+                report = await reader.verify(blobs=True)
+            assert report.ok, (requests, report.problems)
+            if beside.calls <= requests:
+                break
+            requests += 1
+    assert requests > 5
+
+
+async def test_a_connection_that_ends_before_the_body_leaves_no_object(seaweed: DevServer, on_seaweed: str) -> None:
+    with FaultProxy(seaweed.endpoint_url, rate=1.0, kinds=("head-only",)) as proxy:
+        async with AsyncBlockchainModelStore(on_seaweed, endpoint_url=proxy.url, retry_delays=NO_DELAYS) as store:
+            for write in (store.objects.create, store.objects.put):
+                with pytest.raises(Unavailable):
+                    await write("log/0000000000.jsonl", b"a block")
+        assert proxy.faults["head-only"] >= 2
+    async with AsyncBlockchainModelStore(on_seaweed) as store:
+        with pytest.raises(NotFound):
+            await store.objects.stat("log/0000000000.jsonl")
 
 
 async def test_a_checkpoint_whose_bytes_changed_is_not_loaded(make_store: Opener) -> None:
