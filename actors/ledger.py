@@ -38,6 +38,7 @@ _UPLOADS_PER_NODE = 4
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
+_REPLACED_AT_ONCE = 100
 # Of the actor while a driver waits for it: other drivers may replace it, and a node may be short of something.
 _MOST_REPLACED, _MOST_DEATHS = 3, 30
 
@@ -250,6 +251,7 @@ class _ActorCommitter:
     def __init__(self, uri: str, actor: Any, endpoint_url: str | None = None) -> None:
         self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
         self._node_id = ray.get_runtime_context().get_node_id()
+        self._replaced = 0  # not told yet: a call for each, some hundred a second, would be felt
 
     async def put(self, data: memoryview) -> tuple[list[Any], int]:
         # As an array: one copy, made without Python's lock. The ref is owned here until the commit is settled, so
@@ -267,7 +269,10 @@ class _ActorCommitter:
     def settled(self, outcome: CommitOutcome, experiment: str) -> None:
         observe(outcome, experiment)
         if outcome.status == "replaced":
-            self._actor.note_replaced.remote()
+            self._replaced += 1
+        if self._replaced and (outcome.status != "replaced" or self._replaced == _REPLACED_AT_ONCE):
+            self._actor.note_replaced.remote(self._replaced)
+            self._replaced = 0
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Call the actor; if it is gone for good (replaced by newer code), its successor."""

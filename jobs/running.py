@@ -150,7 +150,7 @@ class Runner:
         """Whether the ledger says so; a trainer, which takes seconds to start, need not be asked."""
         from smc.checkpoint import read_metadata
 
-        newest = (await self._store.catalog()).heads.get(experiment.name)
+        newest = (await self._store.catalog()).furthest(experiment.name)
         if newest is None or self._options.extend:
             return False
         try:
@@ -170,7 +170,7 @@ class Runner:
             self._trainers.add(trainer)
             # What an earlier trainer handed over is in the ledger before anybody looks where to go on.
             await plain(self._actor.flush.remote())
-            newest = (await self._store.catalog()).heads.get(experiment.name)
+            newest = (await self._store.catalog()).furthest(experiment.name)
             training = asyncio.ensure_future(plain(trainer.train.remote(newest)))
             async for progress in _progress(trainer, training):
                 self._bars.show(experiment, progress)

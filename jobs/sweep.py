@@ -102,9 +102,9 @@ async def _past(ledger: str, prefix: str, objective: str, any_trial: Experiment)
     past = {}
     async with AsyncBlockchainModelStore(ledger) as store:
         catalog = await store.catalog()
-        for name, head in catalog.heads.items():
-            if not name.startswith(f"{prefix}/"):
-                continue
+        for name in [name for name in catalog.heads if name.startswith(f"{prefix}/")]:
+            head = catalog.furthest(name)
+            assert head is not None
             value, end = None, any_trial.training.num_batches
             if head.step >= end:
                 value = head.loss

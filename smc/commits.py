@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from smc.checkpoint import CheckpointMetadata
@@ -35,6 +36,7 @@ __all__ = [
     "CommitSeconds",
     "CommitTarget",
     "Committer",
+    "check_entry",
     "check_template",
     "slots_for",
 ]
@@ -52,10 +54,13 @@ _OPENING_LIMIT: Final = 5.0
 # Snapshots kept at a time: as many as fit into this, within limits.
 _MEMORY: Final = 2 * 2**30
 _FEWEST, _MOST = 2, 8
-# Share of one processor that commits may take while training runs, beyond a burst of so many seconds: Python lets one
-# thread work at a time, and a commit is some milliseconds of it.
+# Share of one processor that the commits' event loop may take while training runs, beyond a burst of so many seconds:
+# Python lets one thread work at a time, and a commit is some milliseconds of it. No commit waits for longer than that.
 _SHARE: Final = 0.1
 _BURST: Final = 0.1
+_LONGEST_DELAY: Final = 2.0
+# Seconds beyond the deadline that closing the connection may take.
+_HANG_UP_LIMIT: Final = 1.0
 # Seconds between two lines that say how many snapshots were replaced.
 _REPLACED_INTERVAL: Final = 10.0
 
@@ -161,6 +166,16 @@ def check_template(template: str) -> None:
         raise ConfigError(f"commit_message_template {template!r}: {error}") from None
 
 
+def check_entry(experiment: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse what an entry cannot hold. Raises: ConfigError."""
+    try:
+        CommitRecord(ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {first['msg']}; an entry holds what JSON does") from None
+
+
 class BackgroundCommits:
     """Commits snapshots in the order they were submitted, in a thread of its own.
 
@@ -168,8 +183,8 @@ class BackgroundCommits:
     least 2 and at most 8; two more on the device. A slot is taken from the submission until the commit is
     settled. Half of them are encoded or uploaded at a time, the others wait; when there is no slot left, the
     oldest periodic snapshot that waits is replaced by the newer one, which is logged and counted. A final one is never
-    replaced. Whatever cannot be committed is written to the spool. While training runs the thread takes a tenth
-    of a processor, or less; `close` lifts that.
+    replaced. Whatever cannot be committed is written to the spool. While training runs the thread's event loop takes a
+    tenth of a processor, or less, beside hashes and copies, which leave Python's lock alone; `close` lifts that.
 
     The tensors and metadata given here are those of a first state; later ones must have the same tensors.
     """
@@ -196,7 +211,7 @@ class BackgroundCommits:
         self._flush_seconds = FLUSH_SECONDS
         self._loop = asyncio.new_event_loop()
         self._wake = asyncio.Event()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], _Pending] = {}
         self._limits: set[asyncio.Timeout] = set()
         self._deadline: float | None = None
         self._stack = AsyncExitStack()
@@ -236,6 +251,14 @@ class BackgroundCommits:
             self._waiting.append(_Pending(number, request, snapshot, time.perf_counter()))
         self._loop.call_soon_threadsafe(self._wake.set)
 
+    def hurry(self, within: float) -> None:
+        """Nothing is submitted any more, and this process has so many seconds left: the newest snapshot gets them all.
+
+        Older ones that are not about to be entered in the ledger are replaced by it.
+        """
+        with suppress(RuntimeError):  # the loop is closed: everything is settled
+            self._loop.call_soon_threadsafe(self._hurry, within)
+
     def close(self, flush_seconds: float = FLUSH_SECONDS) -> tuple[CommitOutcome, ...]:
         """Settle every commit, then end the thread; -> the outcomes in the order of submission.
 
@@ -243,8 +266,8 @@ class BackgroundCommits:
         """
         if not self._closing:
             with self._lock:
-                self._closing, self._flush_seconds = True, flush_seconds
-            self._loop.call_soon_threadsafe(self._flush)
+                self._closing = True
+            self._loop.call_soon_threadsafe(self._flush, flush_seconds)
             self._thread.join()
             self._encoder.shutdown()
             self._ring.close()
@@ -282,17 +305,32 @@ class BackgroundCommits:
 
     async def _serve(self, ready: threading.Event) -> None:
         previous: asyncio.Task[None] | None = None
-        async with self._stack:
-            try:
-                await self._opened()
-            except Exception as error:  # each commit tries again, and says so if it fails
-                logger.info("%s: %s", self._target.uri, error)
-            ready.set()
-            self._pace = _Pace(self._loop.time())
-            while (pending := await self._next()) is not None:
-                previous = asyncio.create_task(self._commit(pending, previous))
-                self._running.add(previous)
-                previous.add_done_callback(self._ended)
+        self._pace = _Pace(self._loop.time())
+        opening = asyncio.create_task(self._open_early(ready))  # which may take longer than there is time
+        while (pending := await self._next()) is not None:
+            previous = asyncio.create_task(self._commit(pending, previous))
+            self._running[previous] = pending
+            previous.add_done_callback(self._ended)
+        opening.cancel()
+        await asyncio.wait({opening})
+        try:
+            async with asyncio.timeout_at(max(self._deadline or 0.0, self._loop.time()) + _HANG_UP_LIMIT):
+                await self._stack.aclose()
+        except Exception as error:
+            logger.info("%s: closing the connection: %s", self._target.uri, str(error) or repr(error))
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # of a connection that did not close in time
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_HANG_UP_LIMIT)
+
+    async def _open_early(self, ready: threading.Event) -> None:
+        try:
+            await self._opened()
+        except Exception as error:  # each commit tries again, and says so if it fails
+            logger.info("%s: %s", self._target.uri, error)
+        self._pace = _Pace(self._loop.time())
+        ready.set()
 
     async def _next(self) -> _Pending | None:
         """The next commit to start, when there is one and the time has come; None when all is settled."""
@@ -309,14 +347,31 @@ class BackgroundCommits:
                     await self._wake.wait()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        del self._running[task]
         self._wake.set()
 
-    def _flush(self) -> None:
-        self._deadline = self._loop.time() + self._flush_seconds
+    def _flush(self, seconds: float) -> None:
+        self._flush_seconds = min(self._flush_seconds, seconds)
+        deadline = self._loop.time() + seconds
+        self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
         for limit in self._limits:
             limit.reschedule(self._deadline)
         self._wake.set()
+
+    def _hurry(self, within: float) -> None:
+        newest = max((p for p in (*self._waiting, *self._running.values())), key=lambda p: p.number, default=None)
+        if newest is not None:
+            with self._lock:
+                overtaken = [p for p in self._waiting if p is not newest]
+                self._waiting = deque([newest] if newest in self._waiting else [])
+            for pending in overtaken:
+                pending.snapshot.release()
+                self._settle_replaced(pending.number, pending.request, newest.request.step)
+            for task, pending in self._running.items():
+                if pending is not newest and not pending.appending:
+                    pending.overtaken_by = newest.request.step
+                    task.cancel()
+        self._flush(within)
 
     async def _opened(self) -> Committer:
         async with self._opening:
@@ -328,37 +383,49 @@ class BackgroundCommits:
         request, watch = pending.request, _StopWatch()
         limit = asyncio.timeout_at(self._deadline)
         try:
-            async with limit:
-                self._limits.add(limit)
-                record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
-                committer = await self._opened()
-                watch.start()
-                placed = await committer.put(data)
-                watch.stop("put")
-                content_hash, size = await _patiently(lambda: committer.upload(placed))
-                watch.stop("upload")
-                taken = time.perf_counter() - pending.submitted
-                record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
-                if previous is not None:  # entries of one run stand in the ledger in the order of their steps
-                    await asyncio.wait({previous})
-                try:
-                    version_id = await _patiently(lambda: committer.append(record, content_hash, size))
-                except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
-                    await _patiently(lambda: committer.upload(placed))
-                    version_id = await _patiently(lambda: committer.append(record, content_hash, size))
-                watch.stop("sequence")
-            outcome = CommitOutcome(request.step, "committed", version_id=version_id, content_hash=content_hash)
+            try:
+                async with limit:
+                    self._limits.add(limit)
+                    outcome = await self._entered(pending, previous, watch)
+            finally:
+                self._limits.discard(limit)
+        except asyncio.CancelledError:
+            reason = f"replaced by step {pending.overtaken_by}"
+            outcome = CommitOutcome(request.step, "replaced", reason=reason)
         except NumericsError as error:
             outcome = CommitOutcome(request.step, "failed", reason=str(error))
         except Exception as error:
             late = f"not in the ledger {self._flush_seconds:g} s after the last step"
             outcome = await self._kept(pending, late if limit.expired() else str(error) or repr(error))
-        self._limits.discard(limit)
         pending.snapshot.release()
         watch.seconds["acknowledged"] = time.perf_counter() - pending.submitted
         outcome = replace(outcome, seconds=CommitSeconds(**watch.seconds))
         self._outcomes[pending.number] = outcome
         self._tell(outcome, request.experiment)
+
+    async def _entered(
+        self, pending: _Pending, previous: asyncio.Task[None] | None, watch: _StopWatch
+    ) -> CommitOutcome:
+        """Encode, put, upload and append it, after the commit before it."""
+        record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
+        committer = await self._opened()
+        watch.start()
+        placed = await committer.put(data)
+        watch.stop("put")
+        content_hash, size = await _patiently(lambda: committer.upload(placed))
+        watch.stop("upload")
+        taken = time.perf_counter() - pending.submitted
+        record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
+        if previous is not None:  # entries of one run stand in the ledger in the order of their steps
+            await asyncio.wait({previous})
+        pending.appending = True
+        try:
+            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+        except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
+            await _patiently(lambda: committer.upload(placed))
+            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+        watch.stop("sequence")
+        return CommitOutcome(record.step, "committed", version_id=version_id, content_hash=content_hash)
 
     async def _kept(self, pending: _Pending, reason: str) -> CommitOutcome:
         """Write what could not be committed to the spool."""
@@ -371,7 +438,7 @@ class BackgroundCommits:
         try:
             spooled = await self._loop.run_in_executor(self._encoder, save)
             logger.warning("Snapshot of step %d kept in %s; `python -m smc.storage recover`", step, spooled)
-        except (OSError, NumericsError) as problem:
+        except Exception as problem:  # a full disk; or what made the commit fail makes this fail too
             logger.error("Snapshot of step %d could not be kept either: %s", step, problem)
         return CommitOutcome(step, "failed", reason=reason, spooled=spooled)
 
@@ -380,13 +447,15 @@ class BackgroundCommits:
             self._committer.settled(outcome, experiment)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Pending:
     number: int
     request: CommitRequest
     snapshot: TakenSnapshot
     submitted: float
     commit_id: str = field(default_factory=new_commit_id)
+    appending: bool = False
+    overtaken_by: int | None = None
 
     def encode(self, ledger: str, watch: _StopWatch) -> tuple[CommitRecord, memoryview]:
         """Wait for the snapshot; -> its record and file. Raises: NumericsError if a loss before it was not finite."""
@@ -421,7 +490,8 @@ class _Pace:
     def delay(self, now: float) -> float:
         """Seconds, 0 if it need not wait."""
         used = time.thread_time()
-        self._debt = max(0.0, self._debt + used - self._used - _SHARE * (now - self._at))
+        debt = self._debt + used - self._used - _SHARE * (now - self._at)
+        self._debt = min(max(0.0, debt), _BURST + _SHARE * _LONGEST_DELAY)
         self._at, self._used = now, used
         return max(0.0, self._debt - _BURST) / _SHARE
 

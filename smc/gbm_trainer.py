@@ -30,6 +30,7 @@ from smc.commits import (
     CommitOutcome,
     CommitRequest,
     CommitTarget,
+    check_entry,
     check_template,
 )
 from smc.contracts import ContractsLike, resolve_domain
@@ -107,6 +108,7 @@ class GbmCVNNPricer:
         self._stop = threading.Event()
         self._stop_within = math.inf
         self._stop_metrics: Mapping[str, float] = {}
+        self._settling: _Commits | None = None
         self._progress = Progress(config.global_step, config.global_step, None, training=False)
 
     # --- training -------------------------------------------------------------------------------------
@@ -137,6 +139,7 @@ class GbmCVNNPricer:
         """
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
+        check_entry(experiment, parameters or {})
         at = self._position
         with self._training_thread(), self._own_rng(), _short_pauses(self.device), contextlib.ExitStack() as stack:
             plan = self._enter_plan(config)
@@ -144,7 +147,15 @@ class GbmCVNNPricer:
             train_one_batch = stack.enter_context(self._training_step(config, plan))
             commits = None
             if auto_commit:
-                commits = _Commits(self, blockchain_store, plan, commit_message_template, experiment, parameters or {})
+                commits = _Commits(
+                    self,
+                    blockchain_store,
+                    plan,
+                    commit_message_template,
+                    experiment,
+                    parameters or {},
+                    only_final=commit_interval is None,
+                )
             reports = _Reports(self, train_one_batch, plan, config, logger)
             started = time.perf_counter()
             try:
@@ -157,10 +168,10 @@ class GbmCVNNPricer:
                     reports.step_done(commits.pending if commits else 0)
                 loss = reports.finish(commits.pending if commits else 0)
                 trained, batch = time.perf_counter(), at.step - first
-                if commits and commits.last_step != at.step and batch:
+                if commits and batch and (commits.last_step != at.step or self._stop_metrics):
                     commits.submit(train_one_batch, batch, final=True)
             finally:
-                outcomes = commits.close(min(flush_seconds, self._stop_within)) if commits else ()
+                outcomes = self._settled(commits, flush_seconds) if commits else ()
             return TrainingResult(
                 batches=at.step - first,
                 global_step=at.step,
@@ -175,11 +186,26 @@ class GbmCVNNPricer:
     def stop(self, *, within: float = math.inf, metrics: Mapping[str, float] | None = None) -> None:
         """Ask `train` to end after the step it is in; it still makes its final commit.
 
-        `within`: seconds that commits then have to reach the ledger, if that is less than they had anyway. `metrics`
-        stand in the final commit's entry, beside the others: they say why.
+        `within`: seconds that the newest commit then has to reach the ledger, if that is less than it had anyway; older
+        ones are replaced by it. `metrics`, finite numbers, stand in the final commit's entry, beside the others: they
+        say why. `within` holds for a `train` that waits for its last commits as well. Raises: ConfigError for metrics
+        that are not finite.
         """
+        if not all(map(math.isfinite, (metrics or {}).values())):
+            raise ConfigError(f"metrics must be finite numbers, got {metrics}")
         self._stop_within, self._stop_metrics = within, metrics or {}
         self._stop.set()
+        if (commits := self._settling) is not None and within < math.inf:
+            commits.hurry(within)
+
+    def _settled(self, commits: _Commits, flush_seconds: float) -> tuple[CommitOutcome, ...]:
+        self._settling = commits  # from here on it is `stop` that may shorten the wait
+        try:
+            if self._stop_within < math.inf:
+                commits.hurry(self._stop_within)
+            return commits.close(flush_seconds)
+        finally:
+            self._settling = None
 
     @property
     def progress(self) -> Progress:
@@ -442,6 +468,8 @@ class _Commits:
         template: str,
         experiment: str,
         parameters: Mapping[str, Any],
+        *,
+        only_final: bool,
     ) -> None:
         assert target is not None
         self._pricer, self._plan, self._template = pricer, plan, template
@@ -449,7 +477,8 @@ class _Commits:
         state = pricer._state()
         if state.optimizer_state is None:  # it will be there after the first step
             state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
-        self._background = BackgroundCommits(target, tensors_of(state), metadata_of(state))
+        slots = 1 if only_final else None
+        self._background = BackgroundCommits(target, tensors_of(state), metadata_of(state), slots=slots)
         self.last_step = -1
 
     @property
@@ -474,6 +503,9 @@ class _Commits:
             final=final,
         )
         self._background.submit(request, tensors_of(state), metadata_of(state), step.outcome())
+
+    def hurry(self, within: float) -> None:
+        self._background.hurry(within)
 
     def close(self, flush_seconds: float) -> tuple[CommitOutcome, ...]:
         return self._background.close(flush_seconds)

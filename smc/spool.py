@@ -31,7 +31,7 @@ class CommitRecord(BaseModel):
     sweep chose for the experiment.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     ledger: str
     commit_id: str = Field(default_factory=new_commit_id, pattern=r"^[0-9A-Za-z._-]{1,128}$")
@@ -60,8 +60,12 @@ class Spool:
         """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does."""
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.directory / f"{record.commit_id}.safetensors"
-        _write(path, data)
-        _write(path.with_suffix(".json"), orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2))
+        try:
+            _write(path, data)
+            _write(path.with_suffix(".json"), orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2))
+        except OSError:
+            path.unlink(missing_ok=True)  # a disk that is full should not stay so for what is of no use
+            raise
         return path
 
     def records(self) -> Iterator[CommitRecord]:
@@ -87,8 +91,11 @@ class Spool:
 
 def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)

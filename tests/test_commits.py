@@ -23,7 +23,7 @@ from tests.conftest import small_config
 class SlowLedger:
     """A target whose commits wait for `gate`, and fail for the steps in `failing`."""
 
-    def __init__(self, *, failing: tuple[int, ...] = (), opens: bool = True) -> None:
+    def __init__(self, *, failing: tuple[int, ...] = (), opens: bool = True, hangs: str = "") -> None:
         self.uri = "s3://slow"
         self.gate = threading.Event()
         self.gate.set()
@@ -31,7 +31,7 @@ class SlowLedger:
         self.appended: list[CommitRecord] = []
         self.settlements: list[CommitOutcome] = []
         self.busy = 0
-        self._failing, self._opens = failing, opens
+        self._failing, self._opens, self._hangs = failing, opens, hangs
 
     @property
     def steps(self) -> list[int]:
@@ -41,7 +41,11 @@ class SlowLedger:
     async def committer(self) -> AsyncIterator[SlowLedger]:
         if not self._opens:
             raise Unavailable("cannot connect")
+        if self._hangs == "opening":
+            await asyncio.sleep(3600)
         yield self
+        if self._hangs == "closing":
+            await asyncio.sleep(3600)
 
     async def put(self, data: memoryview) -> memoryview:
         return data
@@ -74,10 +78,11 @@ def commits_to(target: SlowLedger, slots: int = 8, **settings: Any) -> Backgroun
 
 
 def submit(
-    commits: BackgroundCommits, step: int, *, final: bool = False, loss: float = 0.1, finite: bool = True
+    commits: BackgroundCommits, step: int, *, final: bool = False, loss: float = 0.1, finite: bool = True, **more: Any
 ) -> None:
     outcome = torch.tensor([loss, loss if finite else float("nan")], dtype=torch.float64)
-    request = CommitRequest(step=step, batch=step, template="step {step}: {loss:.1f}", experiment="e", final=final)
+    template = "step {step}: {loss:.1f}"
+    request = CommitRequest(step=step, batch=step, template=template, experiment="e", final=final, **more)
     commits.submit(request, tensors_of(STATE), metadata_of(replace(STATE, global_step=step)), outcome)
 
 
@@ -186,6 +191,86 @@ def test_what_is_not_settled_in_time_is_spooled_under_the_id_it_was_tried_with()
     assert [r.step for r in Spool().records()] == [1, 2, 3]
 
 
+def test_in_a_hurry_the_newest_snapshot_has_the_time_and_replaces_the_others() -> None:
+    target = SlowLedger()
+    commits = commits_to(target, 8)
+    target.gate.clear()
+    for step in range(8):
+        submit(commits, step, final=step == 7)
+    while len(commits._running) < 4:
+        time.sleep(0.001)
+    opened = threading.Timer(0.3, target.gate.set)
+    opened.start()
+    commits.hurry(5.0)
+    outcomes = commits.close()
+    assert [o.status for o in outcomes] == ["replaced"] * 7 + ["committed"]
+    assert {o.reason for o in outcomes[:7]} == {"replaced by step 7"}
+    assert target.steps == [7]
+    assert list(Spool().records()) == []
+
+
+def test_a_hurry_shortens_a_wait_that_has_begun() -> None:
+    target = SlowLedger()
+    commits = commits_to(target)
+    target.gate.clear()
+    submit(commits, 1, final=True)
+    threading.Timer(0.2, commits.hurry, (0.1,)).start()
+    started = time.monotonic()
+    (outcome,) = commits.close(60.0)
+    assert time.monotonic() - started < 5
+    assert outcome.reason == "not in the ledger 0.1 s after the last step"
+    assert outcome.spooled is not None
+    commits.hurry(1.0)  # too late to matter
+
+
+@pytest.mark.parametrize("hangs", ["opening", "closing"])
+def test_a_connection_that_hangs_holds_up_nobody_beyond_the_deadline(
+    hangs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smc.commits._OPENING_LIMIT", 0.1)
+    commits = commits_to(SlowLedger(hangs=hangs))
+    submit(commits, 1, final=True)
+    started = time.monotonic()
+    (outcome,) = commits.close(0.3)
+    assert time.monotonic() - started < 4
+    assert outcome.status == ("failed" if hangs == "opening" else "committed")
+    assert [record.step for record in Spool().records()] == ([1] if hangs == "opening" else [])
+
+
+def test_what_cannot_be_encoded_is_an_outcome_and_gives_its_place_back(caplog: pytest.LogCaptureFixture) -> None:
+    commits = commits_to(SlowLedger(), 2)
+    for step in range(4):
+        submit(commits, step, parameters={"x": {1, 2}})
+        while commits.pending:
+            time.sleep(0.001)
+    submit(commits, 4, final=True)
+    outcomes = commits.close()
+    assert [o.status for o in outcomes] == ["failed"] * 4 + ["committed"]
+    assert "could not be kept either" in caplog.text
+
+
+def test_what_is_being_kept_does_not_keep_the_deadline_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, save = threading.Event(), Spool.save
+
+    def slow_save(self: Spool, *arguments: Any) -> Path:
+        kept.set()
+        time.sleep(0.5)
+        return save(self, *arguments)
+
+    monkeypatch.setattr(Spool, "save", slow_save)
+    target = SlowLedger(failing=(0,))
+    commits = commits_to(target, 8)
+    submit(commits, 0)
+    assert kept.wait(5)
+    target.gate.clear()
+    for step in (1, 2, 3):
+        submit(commits, step)
+    started = time.monotonic()
+    outcomes = commits.close(0.1)
+    assert time.monotonic() - started < 10
+    assert [o.status for o in outcomes] == ["failed"] * 4
+
+
 def test_a_snapshot_after_a_loss_that_is_not_finite_is_not_committed() -> None:
     target = SlowLedger()
     commits = commits_to(target)
@@ -264,6 +349,25 @@ def test_the_spool_keeps_and_forgets(tmp_path: Path) -> None:
     spool.remove(record)
     assert list(spool.records()) == []
     assert list(spool.directory.iterdir()) == []
+
+
+def test_a_spool_on_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls != 2:  # the first file of the first commit; the record of the second
+            raise OSError(28, "No space left on device")
+
+    spool = Spool(tmp_path)
+    record = CommitRecord(ledger="s3://x", message="m", step=3, loss=None)
+    monkeypatch.setattr("os.fsync", full)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            spool.save(record, b"bytes")
+    assert calls == 3
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_half_written_spool_entry_is_not_a_commit(tmp_path: Path) -> None:

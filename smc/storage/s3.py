@@ -37,6 +37,7 @@ _PART = 16 * 2**20
 _PARALLEL = 8
 _SMALLEST_PART = 8 * 2**20
 _CHUNK = 2**20
+_ABORT_SECONDS = 2.0
 _DENIED = {
     "AccessDenied",
     "AllAccessDisabled",
@@ -222,8 +223,10 @@ class S3ObjectStore:
             parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
             await self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
         except BaseException:
+            # Whoever ends this may have no time to lose.
             with contextlib.suppress(*_FAILURES):
-                await self._client.abort_multipart_upload(**where, UploadId=upload)
+                async with asyncio.timeout(_ABORT_SECONDS):
+                    await self._client.abort_multipart_upload(**where, UploadId=upload)
             raise
 
     async def create(self, key: str, data: Body) -> None:

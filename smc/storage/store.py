@@ -83,9 +83,11 @@ class AsyncBlockchainModelStore:
     ) -> None:
         assert self._exit is not None
         assert self._ledger is not None
-        await self._ledger.close()
-        await self._exit.aclose()
-        self._exit = self._objects = self._ledger = None
+        try:
+            await self._ledger.close()
+        finally:
+            await self._exit.aclose()
+            self._exit = self._objects = self._ledger = None
 
     def another(self) -> AsyncBlockchainModelStore:
         """The same ledger, unopened: for another thread or event loop."""

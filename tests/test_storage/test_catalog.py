@@ -141,7 +141,8 @@ async def test_an_entry_that_nobody_could_read_is_not_written() -> None:
             with pytest.raises(ConfigError, match=f"a {draft.kind} entry that nobody could read: .*{message}"):
                 await store.ledger.append(draft)
         with pytest.raises(ConfigError, match=r"nobody could read: metrics.x: Input should be a valid number"):
-            await commit(store, 2, metrics={"x": float("nan")})
+            record = CommitRecord(ledger="x", message="", step=2, loss=None)
+            await store.commit(b"x", record.model_copy(update={"metrics": {"x": float("nan")}}))
         with pytest.raises(ConfigError, match="nobody could read"):
             await store.tag("best", version, "\udcff")
         assert len(await store.list_entries()) == 1
@@ -300,3 +301,16 @@ async def test_tags_by_two_writers_are_all_there(make_store: Opener) -> None:
             await two.tag(f"two{i}", version)
         await two.ledger.append(tag_draft("x", "one0"))
         assert set((await one.catalog()).aliases) == {"one1", "one2", "two0", "two1", "two2"}
+
+
+async def test_what_was_recovered_late_is_not_what_an_experiment_goes_on_from(
+    memory_store: AsyncBlockchainModelStore,
+) -> None:
+    async with memory_store as store:
+        for step in (2, 5, 3, 5, 4):
+            record = CommitRecord(ledger="x", message="", step=step, loss=None, experiment="a")
+            await store.commit(b"checkpoint %d" % step, record)
+        catalog = await store.catalog()
+        assert catalog.heads["a"].step == 4
+        assert catalog.furthest("a") == catalog.versions[3]
+        assert catalog.furthest("b") is None

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from smc.checkpoint import Snapshot, decode, encode
-from smc.errors import NumericsError
+from smc.errors import ConfigError, NumericsError
 from smc.gbm_trainer import GbmCVNNPricer, StepReport
 from smc.spool import Spool
 from smc.storage import (
@@ -269,3 +269,30 @@ async def test_a_run_stopped_on_a_committed_step_does_not_commit_it_twice() -> N
     assert result.stopped
     async with store:
         assert [v.step for v in await store.list_versions()] == [10, 20]
+
+
+async def test_why_it_was_stopped_is_entered_also_on_a_committed_step() -> None:
+    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+    pricer = GbmCVNNPricer(small_config())
+    pricer.train(
+        small_training(100),
+        logger=lambda report: pricer.stop(metrics={"pruned": 1.0}) if report.step == 20 else None,
+        blockchain_store=store,
+        auto_commit=True,
+        commit_interval=10,
+    )
+    async with store:
+        versions = await store.list_versions()
+    assert [v.step for v in versions] == [10, 20, 20]
+    assert [v.metrics.get("pruned") for v in versions] == [None, None, 1.0]
+    with pytest.raises(ConfigError, match="metrics must be finite"):
+        pricer.stop(metrics={"pruned": float("nan")})
+
+
+def test_parameters_that_no_entry_can_hold_are_refused_before_training() -> None:
+    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+    pricer = GbmCVNNPricer(small_config())
+    for bad, message in (({"x": {1, 2}}, r"parameters\.x: .* what JSON does"), ({"x": float("inf")}, "finite number")):
+        with pytest.raises(ConfigError, match=message):
+            pricer.train(small_training(2), blockchain_store=store, auto_commit=True, parameters=bad)
+    assert pricer.progress.step == 0
