@@ -140,9 +140,10 @@ async def test_an_entry_that_nobody_could_read_is_not_written() -> None:
         ):
             with pytest.raises(ConfigError, match=f"a {draft.kind} entry that nobody could read: .*{message}"):
                 await store.ledger.append(draft)
+        record = CommitRecord(ledger="x", message="", step=2, loss=None)
+        record = record.model_copy(update={"metrics": {"x": float("nan")}})
         with pytest.raises(ConfigError, match=r"nobody could read: metrics.x: Input should be a valid number"):
-            record = CommitRecord(ledger="x", message="", step=2, loss=None)
-            await store.commit(b"x", record.model_copy(update={"metrics": {"x": float("nan")}}))
+            await store.commit(b"x", record)
         with pytest.raises(ConfigError, match="nobody could read"):
             await store.tag("best", version, "\udcff")
         assert len(await store.list_entries()) == 1
