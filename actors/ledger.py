@@ -8,6 +8,7 @@ read back from S3, so it may be killed at any moment; every call is idempotent a
 from __future__ import annotations
 
 import asyncio
+import atexit
 import hashlib
 import os
 import time
@@ -24,7 +25,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import observe, observe_ledger
-from smc.errors import Busy, ConfigError, SpectralMCError, Unavailable
+from smc.errors import AccessDenied, Busy, ConfigError, Conflict, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
 
@@ -38,6 +39,8 @@ _UPLOADS_PER_NODE = 4
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
+_HINT_SECONDS = 5.0
+_DRAIN_SECONDS = 60.0
 _REPLACED_AT_ONCE = 100
 # Of the actor while a driver waits for it: other drivers may replace it, and a node may be short of something.
 _MOST_REPLACED, _MOST_DEATHS = 3, 30
@@ -49,13 +52,17 @@ Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 def _upload_task(uri: str, endpoint_url: str | None, boxed: list[Any]) -> tuple[str, int]:
     """Runs where the checkpoint lies: fetches it without a copy, hashes and stores it."""
     data = memoryview(ray.get(boxed[0]))
-    if (connection := _connections.get((uri, endpoint_url))) is None:
-        connection = _connections[uri, endpoint_url] = _Connection(uri, endpoint_url)
-    try:
-        return connection.runner.run(connection.store.upload(data))
-    except BaseException:
-        _connections.pop((uri, endpoint_url)).close()  # the next one starts afresh
-        raise
+    while True:
+        connection = _connections.get((uri, endpoint_url))
+        kept = connection is not None
+        if connection is None:
+            connection = _connections[uri, endpoint_url] = _Connection(uri, endpoint_url)
+        try:
+            return connection.runner.run(connection.store.upload(data))
+        except BaseException as error:
+            _connections.pop((uri, endpoint_url)).close()  # the next one starts afresh
+            if not (kept and isinstance(error, AccessDenied)):  # its credentials may have been renewed
+                raise
 
 
 class _Connection:
@@ -65,8 +72,10 @@ class _Connection:
         self.runner = asyncio.Runner()
         self.store = AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url)
         self.runner.run(self.store.__aenter__())
+        atexit.register(self.close)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self.runner.run(self.store.__aexit__(None, None, None))
         self.runner.close()
 
@@ -95,10 +104,11 @@ class LedgerActor:
         # Every upload at a time on a node is a worker process there.
         self._gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_UPLOADS_PER_NODE))
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
-        self._recent: deque[float] = deque(maxlen=1000)
+        self._recent: deque[list[int]] = deque(maxlen=11)  # the latest seconds, each with its commits
         self._observer: asyncio.Task[None] | None = None
         self._appending: set[asyncio.Future[None]] = set()
-        self._draining = False
+        self._draining_until = 0.0
+        self._leaving: set[asyncio.Task[None]] = set()
         self._started = time.time()
 
     def __repr__(self) -> str:
@@ -125,8 +135,9 @@ class LedgerActor:
         try:
             async with self._gates[node_id]:
                 return await self._uploader(boxed, node_id)
-        except RayTaskError as error:
-            raise _cause(error) from None
+        except Exception as error:
+            self._failed += 1
+            raise (_cause(error) if isinstance(error, RayTaskError) else error) from None
         finally:
             self._uploading -= 1
             self._bytes -= size
@@ -140,17 +151,26 @@ class LedgerActor:
         self._calls += 1
         done = asyncio.get_running_loop().create_future()
         self._appending.add(done)
+        store = None
         try:
-            version = await (await self._opened()).append_commit(record, content_hash, size)
-        except Exception:
+            store = await self._opened()
+            version = await store.append_commit(record, content_hash, size)
+        except Conflict:  # it was collected meanwhile: the trainer uploads it again
+            raise
+        except Exception as error:
             self._failed += 1
+            if isinstance(error, AccessDenied) and store is not None:
+                self._leave(store)  # the next call takes credentials that were renewed
             raise
         finally:
             self._calls -= 1
             self._appending.discard(done)
             done.set_result(None)
         self._committed += 1
-        self._recent.append(time.monotonic())
+        second = int(time.monotonic())
+        if not self._recent or self._recent[-1][0] != second:
+            self._recent.append([second, 0])
+        self._recent[-1][1] += 1
         return version.version_id
 
     async def note_replaced(self, count: int = 1) -> None:
@@ -161,7 +181,7 @@ class LedgerActor:
         """What the actor knows and does. Reads nothing, so that it answers under load."""
         now = time.monotonic()
         ledger = self._store.ledger if self._store else None
-        lately = sum(1 for at in self._recent if now - at < 10)
+        lately = sum(count for second, count in self._recent if now - second < 10)
         return {
             "ledger": self._uri,
             "head": ledger.known_head if ledger else None,
@@ -185,12 +205,15 @@ class LedgerActor:
         """Return when what was submitted so far is settled, also what waits for this actor to open its ledger."""
         if self._appending:
             await asyncio.wait(set(self._appending))
-        if self._store is not None:
-            await self._store.ledger.close()
+        if self._store is not None:  # and its hint is written, unless others go on appending
+            settling = asyncio.create_task(self._store.ledger.close())
+            self._leaving.add(settling)
+            settling.add_done_callback(self._leaving.discard)
+            await asyncio.wait({settling}, timeout=_HINT_SECONDS)
 
     async def drain(self) -> None:
         """Refuse what is new with Busy, and return when everything else is settled: this actor is to go."""
-        self._draining = True
+        self._draining_until = time.monotonic() + _DRAIN_SECONDS  # whoever asked may die before it ends this actor
         while self._calls or self._uploading:  # noqa: ASYNC110  an event for every call would say no more
             await asyncio.sleep(0.02)
         await self.flush()
@@ -204,8 +227,16 @@ class LedgerActor:
         if store is not None:
             await store.__aexit__(None, None, None)
 
+    def _leave(self, store: AsyncBlockchainModelStore) -> None:
+        """Close a store beside everything else; the next call opens another."""
+        if self._store is store:
+            self._store = None
+            leaving = asyncio.create_task(store.__aexit__(None, None, None))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
     def _admit(self) -> None:
-        if self._draining:
+        if time.monotonic() < self._draining_until:
             raise Busy(f"{self!r} is being replaced by newer code", retry_after=1.0)
         if self._uploading + self._calls >= _MAX_CALLS:
             raise Busy(f"{self!r} has {_MAX_CALLS} commits under way", retry_after=0.5)
@@ -328,7 +359,7 @@ def _get_or_start(uri: str, endpoint_url: str | None) -> Any:
         get_if_exists=True,
         max_restarts=-1,
         max_task_retries=-1,
-        max_concurrency=1000,
+        max_concurrency=_MAX_CALLS + 100,  # so that it answers, and says that it is busy
         num_cpus=0,
         resources=placed,
     ).remote(uri, endpoint_url=endpoint_url)

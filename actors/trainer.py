@@ -99,6 +99,10 @@ class TrainerActor:
             await asyncio.wait({running})
             raise
 
+    async def node_id(self) -> str:
+        """The node that it runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
     async def progress(self) -> Progress | None:
         """Where training is, or None before it begins."""
         return self._pricer.progress if self._pricer else None

@@ -34,6 +34,8 @@ _NOTICE_SECONDS: Final = 5.0
 # Of the 30 s that a spot instance or a container has after SIGTERM: for commits, and for Ray to end.
 _COMMIT_SECONDS: Final = 15.0
 _END_SECONDS: Final = 5.0
+# A trainer that has not begun does not answer.
+_ANSWER_SECONDS: Final = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +85,7 @@ async def _run(command: Sequence[str], metadata: str | None) -> int:
 async def _commit_everything(node_id: str) -> None:
     """Keep new work away from a node, and stop its trainers with a final commit."""
     import ray
-    from ray.util.state import list_actors
+    from ray.util import list_named_actors
 
     from actors.ledger import NAMESPACE
 
@@ -91,16 +93,30 @@ async def _commit_everything(node_id: str) -> None:
     ray.init(address="auto", namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
     try:
         await asyncio.to_thread(_drain, node_id)
-        alive = [("state", "=", "ALIVE")]
-        found = await asyncio.to_thread(lambda: list_actors(filters=alive, detail=True, limit=10_000))
-        ours = [actor for actor in found if actor.node_id == node_id and actor.ray_namespace == NAMESPACE]
-        names = [actor.name for actor in ours if (actor.name or "").startswith("trainer:")]
-        trainers = [ray.get_actor(name, NAMESPACE) for name in names]
+        # By name and not through the dashboard's state API, which answers on the head's loopback alone.
+        found = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+        names = [name for name in found if name.startswith("trainer:")]
+        trainers = [t for t in await asyncio.gather(*(_on_node(name, node_id) for name in names)) if t is not None]
         logger.warning("this node is about to go: %d trainers stop with a final commit", len(trainers))
-        await asyncio.gather(*(plain(trainer.stop.remote(_COMMIT_SECONDS)) for trainer in trainers))
+        stops = (plain(trainer.stop.remote(_COMMIT_SECONDS)) for trainer in trainers)
+        await asyncio.gather(*stops, return_exceptions=True)
         await asyncio.gather(*(_is_done(trainer) for trainer in trainers), return_exceptions=True)
     finally:
         ray.shutdown()
+
+
+async def _on_node(name: str, node_id: str) -> Any:
+    """The trainer of this name if it runs on the node; None if it does not, is gone, or has not begun."""
+    import ray
+
+    from actors.ledger import NAMESPACE
+
+    try:
+        trainer = ray.get_actor(name, NAMESPACE)
+        its = await asyncio.wait_for(trainer.node_id.remote(), _ANSWER_SECONDS)
+    except (ValueError, TimeoutError, ray.exceptions.RayError):
+        return None
+    return trainer if its == node_id else None
 
 
 def _node_id(pid: int) -> str:

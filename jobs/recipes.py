@@ -143,8 +143,9 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
 
 def make_trial(sweep: Sweep, name: str, parameters: Mapping[str, Any], path: Path) -> Experiment:
     """An experiment of a sweep whose parameters were chosen. Raises: ConfigError."""
-    settings = [sweep.defaults, nested(parameters), {"parameters": dict(parameters)}]
-    return make_experiment(name, *settings, recipe=sweep.recipe, where=f"{path}: ")
+    where = f"{path}: "
+    settings = [sweep.defaults, nested(parameters, where), {"parameters": dict(parameters)}]
+    return make_experiment(name, *settings, recipe=sweep.recipe, where=where)
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

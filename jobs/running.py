@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,8 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from jobs.search import PRUNED
-from smc.errors import ConfigError, SpectralMCError
+from smc.commits import CommitOutcome
+from smc.errors import ConfigError, SpectralMCError, Unavailable
 from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore
@@ -27,8 +29,18 @@ logger = logging.getLogger("smc.jobs")
 # Seconds that the trainer of a job that is gone may take to be gone as well.
 _NAME_TAKEN_LIMIT: Final = 30.0
 _POLL_SECONDS: Final = 0.5
+# Seconds that an experiment waits for a ledger that cannot be reached before its turn, and between two looks.
+_UNAVAILABLE_LIMIT: Final = 3600.0
+_UNAVAILABLE_PAUSE: Final = 5.0
 
 Watch = Callable[[Progress], bool]
+
+
+class NotStarted(ConfigError):
+    """The sweep was told to stop before the experiment's turn."""
+
+    def __init__(self) -> None:
+        super().__init__("not started: the sweep was stopped")
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,20 @@ class ExperimentOutcome:
 
     @property
     def stopped(self) -> bool:
-        """Whether it was told to stop before its end, and not given up."""
+        """Whether it, or the sweep before its turn, was told to stop before its end, and it was not given up."""
+        if isinstance(self.error, NotStarted):
+            return True
         return self.result is not None and self.result.stopped and not self.pruned
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error, or its last state is not in the ledger."""
+        return self.error is not None or self._lost_commit is not None
+
+    @property
+    def _lost_commit(self) -> CommitOutcome | None:
+        commits = self.result.commits if self.result is not None else ()
+        return commits[-1] if commits and commits[-1].status != "committed" else None
 
     @property
     def line(self) -> str:
@@ -62,7 +86,11 @@ class ExperimentOutcome:
         r = self.result
         counts = ", ".join(f"{len(r.commits_that(s))} {s}" for s in ("committed", "replaced", "failed"))
         verb = "given up at" if self.pruned else "stopped at" if r.stopped else "trained to"
-        return f"{name}{verb} step {r.global_step} in {r.seconds:.1f} s, loss {r.loss:.3e}; commits: {counts}{again}"
+        line = f"{name}{verb} step {r.global_step} in {r.seconds:.1f} s, loss {r.loss:.3e}; commits: {counts}{again}"
+        if (lost := self._lost_commit) is not None:
+            where = f"kept in {lost.spooled}" if lost.spooled else "lost"
+            line += f"; its last state is not in the ledger but {where}: {lost.reason}"
+        return line
 
 
 @dataclass(frozen=True)
@@ -109,14 +137,29 @@ class Runner:
 
         `watch` is shown the progress and says when to give the experiment up.
         """
-        lost = 0
-        if self._options.measure is None and await self._is_finished(experiment):
-            return ExperimentOutcome(experiment, None)
+        lost, attempts = 0, 0
+        unavailable_since = math.inf
         while True:
-            if self.stopping:
-                return ExperimentOutcome(experiment, None, ConfigError("not started: the sweep was stopped"), lost)
+            if self.stopping and attempts:
+                return ExperimentOutcome(experiment, None, NotStarted(), lost)
             try:
+                if not attempts and self._options.measure is None and await self._is_finished(experiment):
+                    return ExperimentOutcome(experiment, None)
+                if self.stopping:
+                    return ExperimentOutcome(experiment, None, NotStarted(), lost)
+                attempts += 1
                 outcome = await self._attempt(experiment, watch)
+                result = outcome.result
+                cut = not await self._is_finished(experiment) if result is None else result.stopped
+                unavailable_since = math.inf
+            except Unavailable as error:  # others go on training, and so will this one
+                unavailable_since = min(unavailable_since, time.monotonic())
+                if time.monotonic() - unavailable_since > _UNAVAILABLE_LIMIT:
+                    return ExperimentOutcome(experiment, None, error, lost)
+                logger.warning("%s: waits for the ledger: %s", experiment.name, error)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), _UNAVAILABLE_PAUSE)
+                continue
             except _lost_errors() as error:
                 reason = str(error).strip().splitlines()[0]
                 if lost == self._options.restarts:
@@ -132,8 +175,8 @@ class Runner:
                 continue
             except Exception as error:
                 return ExperimentOutcome(experiment, None, error, lost)
-            result = outcome.result
-            cut = not await self._is_finished(experiment) if result is None else result.stopped
+            if cut and result is None and self.stopping:
+                return ExperimentOutcome(experiment, None, NotStarted(), lost)
             if cut and not (outcome.pruned or self.stopping or self._options.extend):
                 # Its node is about to go and had it stopped: that is nobody's fault.
                 step = result.global_step if result else 0
@@ -144,13 +187,28 @@ class Runner:
     async def close(self) -> None:
         """Settle what the ledger still has to do."""
         self._bars.close()
-        await plain(self._actor.flush.remote())
+        try:
+            await self._flush()
+        except Exception as error:  # what the experiments came to is to be told all the same
+            logger.warning("the ledger may have something left to do: %s", error)
+
+    async def _flush(self) -> None:
+        """Return when what lost trainers handed to the ledger is settled."""
+        from ray.exceptions import ActorDiedError
+
+        from actors.ledger import LedgerHandle, ledger_actor
+
+        try:
+            await plain(self._actor.flush.remote())
+        except ActorDiedError:  # replaced by newer code, which let it settle everything
+            self._actor = await asyncio.to_thread(ledger_actor, self._store.uri)
+            self._handle = LedgerHandle(self._store.uri, self._actor)
 
     async def _is_finished(self, experiment: Experiment) -> bool:
         """Whether the ledger says so; a trainer, which takes seconds to start, need not be asked."""
         from smc.checkpoint import read_metadata
 
-        newest = (await self._store.catalog()).furthest(experiment.name)
+        newest = (await self._store.catalog()).furthest.get(experiment.name)
         if newest is None or self._options.extend:
             return False
         try:
@@ -166,11 +224,13 @@ class Runner:
         pruned = False
         try:
             if not await _unless(self._stopping, trainer.progress.remote()):  # others may hold its place in the cluster
-                raise ConfigError("not started: the sweep was stopped")
+                raise NotStarted
             self._trainers.add(trainer)
+            if self.stopping:
+                trainer.stop.remote(self._within)
             # What an earlier trainer handed over is in the ledger before anybody looks where to go on.
-            await plain(self._actor.flush.remote())
-            newest = (await self._store.catalog()).furthest(experiment.name)
+            await self._flush()
+            newest = (await self._store.catalog()).furthest.get(experiment.name)
             training = asyncio.ensure_future(plain(trainer.train.remote(newest)))
             async for progress in _progress(trainer, training):
                 self._bars.show(experiment, progress)
@@ -179,7 +239,7 @@ class Runner:
                     await plain(trainer.stop.remote(math.inf, {PRUNED: 1.0}))
             result = await training
             value = None
-            if self._options.measure is not None and not pruned and not (result and result.stopped):
+            if self._options.measure is not None and not (result and result.stopped):
                 value = await plain(trainer.measure.remote(self._options.measure))
             return ExperimentOutcome(experiment, result, pruned=pruned and bool(result and result.stopped), value=value)
         finally:
@@ -231,14 +291,16 @@ def cluster_places(num_cpus: float, num_gpus: float) -> int:
     import ray
 
     have = ray.cluster_resources()
-    places = int(have.get("CPU", 0) / num_cpus)
-    if num_gpus:
-        places = min(places, int(have.get("GPU", 0) / num_gpus))
+    places = 0
+    for node in ray.nodes():  # an experiment has its place on one of them
+        room = node["Resources"] if node["Alive"] else {}
+        on_it = int(room.get("CPU", 0) / num_cpus)
+        places += min(on_it, int(room.get("GPU", 0) / num_gpus)) if num_gpus else on_it
     if places < 1:
         raise ConfigError(
             f"an experiment asks for {num_cpus:g} CPUs and {num_gpus:g} GPUs, the cluster has "
-            f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}; on a cluster that grows, say how many at a time: "
-            "--concurrency"
+            f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}, and no node so many; on a cluster that grows, say "
+            "how many at a time: --concurrency"
         )
     return places
 

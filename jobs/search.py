@@ -137,9 +137,13 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 def draws(random: Random) -> Iterator[dict[str, Any]]:
     """The draws: number i is the same for every count."""
+    drawn = []
     for i in range(random.count):
         generator = np.random.default_rng([random.seed, i])
-        yield {name: space.draw(generator) for name, space in random.parameters.items()}
+        draw = {name: space.draw(generator) for name, space in random.parameters.items()}
+        if draw not in drawn:  # of choices, some come twice: that is one experiment
+            drawn.append(draw)
+            yield draw
 
 
 def trial_name(prefix: str, parameters: Mapping[str, Any]) -> str:
@@ -154,16 +158,32 @@ def trial_name(prefix: str, parameters: Mapping[str, Any]) -> str:
     return re.sub(r"[^A-Za-z0-9._/=-]", "-", f"{prefix}/{told}")
 
 
-def nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as nested settings."""
+def nested(parameters: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Dotted names as nested settings. Raises: ConfigError if one is a part of another."""
     settings: dict[str, Any] = {}
     for path, value in parameters.items():
         *above, last = path.split(".")
         level = settings
         for key in above:
             level = level.setdefault(key, {})
+            if not isinstance(level, dict):
+                raise ConfigError(f"{where}{path}: {key} is given a value as a whole as well")
         level[last] = value
     return settings
+
+
+def _could_be_chosen(parameters: Mapping[str, Any], spaces: Mapping[str, Any]) -> bool:
+    """Whether a search of these spaces could have chosen them: its file may have changed since."""
+    import optuna
+
+    if set(parameters) != set(spaces):
+        return False
+    params = {key: _as_optuna(value) for key, value in parameters.items()}
+    try:
+        optuna.trial.create_trial(params=params, distributions=dict(spaces), value=0.0)
+    except ValueError:
+        return False
+    return True
 
 
 class Trial:
@@ -212,13 +232,16 @@ class Trials:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
         self._study = optuna.create_study(sampler=sampler, pruner=pruner)
         self._unfinished: list[tuple[str, Mapping[str, Any]]] = []
-        self._taken = set()
+        self._taken, known = set(), 0
         for name, trial in sorted(past.items()):
             newest = trial.versions[-1]
             number = name.removeprefix(f"{prefix}/")
-            if not number.isdecimal() or set(newest.parameters) != set(self._spaces):
+            if not number.isdecimal():
                 continue
             self._taken.add(int(number))
+            if not _could_be_chosen(newest.parameters, self._spaces):
+                continue
+            known += 1
             if trial.value is None and not newest.metrics.get(PRUNED):
                 self._unfinished.append((name, newest.parameters))
                 continue
@@ -232,7 +255,7 @@ class Trials:
                     intermediate_values={_tenth(v.step, trial.end): v.loss for v in trial.versions if v.loss},
                 )
             )
-        self._left = search.trials - len(self._taken)
+        self._left = search.trials - known
 
     def ask(self) -> Trial | None:
         """The next trial: an interrupted one first; None when there are to be no more."""

@@ -102,9 +102,9 @@ async def _past(ledger: str, prefix: str, objective: str, any_trial: Experiment)
     past = {}
     async with AsyncBlockchainModelStore(ledger) as store:
         catalog = await store.catalog()
-        for name in [name for name in catalog.heads if name.startswith(f"{prefix}/")]:
-            head = catalog.furthest(name)
-            assert head is not None
+        for name, head in catalog.furthest.items():
+            if not name.startswith(f"{prefix}/"):
+                continue
             value, end = None, any_trial.training.num_batches
             if head.step >= end:
                 value = head.loss
@@ -153,10 +153,15 @@ async def _run(
             await asyncio.gather(*(lane() for _ in range(lanes)))
         finally:
             await runner.close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that `train` and `sweep` share."""
+    parser.add_argument(
+        "--concurrency", type=int, metavar="N", help="experiments at a time (default: what the cluster holds)"
+    )
     parser.add_argument("--extend", action="store_true", help="train finished experiments further")
     parser.add_argument("--tensorboard", type=absolute, metavar="DIR", help="live metrics for TensorBoard")
     parser.add_argument(
@@ -172,6 +177,8 @@ def options_of(arguments: argparse.Namespace) -> RunOptions:
     """What was asked for. Raises: ConfigError."""
     if arguments.restarts < 0:
         raise ConfigError(f"--restarts must be at least 0, got {arguments.restarts}")
+    if arguments.concurrency is not None and arguments.concurrency < 1:
+        raise ConfigError(f"--concurrency must be at least 1, got {arguments.concurrency}")
     return RunOptions(arguments.extend, arguments.tensorboard, arguments.restarts)
 
 
@@ -185,7 +192,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="the sweep, a YAML file")
     parser.add_argument("--ledger", help="bucket or s3://bucket/prefix (default: the file's)")
-    parser.add_argument("--concurrency", type=int, metavar="N", help="experiments at a time (default: what fits)")
     add_options(parser)
     options = parser.parse_args(arguments)
 
@@ -194,14 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ledger = options.ledger or sweep.ledger
         if ledger is None:
             raise ConfigError(f"{options.file}: no ledger given: pass --ledger, or set `ledger:` in the file")
-        concurrency = options.concurrency or sweep.concurrency
-        if concurrency is not None and concurrency < 1:
-            raise ConfigError(f"--concurrency must be at least 1, got {concurrency}")
+        run_options, concurrency = options_of(options), options.concurrency or sweep.concurrency
         outcomes = []
         if experiments:
-            outcomes += await run_experiments(experiments, ledger, options_of(options), concurrency=concurrency)
+            outcomes += await run_experiments(experiments, ledger, run_options, concurrency=concurrency)
         if sweep.search is not None and not any(outcome.stopped for outcome in outcomes):
-            outcomes += await run_search(sweep, options.file, ledger, options_of(options), concurrency=concurrency)
+            outcomes += await run_search(sweep, options.file, ledger, run_options, concurrency=concurrency)
         return report(outcomes)
 
     return run_job(run)
@@ -211,8 +215,8 @@ def report(outcomes: Sequence[ExperimentOutcome]) -> int:
     """Print how each experiment ended; -> 0, or 2 if one could not be carried out or was stopped."""
     for outcome in outcomes:
         print(outcome.line)
-    failed = sum(outcome.error is not None for outcome in outcomes)
-    stopped = sum(outcome.stopped for outcome in outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    stopped = sum(outcome.stopped and not outcome.failed for outcome in outcomes)
     rest = "".join(f", {count} {what}" for what, count in (("failed", failed), ("stopped", stopped)) if count)
     print(f"{len(outcomes) - failed - stopped} of {len(outcomes)} experiments done{rest}")
     return 2 if failed or stopped else 0

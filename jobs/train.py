@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     async def run() -> int:
         settings = [setting(text) for text in options.set]
         experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
-        return report(await run_experiments([experiment], options.ledger, options_of(options)))
+        return report(
+            await run_experiments([experiment], options.ledger, options_of(options), concurrency=options.concurrency)
+        )
 
     return run_job(run)
 

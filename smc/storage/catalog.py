@@ -70,10 +70,14 @@ class Catalog:
         """The newest version of each experiment, by its name."""
         return {version.experiment: version for version in self.versions}
 
-    def furthest(self, experiment: str) -> ModelVersion | None:
-        """The version of an experiment to go on from: what was recovered late may stand behind one of more steps."""
-        found = [version for version in self.versions if version.experiment == experiment]
-        return max(reversed(found), key=lambda version: version.step, default=None)
+    @property
+    def furthest(self) -> Mapping[str, ModelVersion]:
+        """The version that each experiment goes on from: what was recovered late may stand behind one of more steps."""
+        found: dict[str, ModelVersion] = {}
+        for version in self.versions:
+            if version.experiment not in found or version.step >= found[version.experiment].step:
+                found[version.experiment] = version
+        return found
 
     @property
     def aliases(self) -> Mapping[str, ModelVersion]:

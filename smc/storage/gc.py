@@ -65,7 +65,7 @@ class RetentionPolicy:
             kept.setdefault(counter, "protected")
         for alias, version in catalog.aliases.items():
             kept.setdefault(version.counter, f"alias {alias}")
-        for name, version in catalog.heads.items() if self.keep_heads else ():
+        for name, version in (*catalog.heads.items(), *catalog.furthest.items()) if self.keep_heads else ():
             kept.setdefault(version.counter, f"the newest of {name}" if name else "the newest without an experiment")
         if self.keep_lineage:
             by_name = {version.version_id: version for version in catalog.versions}

@@ -14,7 +14,7 @@ import torch
 from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
 from smc.checkpoint import metadata_of, tensors_of
 from smc.commits import BackgroundCommits, CommitRequest
-from smc.errors import Busy, ConfigError, Unavailable
+from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
 from tests.conftest import small_config
@@ -128,6 +128,60 @@ async def test_a_drained_actor_refuses_new_work_and_settles_the_old(on_seaweed: 
     with pytest.raises(Busy, match="is being replaced") as caught:
         await actor.append(record(9), content_hash, size)
     assert caught.value.retry_after > 0
+    await actor.close()
+
+
+async def test_whoever_drained_an_actor_may_die_before_ending_it(
+    on_seaweed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.ledger._DRAIN_SECONDS", 0.05)
+    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    await actor.drain()
+    await asyncio.sleep(0.1)
+    assert await actor.append(record(1), *(await actor.upload([b"checkpoint"], "node"))) == "v0000000000"
+    await actor.close()
+
+
+async def test_flush_waits_for_what_was_submitted_and_not_for_what_goes_on_coming(
+    on_seaweed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.ledger._HINT_SECONDS", 0.2)
+    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    ended = False
+
+    async def one_after_the_other(first: int) -> None:
+        step = first
+        while not ended:
+            await actor.append(record(step), content_hash, size)
+            step += 1
+
+    submitters = [asyncio.ensure_future(one_after_the_other(1000 * i)) for i in range(8)]
+    await asyncio.sleep(0.3)
+    before = (await actor.status())["committed"]
+    await asyncio.wait_for(actor.flush(), 10)
+    assert (await actor.status())["committed"] > before
+    ended = True
+    await asyncio.gather(*submitters)
+    status = await actor.status()
+    assert status["commits_per_s"] > 0
+    await actor.flush()
+    async with AsyncBlockchainModelStore(on_seaweed) as store:
+        problems = (await store.verify()).problems  # but for the checkpoint, which `upload_here` puts elsewhere
+        assert [key for key, _ in problems if not key.startswith("blobs/")] == []
+    await actor.close()
+
+
+async def test_credentials_that_were_renewed_are_taken(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    uploaded = await actor.upload([b"checkpoint"], "node")
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an old one")
+    with pytest.raises(AccessDenied):
+        await actor.append(record(1), *uploaded)
+    assert (await actor.status())["failed"] == 1
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    assert await actor.append(record(1), *uploaded) == "v0000000000"
     await actor.close()
 
 

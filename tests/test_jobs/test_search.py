@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_draws_are_spread_and_do_not_depend_on_how_many_there_are(tmp_path: Path
         ("search: {trials: 2, objective: profit, parameters: {a: {choices: [1]}}}", "objective 'profit' is unknown"),
         ("search: {trials: 2, parameters: {training.lr: {low: 0.1, high: 1}}}", "unknown key 'training.lr'"),
         ("concurrency: 0\nexperiments: {a: }", "concurrency: Input should be greater than"),
+        ("grid: {training: [5], training.batch_size: [8]}", "training is given a value as a whole as well"),
     ],
 )
 def test_a_bad_sweep_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -101,6 +103,24 @@ def test_a_search_learns_and_ends() -> None:
     assert trials.best is not None
     assert trials.best[1] == min(values)
     assert trials.best[0]["h"] in ([8], [16, 16])
+
+
+def test_equal_draws_are_one_experiment(tmp_path: Path) -> None:
+    text = "random: {count: 30, parameters: {training.batch_size: {choices: [8, 16]}}}"
+    assert sorted(name for name, _ in read(text, tmp_path)) == ["lr/batch_size=16", "lr/batch_size=8"]
+
+
+def test_a_search_whose_file_was_changed_takes_no_name_again() -> None:
+    past = asyncio.run(past_trials({f"s/{i:03d}": ([100], 0.5, False) for i in range(4)}))
+    found = ({"x": 0.5, "h": [8]}, {"x": 7.0, "h": [8]}, {"x": 0.5}, {"x": 0.5, "h": [3]})
+    for (name, trial), parameters in zip(list(past.items()), found, strict=True):
+        past[name] = replace(trial, versions=[trial.versions[0].model_copy(update={"parameters": parameters})])
+    trials = Trials("s", SEARCH, past)
+    names = []
+    while (trial := trials.ask()) is not None:
+        names.append(trial.name)
+        trials.tell(trial, 1.0)
+    assert names == [f"s/{i:03d}" for i in range(4, 15)]  # 12 trials of these ranges, of which one is there
 
 
 def test_trials_far_behind_are_given_up() -> None:
