@@ -32,6 +32,15 @@ ROOT = Path(__file__).parents[2]
 SHORT, LONG, LONGEST = 50, 450, 1500
 
 
+KILL_THE_LEDGER_ACTOR = """
+import os, signal, sys, ray
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+sys.stdin.readline()
+actor = ray.get_actor("ledger:" + sys.argv[1], "spectralmc")
+os.kill(ray.get(actor.status.remote())["pid"], signal.SIGKILL)
+"""
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "twelve.yaml"
@@ -96,20 +105,25 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
             assert driver.poll() is None, driver.communicate()[0]
             time.sleep(0.2)
 
+    # It joins the cluster in good time: seconds later there would be other things to kill.
+    killer = subprocess.Popen(
+        [sys.executable, "-c", KILL_THE_LEDGER_ACTOR, on_seaweed],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     driver = submit()
     wait_for(driver, "long-0", "long-1", "long-2")  # one on each node
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    status = subprocess.run(
-        [sys.executable, "-m", "jobs.status", "--json"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert status.returncode == 0, status.stderr
-    os.kill(json.loads(status.stdout)["ledgers"][on_seaweed]["pid"], signal.SIGKILL)
+    _, errors = killer.communicate("now\n", timeout=60)
+    assert killer.returncode == 0, errors
     wait_for(driver, "long-3")
     driver.kill()
     assert "its trainer was lost" in driver.communicate()[0]
     before = versions_of(on_seaweed, verified=False)
-    undisturbed = final_hashes(file)
     again = submit()
+    undisturbed = final_hashes(file)
     out, _ = again.communicate(timeout=200)
     assert again.returncode == 0, out
     assert "12 of 12 experiments done" in out
