@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -108,7 +108,7 @@ class LedgerActor:
         self._observer: asyncio.Task[None] | None = None
         self._appending: set[asyncio.Future[None]] = set()
         self._draining_until = 0.0
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._started = time.time()
 
     def __repr__(self) -> str:
@@ -206,10 +206,7 @@ class LedgerActor:
         if self._appending:
             await asyncio.wait(set(self._appending))
         if self._store is not None:  # and its hint is written, unless others go on appending
-            settling = asyncio.create_task(self._store.ledger.close())
-            self._leaving.add(settling)
-            settling.add_done_callback(self._leaving.discard)
-            await asyncio.wait({settling}, timeout=_HINT_SECONDS)
+            await asyncio.wait({self._beside(self._store.ledger.close())}, timeout=_HINT_SECONDS)
 
     async def drain(self) -> None:
         """Refuse what is new with Busy, and return when everything else is settled: this actor is to go."""
@@ -231,9 +228,14 @@ class LedgerActor:
         """Close a store beside everything else; the next call opens another."""
         if self._store is store:
             self._store = None
-            leaving = asyncio.create_task(store.__aexit__(None, None, None))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            self._beside(store.__aexit__(None, None, None))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that goes on by itself; the loop alone would not keep it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _admit(self) -> None:
         if time.monotonic() < self._draining_until:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobs.running import plain
-from jobs.session import run_job
+from jobs.session import names_of_actors, run_job
 from smc.errors import NotFound
 
 __all__ = ["main", "spot_notice"]
@@ -85,7 +85,6 @@ async def _run(command: Sequence[str], metadata: str | None) -> int:
 async def _commit_everything(node_id: str) -> None:
     """Keep new work away from a node, and stop its trainers with a final commit."""
     import ray
-    from ray.util import list_named_actors
 
     from actors.ledger import NAMESPACE
 
@@ -94,9 +93,8 @@ async def _commit_everything(node_id: str) -> None:
     try:
         await asyncio.to_thread(_drain, node_id)
         # By name and not through the dashboard's state API, which answers on the head's loopback alone.
-        found = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
-        names = [name for name in found if name.startswith("trainer:")]
-        trainers = [t for t in await asyncio.gather(*(_on_node(name, node_id) for name in names)) if t is not None]
+        asked = (_on_node(name, node_id) for name in names_of_actors("trainer:"))
+        trainers = [trainer for trainer in await asyncio.gather(*asked) if trainer is not None]
         logger.warning("this node is about to go: %d trainers stop with a final commit", len(trainers))
         stops = (plain(trainer.stop.remote(_COMMIT_SECONDS)) for trainer in trainers)
         await asyncio.gather(*stops, return_exceptions=True)

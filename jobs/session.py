@@ -10,7 +10,7 @@ from typing import Any
 
 from smc.command_line import exit_status
 
-__all__ = ["connect", "run_job"]
+__all__ = ["connect", "names_of_actors", "run_job"]
 
 
 def connect() -> None:
@@ -31,6 +31,16 @@ def connect() -> None:
     # Of the driver, and of every actor and task, with job and actor ids.
     as_json = ray.LoggingConfig(encoding="JSON", log_level="WARNING") if for_programs else None
     ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True, logging_config=as_json)
+
+
+def names_of_actors(kind: str) -> list[str]:
+    """The names of this project's actors that begin with `kind`, from GCS: the dashboard need not be reachable."""
+    from ray.util import list_named_actors
+
+    from actors.ledger import NAMESPACE
+
+    found = list_named_actors(all_namespaces=True)
+    return [a["name"] for a in found if a["namespace"] == NAMESPACE and a["name"].startswith(kind)]
 
 
 def run_job(main: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.session import connect, run_job
+from jobs.session import connect, names_of_actors, run_job
 
 __all__ = ["main"]
 
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def running() -> dict[str, dict[str, Any]]:
     """What every LedgerActor and every TrainerActor says of itself, by name; None for one that does not answer."""
     import ray
-    from ray.util import list_named_actors
 
     from actors.ledger import NAMESPACE
 
@@ -57,9 +56,8 @@ async def running() -> dict[str, dict[str, Any]]:
         except (ray.exceptions.RayError, ValueError, TimeoutError):  # it is starting, busy, or just gone
             return None
 
-    names = [found["name"] for found in list_named_actors(all_namespaces=True) if found["namespace"] == NAMESPACE]
-    ledgers = [name.removeprefix("ledger:") for name in names if name.startswith("ledger:")]
-    trainers = [name.removeprefix("trainer:") for name in names if name.startswith("trainer:")]
+    ledgers = [name.removeprefix("ledger:") for name in names_of_actors("ledger:")]
+    trainers = [name.removeprefix("trainer:") for name in names_of_actors("trainer:")]
     statuses = await asyncio.gather(*(asked(f"ledger:{name}", "status") for name in ledgers))
     progress = await asyncio.gather(*(asked(f"trainer:{name}", "progress") for name in trainers))
     return {

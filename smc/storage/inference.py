@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -55,11 +56,12 @@ _LONGEST_WAIT: Final = 60.0
 _ONLY_OURS: Final = 3
 
 
-class _Predicting:
+class _Predicting(ABC):
     """Predicts as `GbmCVNNPricer` does, with the predictor of the moment."""
 
+    @abstractmethod
     def _predictor(self) -> Predictor:
-        raise NotImplementedError
+        """The predictor to ask now."""
 
     def predict_price(
         self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
