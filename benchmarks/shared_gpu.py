@@ -1,9 +1,10 @@
 """One GPU shared by experiments: contracts a second of one alone, against several in a process of their own each.
 
-.venv/bin/python -m benchmarks.shared_gpu [--json FILE] [--seconds 8] [--together 2 4]
+.venv/bin/python -m benchmarks.shared_gpu [--json FILE] [--seconds 8]
 
 Trainers are Ray actors with an equal share of the GPU, as a sweep starts them; all commit through one LedgerActor, to
-moto's S3 server, since it is the GPU that is measured. Without a GPU it runs on CPUs, to try the script.
+moto's S3 server, since it is the GPU that is measured. Where NVIDIA's MPS is installed, once more with it: processes
+then run on the GPU side by side instead of in turns. Without a GPU it runs on CPUs, to try the script.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ import argparse
 import asyncio
 import logging
 import os
+import shutil
+import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -29,8 +34,9 @@ from benchmarks.reporting import Report, run
 from jobs.recipes import make_experiment
 from smc.gbm_trainer import GbmCVNNPricer
 
-SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+SIZES: Mapping[str, tuple[tuple[int, ...], str, Mapping[str, Any]]] = {
     "batch 32 x 8,192 paths": (
+        (2, 4),
         "gpu",
         {
             "simulation": {"sim_params": {"batches_per_mc_run": 8, "network_size": 1024, "timesteps": 100}},
@@ -38,21 +44,30 @@ SIZES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "training": {"batch_size": 32, "differential": 0.0},
         },
     ),
-    "batch 256 x 131,072 paths": ("gpu", {}),
+    "batch 256 x 131,072 paths": ((2,), "gpu", {}),
 }
 
 
-async def rates(count: int, recipe: str, settings: Mapping[str, Any], interval: int | None, seconds: float) -> Any:
-    """Contracts a second of each of `count` trainers while all of them train, and what they committed."""
+async def rates(
+    count: int,
+    recipe: str,
+    settings: Mapping[str, Any],
+    seconds: float,
+    *,
+    interval: int | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Any:
+    """Contracts a second of `count` trainers together while all of them train, and what the first committed."""
     uri = f"s3://spectralmc/{uuid.uuid4().hex}"
     ledger = await asyncio.to_thread(ledger_actor, uri)
     handle = LedgerHandle(uri, ledger)
     gpus = 1.0 / count if torch.cuda.is_available() else 0.0
     more = {"training": {"num_batches": 10**7}, "num_gpus": gpus, "num_cpus": 1, "commit_interval": interval}
     experiments = [make_experiment(f"e{i}", settings, more, recipe=recipe) for i in range(count)]
-    trainers = [
-        RemoteTrainerActor.options(num_cpus=1, num_gpus=gpus, max_concurrency=8).remote(e, handle) for e in experiments
-    ]
+    actor = RemoteTrainerActor.options(
+        num_cpus=1, num_gpus=gpus, max_concurrency=8, runtime_env={"env_vars": dict(environment or {})}
+    )
+    trainers = [actor.remote(experiment, handle) for experiment in experiments]
     training = [trainer.train.remote() for trainer in trainers]
     while not all(await asyncio.gather(*(at(trainer) for trainer in trainers))):
         done, _ = ray.wait(training, timeout=0.1)
@@ -66,8 +81,8 @@ async def rates(count: int, recipe: str, settings: Mapping[str, Any], interval: 
     for trainer in [*trainers, ledger]:
         ray.kill(trainer)
     batch = experiments[0].training.batch_size
-    measured = [batch * (b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(before, after, strict=True)]
-    return measured, [len(result.commits_that("committed")) for result in results]
+    measured = sum(batch * (b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(before, after, strict=True))
+    return measured, len(results[0].commits_that("committed"))
 
 
 async def at(trainer: Any) -> tuple[float, int] | None:
@@ -114,33 +129,53 @@ def server() -> Iterator[None]:
         moto.stop()
 
 
+@contextmanager
+def mps(directory: Path) -> Iterator[dict[str, str]]:
+    """NVIDIA's Multi-Process Service, for whoever has the environment that this gives."""
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(directory / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(directory / "log")}
+    for name in ("pipe", "log"):
+        (directory / name).mkdir()
+    control = ["nvidia-cuda-mps-control"]
+    subprocess.run([*control, "-d"], env=os.environ | environment, check=True)
+    try:
+        yield environment
+    finally:
+        subprocess.run(control, env=os.environ | environment, input=b"quit\n", check=True, timeout=30)
+
+
+def measure_size(report: Report, name: str, seconds: float, together: tuple[int, ...], *work: Any) -> None:
+    def row(what: str) -> str:
+        return f"{name}: {what}"
+
+    first, _ = asyncio.run(rates(1, *work, seconds))
+    shared = {count: asyncio.run(rates(count, *work, seconds))[0] for count in together}
+    committing, commits = asyncio.run(rates(1, *work, seconds, interval=10))
+    second, _ = asyncio.run(rates(1, *work, seconds))
+    one = (first + second) / 2
+    report.add(row("one alone, the mean of two runs"), one, "contracts/s")
+    report.add(row(f"one, {commits} commits through Ray meanwhile"), committing, "contracts/s")
+    for count, total in shared.items():
+        report.add(row(f"{count} of {1 / count:.2g} GPU each"), total / one, "x one alone", at_least=1.3)
+    if shutil.which("nvidia-cuda-mps-control") is None:
+        return
+    with tempfile.TemporaryDirectory() as directory, mps(Path(directory)) as environment:
+        for count in (1, *together):
+            total, _ = asyncio.run(rates(count, *work, seconds, environment=environment))
+            report.add(row(f"{count} of {1 / count:.2g} GPU, with MPS"), total / one, "x one alone")
+
+
 def measure(report: Report, options: argparse.Namespace) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with server():
-        ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=max(4, *options.together))
+        ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=8)
         try:
-            for name, (recipe, settings) in SIZES.items():
+            for name, (together, recipe, settings) in SIZES.items():
                 if not torch.cuda.is_available():
                     recipe, settings = "tiny", {}
                 else:
                     report.add(f"{name}: GPU busy with one alone", 100 * busy(recipe, settings), "%")
-                alone: list[float] = []
-                for interval in (None, 10, None):
-                    measured, commits = asyncio.run(rates(1, recipe, settings, interval, options.seconds))
-                    if interval is None:
-                        alone += measured
-                    else:
-                        report.add(
-                            f"{name}: one, a commit every {interval} steps through Ray", measured[0], "contracts/s"
-                        )
-                        report.add(f"{name}: committed meanwhile", commits[0], "commits")
-                one = sum(alone) / len(alone)
-                report.add(f"{name}: one alone, the mean of two runs", one, "contracts/s")
-                for count in options.together:
-                    measured, _ = asyncio.run(rates(count, recipe, settings, None, options.seconds))
-                    report.add(f"{name}: {count} at {1 / count:.2g} GPU each, together", sum(measured), "contracts/s")
-                    report.add(f"{name}: {count}, against one alone", sum(measured) / one, "x", at_least=1.3)
+                measure_size(report, name, options.seconds, together, recipe, settings)
         finally:
             ray.shutdown()
 
@@ -150,5 +185,4 @@ if __name__ == "__main__":
         "Experiments that share one GPU",
         measure,
         ("--seconds", {"type": float, "default": 8.0, "help": "that each rate is measured over"}),
-        ("--together", {"type": int, "nargs": "+", "default": [2, 4]}),
     )

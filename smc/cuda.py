@@ -5,9 +5,10 @@ CuPy compiles and launches; torch owns every byte and the stream, so a kernel ca
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 from typing import Any
 
@@ -75,31 +76,49 @@ def capture(
 ) -> Callable[[], None]:
     """`work` as a CUDA graph; -> what replays it, on the current stream.
 
-    It runs once before, within `rehearsal`, because what a first call sets up must not be part of the graph.
-    Raises: NotCapturable.
+    It runs once before, within `rehearsal`, because what a first call sets up must not be part of the graph. Any
+    thread may call this, one at a time. Raises: NotCapturable.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    index = torch.device(device).index or 0
     graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[torch.device(device).index or 0]
-    random = generator.clone_state()
-    try:
-        with rehearsal or nullcontext():
-            stream.wait_stream(torch.cuda.current_stream(device))  # for what the rehearsal puts aside, too
-            with torch.cuda.stream(stream):
+    generator = torch.cuda.default_generators[index]
+    with _one_capture:
+        stream = torch.cuda.ExternalStream(_capture_stream(index).ptr, device=index)  # type: ignore[no-untyped-call]
+        before = torch.cuda.current_stream(device)
+        random = generator.clone_state()
+        try:
+            with rehearsal or nullcontext():
+                stream.wait_stream(before)  # for what the rehearsal puts aside, too
+                with torch.cuda.stream(stream):
+                    work()
+                before.wait_stream(stream)
+            # Other threads go on meanwhile: a commit may copy a snapshot to the host.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 work()
-            torch.cuda.current_stream(device).wait_stream(stream)
-        # Other threads go on meanwhile: a commit may copy a snapshot to the host.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            work()
-    except Exception as error:
-        torch.cuda.synchronize(device)
-        generator.graphsafe_set_state(random)  # a capture that fails leaves it expecting one
-        cause: BaseException = error
-        while cause.__context__ is not None:  # the failed end of the capture hides what made it fail
-            cause = cause.__context__
-        reason = (str(cause) or repr(cause)).splitlines()[0]
-        raise NotCapturable(f"it cannot be captured as a CUDA graph ({reason})") from error
+        except Exception as error:
+            # A capture that fails leaves its stream the current one, and the generator expecting a capture.
+            torch.cuda.set_stream(before)
+            torch.cuda.synchronize(device)
+            generator.graphsafe_set_state(random)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # the failed end of the capture hides what made it fail
+                cause = cause.__context__
+            reason = (str(cause) or repr(cause)).splitlines()[0]
+            raise NotCapturable(f"it cannot be captured as a CUDA graph ({reason})") from error
     return graph.replay
+
+
+_one_capture = threading.Lock()  # torch can have but one under way in a process
+
+
+@cache
+def _capture_stream(index: int) -> Any:
+    """A device's stream, CuPy's, that nobody else is ever given.
+
+    torch's come from a pool of 32, so that another thread soon has the same one, and its work would get into the graph.
+    """
+    with torch.cuda.device(index):
+        return _cupy().cuda.Stream(non_blocking=True)
 
 
 def _cupy() -> ModuleType:

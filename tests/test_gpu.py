@@ -7,6 +7,7 @@ import copy
 import itertools
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from smc.cuda import Kernel
 from smc.errors import NumericsError
 from smc.gbm import BlackScholes, BlackScholesConfig
 from smc.gbm_cuda import PATHS_SOURCE
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
+from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
 from smc.sobol_sampler import SobolSampler
 from smc.spectrum import put_spectrum_and_slope, quantile_levels, quantile_spectrum
 from smc.spectrum_cuda import put_levels
@@ -379,10 +380,11 @@ def test_a_run_resumed_mid_graph_is_bit_for_bit_the_same(
     whole = GbmCVNNPricer(config())
     whole.train(small_training(130, **training))
     first = GbmCVNNPricer(config())
-    first.train(small_training(130, **training), logger=lambda report: first.stop() if report.step == 50 else None)
-    assert first.progress.step == 50
+    first.train(small_training(130, **training), logger=lambda report: first.stop())  # told of step 50 at step 100
     second = GbmCVNNPricer(first.snapshot())
-    second.train(small_training(80, **training))
+    left = 130 - first.progress.step
+    assert 0 < left < 130
+    second.train(small_training(left, **training))
     assert encode(Snapshot.of(second.snapshot())) == encode(Snapshot.of(whole.snapshot()))
 
 
@@ -417,19 +419,16 @@ def test_a_loss_that_is_no_number_ends_training_on_the_gpu() -> None:
 
 def test_training_on_the_gpu_resumes_bit_for_bit_and_its_checkpoint_opens_on_the_cpu() -> None:
     whole = GbmCVNNPricer(small_config("cuda"))
-    whole.train(small_training(60))
+    whole.train(small_training(130))
     half = GbmCVNNPricer(small_config("cuda"))
     middle: list[GbmCVNNPricerConfig] = []
-
-    def keep(report: StepReport) -> None:
-        if report.step == 50:
-            middle.append(half.snapshot())
-
-    half.train(small_training(60), logger=keep)
+    half.train(small_training(130), logger=lambda report: middle.append(half.snapshot()))
     data = encode(Snapshot.of(middle[0]))
     template = small_config("cuda")
     resumed = GbmCVNNPricer(restore(decode(data), template.cvnn, template))
-    resumed.train(small_training(10))
+    left = 130 - middle[0].global_step
+    assert 0 < left < 130
+    resumed.train(small_training(left))
     assert encode(Snapshot.of(resumed.snapshot())) == encode(Snapshot.of(whole.snapshot()))
     on_cpu = GbmCVNNPricer(restore(decode(encode(Snapshot.of(whole.snapshot())))))
     assert on_cpu.device.type == "cpu"
@@ -509,7 +508,7 @@ def test_a_thousand_snapshots_equal_synchronous_saves_while_training_goes_on() -
     assert snapshots_that_differ("cuda", 1000) == []
 
 
-def test_models_are_served_on_the_gpu_and_swapped_beside_predictions() -> None:
+def test_models_are_served_on_the_gpu_and_swapped_beside_predictions(caplog: pytest.LogCaptureFixture) -> None:
     pricer = GbmCVNNPricer(small_config("cuda"))
     pricer.train(small_training(5))
     state = pricer.snapshot()
@@ -541,18 +540,20 @@ def test_models_are_served_on_the_gpu_and_swapped_beside_predictions() -> None:
                     assert isinstance(price, torch.Tensor)
                     seen.append((served.version.counter, price.cpu().numpy()))
 
-        callers = [threading.Thread(target=ask) for _ in range(2)]
-        for caller in callers:
-            caller.start()
-        for _ in range(20):
-            counter = asyncio.run(commit())
-            deadline = time.monotonic() + 20
-            while client.current.version.counter != counter:
-                assert time.monotonic() < deadline, client.status
-                time.sleep(0.01)
-        stop.set()
-        for caller in callers:
-            caller.join()
+        with ThreadPoolExecutor(2) as threads:
+            callers = [threads.submit(ask) for _ in range(2)]
+            try:
+                for _ in range(20):
+                    counter = asyncio.run(commit())
+                    deadline = time.monotonic() + 20
+                    while client.current.version.counter != counter:
+                        assert time.monotonic() < deadline, client.status
+                        time.sleep(0.01)
+            finally:
+                stop.set()
+            for caller in callers:
+                caller.result()
+    assert "eagerly" not in caplog.text
     for counter, price in seen:
         np.testing.assert_allclose(price, prices[counter], rtol=1e-6)
     assert len({counter for counter, _ in seen}) > 15
