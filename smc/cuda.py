@@ -6,11 +6,13 @@ CuPy compiles and launches; torch owns every byte and the stream, so a kernel ca
 from __future__ import annotations
 
 import threading
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, cached_property
+from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -79,46 +81,61 @@ def capture(
     It runs once before, within `rehearsal`, because what a first call sets up must not be part of the graph. Any
     thread may call this, one at a time. Raises: NotCapturable.
     """
-    index = torch.device(device).index or 0
-    graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[index]
     with _one_capture:
-        stream = torch.cuda.ExternalStream(_capture_stream(index).ptr, device=index)  # type: ignore[no-untyped-call]
-        before = torch.cuda.current_stream(device)
+        captured = _Captured(torch.device(device).index or 0)
+        captured.capture(work, rehearsal or nullcontext())
+    return captured
+
+
+_one_capture = threading.Lock()  # torch can have but one under way in a process
+
+
+class _Captured:
+    """A CUDA graph, and the stream that it was captured on, which is its alone while it lives.
+
+    torch hands its streams out in turns, 32 of them: another thread soon has the same one, and its work would get into
+    the graph. And the memory that cuBLAS works in belongs to a stream (and a thread), captured graphs included: two
+    that were captured on one stream would overwrite it when they run side by side.
+    """
+
+    _free: ClassVar[dict[int, deque[Any]]] = defaultdict(deque)
+
+    def __init__(self, index: int) -> None:
+        self._device = torch.device("cuda", index)
+        self._graph = torch.cuda.CUDAGraph()
+        free = self._free[index]
+        with torch.cuda.device(index):
+            own = free.popleft() if free else _cupy().cuda.Stream(non_blocking=True)
+        weakref.finalize(self, free.append, own)
+        self._stream = torch.cuda.ExternalStream(own.ptr, device=index)  # type: ignore[no-untyped-call]
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def capture(self, work: Callable[[], None], rehearsal: AbstractContextManager[None]) -> None:
+        before = torch.cuda.current_stream(self._device)
+        generator = torch.cuda.default_generators[self._device.index]
         random = generator.clone_state()
+        torch.cuda.synchronize(self._device)  # for a last replay of whatever had this stream before
         try:
-            with rehearsal or nullcontext():
-                stream.wait_stream(before)  # for what the rehearsal puts aside, too
-                with torch.cuda.stream(stream):
+            with rehearsal:
+                self._stream.wait_stream(before)  # for what the rehearsal puts aside
+                with torch.cuda.stream(self._stream):
                     work()
-                before.wait_stream(stream)
+                before.wait_stream(self._stream)
             # Other threads go on meanwhile: a commit may copy a snapshot to the host.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
                 work()
         except Exception as error:
             # A capture that fails leaves its stream the current one, and the generator expecting a capture.
             torch.cuda.set_stream(before)
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(self._device)
             generator.graphsafe_set_state(random)
             cause: BaseException = error
             while cause.__context__ is not None:  # the failed end of the capture hides what made it fail
                 cause = cause.__context__
             reason = (str(cause) or repr(cause)).splitlines()[0]
             raise NotCapturable(f"it cannot be captured as a CUDA graph ({reason})") from error
-    return graph.replay
-
-
-_one_capture = threading.Lock()  # torch can have but one under way in a process
-
-
-@cache
-def _capture_stream(index: int) -> Any:
-    """A device's stream, CuPy's, that nobody else is ever given.
-
-    torch's come from a pool of 32, so that another thread soon has the same one, and its work would get into the graph.
-    """
-    with torch.cuda.device(index):
-        return _cupy().cuda.Stream(non_blocking=True)
 
 
 def _cupy() -> ModuleType:

@@ -196,7 +196,7 @@ class ModelFollower:
         NumericsError, which are in `status` as well.
         """
         self._polls += 1
-        self._retired = [model for model in self._retired if sys.getrefcount(model) > _ONLY_OURS]
+        await self._let_go()
         try:
             await self._poll()
         except Exception as error:
@@ -205,6 +205,14 @@ class ModelFollower:
             self._say(error)
             raise
         self._say(self._memory_error)
+
+    async def _let_go(self) -> None:
+        """Take down the retired models that no caller holds any more."""
+        ours = [sys.getrefcount(model) <= _ONLY_OURS for model in self._retired]
+        if any(ours) and self._device.type == "cuda":
+            # A caller's stream may still be reading what would be given to the next model.
+            await asyncio.to_thread(torch.cuda.synchronize, self._device)
+        self._retired = [model for model, done in zip(self._retired, ours, strict=True) if not done]
 
     def note(self, error: Exception) -> None:
         """Say why nobody polls any more."""
