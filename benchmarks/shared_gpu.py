@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ SIZES: Mapping[str, tuple[tuple[int, ...], str, Mapping[str, Any]]] = {
 
 
 async def rates(
+    handle: LedgerHandle,
     count: int,
     recipe: str,
     settings: Mapping[str, Any],
@@ -58,12 +59,9 @@ async def rates(
     environment: Mapping[str, str] | None = None,
 ) -> Any:
     """Contracts a second of `count` trainers together while all of them train, and what the first committed."""
-    uri = f"s3://spectralmc/{uuid.uuid4().hex}"
-    ledger = await asyncio.to_thread(ledger_actor, uri)
-    handle = LedgerHandle(uri, ledger)
     gpus = 1.0 / count if torch.cuda.is_available() else 0.0
     more = {"training": {"num_batches": 10**7}, "num_gpus": gpus, "num_cpus": 1, "commit_interval": interval}
-    experiments = [make_experiment(f"e{i}", settings, more, recipe=recipe) for i in range(count)]
+    experiments = [make_experiment(uuid.uuid4().hex, settings, more, recipe=recipe) for _ in range(count)]
     actor = RemoteTrainerActor.options(
         num_cpus=1, num_gpus=gpus, max_concurrency=8, runtime_env={"env_vars": dict(environment or {})}
     )
@@ -78,7 +76,7 @@ async def rates(
     after = await asyncio.gather(*(at(trainer) for trainer in trainers))
     await asyncio.gather(*(trainer.stop.remote(5.0) for trainer in trainers))
     results = await asyncio.gather(*training)
-    for trainer in [*trainers, ledger]:
+    for trainer in trainers:
         ray.kill(trainer)
     batch = experiments[0].training.batch_size
     measured = sum(batch * (b[1] - a[1]) / (b[0] - a[0]) for a, b in zip(before, after, strict=True))
@@ -143,14 +141,14 @@ def mps(directory: Path) -> Iterator[dict[str, str]]:
         subprocess.run(control, env=os.environ | environment, input=b"quit\n", check=True, timeout=30)
 
 
-def measure_size(report: Report, name: str, seconds: float, together: tuple[int, ...], *work: Any) -> None:
+def measure_size(report: Report, name: str, together: tuple[int, ...], measured: Callable[..., Any]) -> None:
     def row(what: str) -> str:
         return f"{name}: {what}"
 
-    first, _ = asyncio.run(rates(1, *work, seconds))
-    shared = {count: asyncio.run(rates(count, *work, seconds))[0] for count in together}
-    committing, commits = asyncio.run(rates(1, *work, seconds, interval=10))
-    second, _ = asyncio.run(rates(1, *work, seconds))
+    first, _ = measured(1)
+    shared = {count: measured(count)[0] for count in together}
+    committing, commits = measured(1, interval=10)
+    second, _ = measured(1)
     one = (first + second) / 2
     report.add(row("one alone, the mean of two runs"), one, "contracts/s")
     report.add(row(f"one, {commits} commits through Ray meanwhile"), committing, "contracts/s")
@@ -160,7 +158,7 @@ def measure_size(report: Report, name: str, seconds: float, together: tuple[int,
         return
     with tempfile.TemporaryDirectory() as directory, mps(Path(directory)) as environment:
         for count in (1, *together):
-            total, _ = asyncio.run(rates(count, *work, seconds, environment=environment))
+            total, _ = measured(count, environment=environment)
             report.add(row(f"{count} of {1 / count:.2g} GPU, with MPS"), total / one, "x one alone")
 
 
@@ -169,13 +167,19 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with server():
         ray.init("local", include_dashboard=False, log_to_driver=False, num_cpus=8)
+        uri = "s3://spectralmc/shared"
+        handle = LedgerHandle(uri, ledger_actor(uri))
         try:
             for name, (together, recipe, settings) in SIZES.items():
                 if not torch.cuda.is_available():
                     recipe, settings = "tiny", {}
                 else:
                     report.add(f"{name}: GPU busy with one alone", 100 * busy(recipe, settings), "%")
-                measure_size(report, name, options.seconds, together, recipe, settings)
+
+                def measured(count: int, recipe: str = recipe, settings: Any = settings, **more: Any) -> Any:
+                    return asyncio.run(rates(handle, count, recipe, settings, options.seconds, **more))
+
+                measure_size(report, name, together, measured)
         finally:
             ray.shutdown()
 
