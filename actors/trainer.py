@@ -30,15 +30,11 @@ __all__ = ["RemoteTrainerActor", "TrainerActor"]
 class TrainerActor:
     """Runs one experiment. A plain async class: give it any commit target and it works without Ray.
 
-    `extend` trains a finished experiment for another `num_batches`; otherwise it has nothing to do. `tensorboard`
-    is a folder for TensorBoard, in which the experiment gets one of its own.
+    `tensorboard` is a folder for TensorBoard, in which the experiment gets one of its own.
     """
 
-    def __init__(
-        self, experiment: Experiment, target: CommitTarget, *, extend: bool = False, tensorboard: Path | None = None
-    ) -> None:
-        self._experiment, self._target, self._extend = experiment, target, extend
-        self._tensorboard = tensorboard
+    def __init__(self, experiment: Experiment, target: CommitTarget, *, tensorboard: Path | None = None) -> None:
+        self._experiment, self._target, self._tensorboard = experiment, target, tensorboard
         # The training loop has a thread of its own: on the event loop it would starve every other call.
         self._training = ThreadPoolExecutor(1, thread_name_prefix="smc-train")
         self._pricer: GbmCVNNPricer | None = None
@@ -47,9 +43,10 @@ class TrainerActor:
     def __repr__(self) -> str:
         return f"Trainer({self._experiment.name})"
 
-    async def train(self, resume_from: ModelVersion | None = None) -> TrainingResult | None:
+    async def train(self, resume_from: ModelVersion | None = None, *, extend: bool = False) -> TrainingResult | None:
         """Train what remains, from the given version or from the start; -> None if nothing remains.
 
+        `extend` trains a finished experiment for another `num_batches`.
         Raises: ConfigError, NumericsError, and what reading the version may raise.
         """
         experiment = self._experiment
@@ -57,12 +54,12 @@ class TrainerActor:
         batches = experiment.training.num_batches
         if resume_from is not None:
             state = await self._load(resume_from, state)
-            batches = experiment.remaining(state) or (batches if self._extend else 0)
+            batches = experiment.remaining(state) or (batches if extend else 0)
             if batches == 0:
                 return None
         self._pricer = GbmCVNNPricer(state)
         if self._stopping:
-            return None
+            return TrainingResult(0, state.global_step, math.nan, 0.0, 0.0, 0, stopped=True)
         config = experiment.training.model_copy(update={"num_batches": batches})
         pricer = self._pricer
 

@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tqdm import tqdm
 
@@ -20,9 +20,10 @@ from smc.commits import CommitOutcome
 from smc.errors import ConfigError, SpectralMCError, Unavailable
 from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
-from smc.storage import AsyncBlockchainModelStore
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.training import PLAN_END
 
-__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places"]
+__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places", "is_finished"]
 
 logger = logging.getLogger("smc.jobs")
 
@@ -33,6 +34,7 @@ _POLL_SECONDS: Final = 0.5
 _UNAVAILABLE_LIMIT: Final = 3600.0
 _UNAVAILABLE_PAUSE: Final = 5.0
 
+T = TypeVar("T")
 Watch = Callable[[Progress], bool]
 
 
@@ -137,52 +139,28 @@ class Runner:
 
         `watch` is shown the progress and says when to give the experiment up.
         """
-        lost, attempts = 0, 0
-        unavailable_since = math.inf
-        while True:
-            if self.stopping and attempts:
-                return ExperimentOutcome(experiment, None, NotStarted(), lost)
-            try:
-                if not attempts and self._options.measure is None and await self._is_finished(experiment):
-                    return ExperimentOutcome(experiment, None)
-                if self.stopping:
-                    return ExperimentOutcome(experiment, None, NotStarted(), lost)
-                attempts += 1
-                outcome = await self._attempt(experiment, watch)
-                result = outcome.result
-                cut = not await self._is_finished(experiment) if result is None else result.stopped
-                unavailable_since = math.inf
-            except Unavailable as error:  # others go on training, and so will this one
-                unavailable_since = min(unavailable_since, time.monotonic())
-                if time.monotonic() - unavailable_since > _UNAVAILABLE_LIMIT:
-                    return ExperimentOutcome(experiment, None, error, lost)
-                logger.warning("%s: waits for the ledger: %s", experiment.name, error)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), _UNAVAILABLE_PAUSE)
-                continue
-            except _lost_errors() as error:
-                reason = str(error).strip().splitlines()[0]
-                if lost == self._options.restarts:
-                    return ExperimentOutcome(experiment, None, error, lost)
-                lost += 1
-                logger.warning(
-                    "%s: its trainer was lost (%s); goes on from its last version, restart %d of %d",
-                    experiment.name,
-                    reason,
-                    lost,
-                    self._options.restarts,
-                )
-                continue
-            except Exception as error:
-                return ExperimentOutcome(experiment, None, error, lost)
-            if cut and result is None and self.stopping:
-                return ExperimentOutcome(experiment, None, NotStarted(), lost)
-            if cut and not (outcome.pruned or self.stopping or self._options.extend):
-                # Its node is about to go and had it stopped: that is nobody's fault.
-                step = result.global_step if result else 0
-                logger.warning("%s: stopped by its node at step %d; goes on elsewhere", experiment.name, step)
-                continue
-            return ExperimentOutcome(experiment, result, None, lost, outcome.pruned, outcome.value)
+        lost = 0
+        try:
+            found = await self._when_available(experiment, lambda: self._newest(experiment))
+            while True:
+                try:
+                    outcome = await self._when_available(experiment, lambda: self._turn(experiment, found, watch))
+                except _lost_errors() as error:
+                    if lost == self._options.restarts:
+                        raise
+                    lost += 1
+                    logger.warning(
+                        "%s: its trainer was lost (%s); goes on from its last version, restart %d of %d",
+                        experiment.name,
+                        str(error).strip().splitlines()[0],
+                        lost,
+                        self._options.restarts,
+                    )
+                    continue
+                if outcome is not None:
+                    return replace(outcome, restarts=lost)
+        except Exception as error:
+            return ExperimentOutcome(experiment, None, error, lost)
 
     async def close(self) -> None:
         """Settle what the ledger still has to do."""
@@ -204,20 +182,54 @@ class Runner:
             self._actor = await asyncio.to_thread(ledger_actor, self._store.uri)
             self._handle = LedgerHandle(self._store.uri, self._actor)
 
-    async def _is_finished(self, experiment: Experiment) -> bool:
-        """Whether the ledger says so; a trainer, which takes seconds to start, need not be asked."""
-        from smc.checkpoint import read_metadata
+    async def _when_available(self, experiment: Experiment, work: Callable[[], Awaitable[T]]) -> T:
+        """`work`, again while the ledger cannot be reached: others go on training, and so will this one."""
+        limit = math.inf
+        while True:
+            try:
+                return await work()
+            except Unavailable as error:
+                if self.stopping:
+                    raise NotStarted from error
+                limit = min(limit, time.monotonic() + _UNAVAILABLE_LIMIT)
+                if time.monotonic() > limit:
+                    raise
+                logger.warning("%s: waits for the ledger: %s", experiment.name, error)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), _UNAVAILABLE_PAUSE)
 
-        newest = (await self._store.catalog()).furthest.get(experiment.name)
-        if newest is None or self._options.extend:
-            return False
-        try:
-            metadata = read_metadata((await self._store.load_model(newest))[0])
-        except SpectralMCError:  # the trainer meets the same, and says so
-            return False
-        return metadata.plan is not None and metadata.global_step >= metadata.plan.end
+    async def _newest(self, experiment: Experiment) -> ModelVersion | None:
+        return (await self._store.catalog()).furthest.get(experiment.name)
 
-    async def _attempt(self, experiment: Experiment, watch: Watch | None) -> ExperimentOutcome:
+    async def _turn(
+        self, experiment: Experiment, found: ModelVersion | None, watch: Watch | None
+    ) -> ExperimentOutcome | None:
+        """What one trainer comes to; None if its node stopped it, and it is to go on elsewhere."""
+        newest = await self._newest(experiment)
+        extend = self._extends(found, newest)
+        if newest is not None and is_finished(newest) and not extend and self._options.measure is None:
+            return ExperimentOutcome(experiment, None)
+        if self.stopping:
+            raise NotStarted
+        outcome = await self._attempt(experiment, found, watch)
+        result = outcome.result
+        if result is None or not result.stopped or outcome.pruned:
+            return outcome
+        if not self.stopping:
+            # Its node is about to go and had it stopped: that is nobody's fault.
+            logger.warning("%s: stopped by its node at step %d; goes on elsewhere", experiment.name, result.global_step)
+            return None
+        if result.batches == 0:
+            raise NotStarted
+        return outcome
+
+    def _extends(self, found: ModelVersion | None, newest: ModelVersion | None) -> bool:
+        """Whether a finished experiment is to be trained further: not what this job itself has trained since."""
+        return self._options.extend and newest == found
+
+    async def _attempt(
+        self, experiment: Experiment, found: ModelVersion | None, watch: Watch | None
+    ) -> ExperimentOutcome:
         import ray
 
         trainer = await self._started(experiment)
@@ -230,8 +242,8 @@ class Runner:
                 trainer.stop.remote(self._within)
             # What an earlier trainer handed over is in the ledger before anybody looks where to go on.
             await self._flush()
-            newest = (await self._store.catalog()).furthest.get(experiment.name)
-            training = asyncio.ensure_future(plain(trainer.train.remote(newest)))
+            newest = await self._newest(experiment)
+            training = asyncio.ensure_future(plain(trainer.train.remote(newest, extend=self._extends(found, newest))))
             async for progress in _progress(trainer, training):
                 self._bars.show(experiment, progress)
                 if watch is not None and not pruned and progress.loss is not None and watch(progress):
@@ -264,7 +276,7 @@ class Runner:
                     num_cpus=experiment.num_cpus,
                     num_gpus=experiment.num_gpus,
                     max_concurrency=16,
-                ).remote(experiment, self._handle, extend=self._options.extend, tensorboard=self._options.tensorboard)
+                ).remote(experiment, self._handle, tensorboard=self._options.tensorboard)
             except ValueError:  # the name is taken, perhaps by what a job left that is gone
                 if time.monotonic() > deadline:
                     raise ConfigError(f"{experiment.name} is being trained by another job") from None
@@ -281,6 +293,11 @@ async def _progress(trainer: Any, training: asyncio.Future[Any]) -> Any:
         await asyncio.wait({answer, training}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done() and not answer.exception() and answer.result() is not None:
             yield answer.result()
+
+
+def is_finished(version: ModelVersion) -> bool:
+    """Whether training was done with this version, as its entry says."""
+    return version.step >= version.metrics.get(PLAN_END, math.inf)
 
 
 def cluster_places(num_cpus: float, num_gpus: float) -> int:

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
@@ -37,6 +38,7 @@ __all__ = [
     "draws",
     "grid",
     "nested",
+    "require_optuna",
     "trial_name",
 ]
 
@@ -172,6 +174,12 @@ def nested(parameters: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return settings
 
 
+def require_optuna() -> None:
+    """Raises: ConfigError if Optuna is not installed, before anything is trained in vain."""
+    if find_spec("optuna") is None:
+        raise ConfigError("a search needs Optuna: pip install 'spectralmc[search]'")
+
+
 def _could_be_chosen(parameters: Mapping[str, Any], spaces: Mapping[str, Any]) -> bool:
     """Whether a search of these spaces could have chosen them: its file may have changed since."""
     import optuna
@@ -213,16 +221,11 @@ class PastTrial:
 
 
 class Trials:
-    """Asks Optuna for trials and tells it how they ended. All state is the ledger's: `past` are its trials, by name.
-
-    Raises: ConfigError if Optuna is not installed.
-    """
+    """Asks Optuna for trials and tells it how they ended. All state is the ledger's: `past` are its trials, by name."""
 
     def __init__(self, prefix: str, search: Search, past: Mapping[str, PastTrial]) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise ConfigError("a search needs Optuna: pip install 'spectralmc[search]'") from None
+        import optuna
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._search, self._prefix = search, prefix
         self._spaces = {name: _distribution(space) for name, space in search.parameters.items()}

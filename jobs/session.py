@@ -5,22 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from smc.command_line import exit_status
+from smc.errors import ConfigError
 
 __all__ = ["connect", "names_of_actors", "run_job"]
 
 
-def connect() -> None:
-    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one on this machine."""
+def connect(*, start: bool = True) -> None:
+    """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one on this machine.
+
+    Without `start`, join the one that runs on this machine. Raises: ConfigError if there is none to join.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
+    address = os.environ.get("RAY_ADDRESS") or ("local" if start else _running_here())
+    if address == "local":
         # A cluster of this process alone: a bare ray.init() would write a token to the user's home and
         # leave other commands locked out.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    elif address != "auto" and "://" not in address:
+        _check_answers(address)
+    elif address.startswith("http"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a dashboard's, which `ray job submit` talks to; a job that is run by itself "
+            "joins a cluster by its head's HOST:PORT, 6379 by default"
+        )
     for_programs = os.environ.get("SMC_LOG_JSON") == "1"
     if for_programs:  # one line a message: Ray would write "repeated 2x" behind it
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -30,7 +43,29 @@ def connect() -> None:
         return
     # Of the driver, and of every actor and task, with job and actor ids.
     as_json = ray.LoggingConfig(encoding="JSON", log_level="WARNING") if for_programs else None
-    ray.init(address=address or "local", logging_level=logging.WARNING, log_to_driver=True, logging_config=as_json)
+    ray.init(address=address, logging_level=logging.WARNING, log_to_driver=True, logging_config=as_json)
+
+
+def _running_here() -> str:
+    """The address of the cluster that runs on this machine, from where Ray keeps it."""
+    path = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108  where Ray has it
+    try:
+        return path.read_text().strip()
+    except OSError:
+        raise ConfigError(
+            "no Ray cluster runs on this machine; RAY_ADDRESS is another's, its head's HOST:PORT"
+        ) from None
+
+
+def _check_answers(address: str) -> None:
+    """Raises: ConfigError if nothing listens there: Ray would try for minutes before it said so."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 1 << 16):
+        raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT of a head, like 127.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error.strerror or error}; set RAY_ADDRESS to one's") from None
 
 
 def names_of_actors(kind: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What runs on a cluster: its ledgers and experiments, in a table.
 
+python -m jobs.status                            # of the cluster on this machine
 RAY_ADDRESS=head:6379 python -m jobs.status
 ray job submit -- python -m jobs.status
 """
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     async def run() -> int:
-        connect()
+        connect(start=False)
         found = await running()
         if options.json:
             print(json.dumps(found, indent=1))

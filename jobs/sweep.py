@@ -19,12 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.recipes import Sweep, make_trial, read_sweep
-from jobs.running import ExperimentOutcome, Runner, RunOptions, cluster_places, plain
-from jobs.search import PastTrial, Trial, Trials
+from jobs.running import ExperimentOutcome, Runner, RunOptions, cluster_places, is_finished, plain
+from jobs.search import PastTrial, Trial, Trials, require_optuna
 from jobs.session import connect, run_job
 from smc.errors import ConfigError
 from smc.experiment import Experiment
 from smc.storage import AsyncBlockchainModelStore
+from smc.training import PLAN_END
 
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
 
@@ -105,8 +106,8 @@ async def _past(ledger: str, prefix: str, objective: str, any_trial: Experiment)
         for name, head in catalog.furthest.items():
             if not name.startswith(f"{prefix}/"):
                 continue
-            value, end = None, any_trial.training.num_batches
-            if head.step >= end:
+            value, end = None, int(head.metrics.get(PLAN_END, any_trial.training.num_batches))
+            if is_finished(head):
                 value = head.loss
                 if objective != "loss":
                     value = objective_value(await load_predictor(store, head), objective)
@@ -201,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if ledger is None:
             raise ConfigError(f"{options.file}: no ledger given: pass --ledger, or set `ledger:` in the file")
         run_options, concurrency = options_of(options), options.concurrency or sweep.concurrency
+        if sweep.search is not None:
+            require_optuna()
         outcomes = []
         if experiments:
             outcomes += await run_experiments(experiments, ledger, run_options, concurrency=concurrency)

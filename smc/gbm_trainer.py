@@ -44,7 +44,7 @@ from smc.pricer_config import GbmCVNNPricerConfig
 from smc.replay import ReplayBuffer
 from smc.scaling import Scaling
 from smc.spectrum import PayoffDistribution, bin_weights
-from smc.training import Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
+from smc.training import PLAN_END, Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
 from smc.training_step import Position, TrainingStep
 
 __all__ = [
@@ -497,6 +497,7 @@ class _Commits:
             metrics={
                 "learning_rate": self._plan.learning_rate(state.global_step - 1),
                 "contracts": state.cfg.sim_params.skip,
+                PLAN_END: self._plan.end,
                 **(self._pricer._stop_metrics if final else {}),
             },
             parameters=self._parameters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,7 +13,10 @@ from smc.optimizer import OptimizerName
 if TYPE_CHECKING:  # a commit carries a checkpoint, and a checkpoint its plan
     from smc.commits import CommitOutcome
 
-__all__ = ["Progress", "StepReport", "TrainingConfig", "TrainingPlan", "TrainingResult"]
+__all__ = ["PLAN_END", "Progress", "StepReport", "TrainingConfig", "TrainingPlan", "TrainingResult"]
+
+# The metric of a commit that is the step at which its plan is done: whether anything is left needs no checkpoint.
+PLAN_END: Final = "plan_end"
 
 
 class TrainingConfig(BaseModel):

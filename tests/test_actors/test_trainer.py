@@ -36,7 +36,7 @@ async def test_the_plain_class_trains_resumes_and_extends(on_seaweed: str) -> No
         assert {v.experiment for v in versions} == {"tiny"}
         # A finished experiment has nothing left to do, unless it is extended.
         assert await TrainerActor(tiny(), store).train(versions[-1]) is None
-        extended = await TrainerActor(tiny(), store, extend=True).train(versions[-1])
+        extended = await TrainerActor(tiny(), store).train(versions[-1], extend=True)
         assert extended is not None
         assert extended.global_step == 120
         # An interrupted one trains what remains, and ends where it would have.
@@ -64,7 +64,9 @@ async def test_a_cancelled_training_stops_its_thread_after_a_final_commit(on_sea
 async def test_stopping_before_training_begins_trains_nothing(on_seaweed: str) -> None:
     trainer = TrainerActor(tiny(), AsyncBlockchainModelStore(on_seaweed))
     await trainer.stop()
-    assert await trainer.train() is None
+    result = await trainer.train()
+    assert result is not None
+    assert (result.batches, result.stopped, result.commits) == (0, True, ())
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -103,11 +105,12 @@ async def test_progress_snapshot_and_stop_are_answered_within_50_ms_during_train
 
 @pytest.mark.usefixtures("ray_cluster")
 async def test_an_actor_killed_between_two_commits_is_resumed_to_the_same_final_hash(on_seaweed: str) -> None:
-    experiment = tiny(num_batches=600)
+    experiment = tiny(num_batches=2000)
     handle = LedgerHandle(on_seaweed, ledger_actor(on_seaweed))
-    trainer = RemoteTrainerActor.options(max_concurrency=8).remote(experiment, handle)
-    training = trainer.train.remote()
     async with AsyncBlockchainModelStore(on_seaweed) as store:
+        assert await store.get_head() is None
+        trainer = RemoteTrainerActor.options(max_concurrency=8).remote(experiment, handle)
+        training = trainer.train.remote()
         while (head := await store.get_head()) is None or head.step < 100:
             await asyncio.sleep(0.02)
         ray.kill(trainer)
@@ -115,9 +118,9 @@ async def test_an_actor_killed_between_two_commits_is_resumed_to_the_same_final_
             await training
         head = await store.get_head()
         assert head is not None
-        assert head.step < 600
+        assert head.step < 2000
         result = await RemoteTrainerActor.remote(experiment, handle).train.remote(head)
-        assert result.global_step == 600
+        assert result.global_step == 2000
         undisturbed = GbmCVNNPricer(experiment.fresh())
         undisturbed.train(experiment.training)
         newest = await store.get_head()

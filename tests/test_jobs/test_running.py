@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from jobs.sweep import main, report
 from smc.commits import CommitOutcome
 from smc.errors import Unavailable
 from smc.gbm_trainer import TrainingResult
-from smc.storage import AsyncBlockchainModelStore
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
+from smc.training import PLAN_END
 
 EXPERIMENT = make_experiment("a", recipe="tiny")
 
 
-def result(*commits: CommitOutcome, stopped: bool = False) -> TrainingResult:
-    return TrainingResult(60, 60, 0.1, 1.0, 0.0, 960, stopped, commits)
+def result(*commits: CommitOutcome, stopped: bool = False, batches: int = 60) -> TrainingResult:
+    return TrainingResult(batches, batches, 0.1, 1.0, 0.0, 960, stopped, commits)
 
 
 class Method:
@@ -49,23 +51,34 @@ class Actor:
 
 
 class Played(Runner):
-    """`attempts` are what trainers come to, one after the other."""
+    """`attempts` are what trainers come to, one after the other, and what is in the ledger then."""
 
-    def __init__(self, actor: Any, *attempts: TrainingResult | Exception | None, away: int = 0) -> None:
-        super().__init__(AsyncBlockchainModelStore("memory", objects=MemoryObjectStore()), actor, RunOptions())
+    def __init__(
+        self, actor: Any, *attempts: TrainingResult | Exception | None, away: int = 0, extend: bool = False
+    ) -> None:
+        store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+        super().__init__(store, actor, RunOptions(extend=extend))
         self.attempts, self._away = list(attempts), away
+        self.version: ModelVersion | None = None
+        self.extended: list[bool] = []
 
-    async def _is_finished(self, experiment: Any) -> bool:
+    async def _newest(self, experiment: Any) -> ModelVersion | None:
         if self._away:
             self._away -= 1
             raise Unavailable("503 slow down")
-        return False
+        return self.version
 
-    async def _attempt(self, experiment: Any, watch: Any) -> ExperimentOutcome:
+    async def _attempt(self, experiment: Any, found: Any, watch: Any) -> ExperimentOutcome:
+        self.extended.append(self._extends(found, self.version))
         attempt = self.attempts.pop(0)
         if isinstance(attempt, Exception):
             raise attempt
         return ExperimentOutcome(experiment, attempt)
+
+
+def at_step(step: int) -> ModelVersion:
+    """The experiment's newest version in a plan of 60 steps, or in the next 60 that extended it."""
+    return ModelVersion.model_construct(counter=step, step=step, metrics={PLAN_END: 60.0 * math.ceil(step / 60)})
 
 
 async def test_an_experiment_waits_for_a_ledger_that_cannot_be_reached(
@@ -86,22 +99,56 @@ async def test_a_sweep_that_is_stopped_while_it_waits_ends() -> None:
     runner = Played(Actor(), away=100)
     asyncio.get_running_loop().call_later(0.1, runner.stop)
     outcome = await asyncio.wait_for(runner.run(EXPERIMENT), 5)
-    assert isinstance(outcome.error, Unavailable | NotStarted)
+    assert isinstance(outcome.error, NotStarted)
+    outcome = await asyncio.wait_for(runner.run(EXPERIMENT), 0.1)
+    assert isinstance(outcome.error, NotStarted)
 
 
 async def test_stopped_before_its_first_step_is_not_finished_before() -> None:
-    runner = Played(Actor(), None)
+    runner = Played(Actor(), result(stopped=True, batches=0))
     attempt = runner._attempt
 
-    async def stopped_meanwhile(experiment: Any, watch: Any) -> ExperimentOutcome:
+    async def stopped_meanwhile(*arguments: Any) -> ExperimentOutcome:
         runner.stop()
-        return await attempt(experiment, watch)
+        return await attempt(*arguments)
 
     runner._attempt = stopped_meanwhile  # type: ignore[method-assign]
     outcome = await runner.run(EXPERIMENT)
     assert isinstance(outcome.error, NotStarted)
     assert outcome.stopped
     assert report([outcome]) == 2
+
+
+async def test_the_entry_tells_whether_an_experiment_is_finished() -> None:
+    runner = Played(Actor())
+    runner.version = at_step(60)
+    outcome = await runner.run(EXPERIMENT)
+    assert outcome.line.split() == ["a", "finished", "before,", "skipped"]
+    runner = Played(Actor(), result())
+    runner.version = at_step(40)
+    assert (await runner.run(EXPERIMENT)).result == result()
+    assert runner.extended == [False]
+
+
+@pytest.mark.parametrize("how", ["lost", "stopped by its node"])
+@pytest.mark.parametrize(("step", "extended"), [(60, [True, True]), (100, [True, False]), (120, [True])])
+async def test_an_extension_that_is_interrupted_is_not_begun_again(how: str, step: int, extended: list[bool]) -> None:
+    """Whether nothing of it is in the ledger yet, half of it, or all."""
+    runner = Played(Actor(), ActorDiedError() if how == "lost" else result(stopped=True), result(), extend=True)
+    runner.version = at_step(60)
+    attempt = runner._attempt
+
+    async def interrupted(*arguments: Any) -> ExperimentOutcome:
+        try:
+            return await attempt(*arguments)
+        finally:
+            runner.version = at_step(step)
+
+    runner._attempt = interrupted  # type: ignore[method-assign]
+    outcome = await runner.run(EXPERIMENT)
+    assert outcome.error is None
+    assert outcome.restarts == (how == "lost")
+    assert runner.extended == extended
 
 
 async def test_an_actor_replaced_by_newer_code_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,3 +186,14 @@ def test_a_number_at_a_time_of_nothing_is_refused(tmp_path: Path, capsys: pytest
     path.write_text("recipe: tiny\nexperiments: {a: }\n")
     assert main([str(path), "--ledger", "x", "--concurrency", "0"]) == 2
     assert capsys.readouterr().err == "error: --concurrency must be at least 1, got 0\n"
+
+
+def test_a_search_without_optuna_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
+    path = tmp_path / "s.yaml"
+    space = "{training.learning_rate: {low: 0.1, high: 0.2}}"
+    path.write_text(f"recipe: tiny\nexperiments: {{a: }}\nsearch: {{trials: 2, parameters: {space}}}\n")
+    assert main([str(path), "--ledger", "x"]) == 2
+    assert capsys.readouterr().err == "error: a search needs Optuna: pip install 'spectralmc[search]'\n"

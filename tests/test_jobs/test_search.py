@@ -184,12 +184,6 @@ def test_a_search_goes_on_from_the_ledger() -> None:
     assert names == ["s/003", *(f"s/{i:03d}" for i in range(5, 12))]
 
 
-def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"a search needs Optuna: pip install 'spectralmc\[search\]'"):
-        Trials("s", SEARCH, {})
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_search_on_the_cluster_ends_at_its_number_of_trials(
     tmp_path: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
