@@ -433,7 +433,8 @@ class BackgroundCommits:
         logger.error("Failed to commit at step %d: %s", step, reason)
 
         def save() -> str:
-            return str(self._spool.save(*pending.encode(self._target.uri, _StopWatch())))
+            encoded = pending.encode(self._target.uri, _StopWatch())
+            return str(self._spool.save(*encoded, final=pending.request.final))
 
         try:
             spooled = await self._loop.run_in_executor(self._encoder, save)

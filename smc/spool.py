@@ -6,10 +6,13 @@ another name, flushed and renamed: a JSON file means that its checkpoint is whol
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
@@ -17,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from smc.errors import Corrupt
 
 __all__ = ["CommitRecord", "Spool", "new_commit_id", "spool_directory"]
+
+# Snapshots, of as many trainers as a node may have: while S3 is away for long, older ones would leave no room for them.
+_ROOM_FOR: Final = 8
 
 
 def new_commit_id() -> str:
@@ -56,9 +62,14 @@ class Spool:
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory or spool_directory()
 
-    def save(self, record: CommitRecord, data: bytes | bytearray | memoryview) -> Path:
-        """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does."""
+    def save(self, record: CommitRecord, data: bytes | bytearray | memoryview, *, final: bool = True) -> Path:
+        """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does.
+
+        One that is not `final` is refused when it would leave room for few more: that is for the final ones.
+        """
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not final and shutil.disk_usage(self.directory).free < (1 + _ROOM_FOR) * len(data):
+            raise OSError(errno.ENOSPC, f"what is left of the disk is for {_ROOM_FOR} final snapshots", self.directory)
         path = self.directory / f"{record.commit_id}.safetensors"
         try:
             _write(path, data)

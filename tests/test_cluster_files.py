@@ -44,6 +44,13 @@ def test_its_nodes_are_what_ec2_starts(cluster: dict[str, Any]) -> None:
         assert kind["node_config"]["MetadataOptions"]["HttpTokens"] == "required"  # IMDSv2
         assert all(device["Ebs"]["Encrypted"] for device in kind["node_config"]["BlockDeviceMappings"])
     head, worker = (cluster["available_node_types"][name] for name in ("head", "gpu_worker"))
+    # Images that have the Python of the setup commands, and that the head may look up.
+    policy = json.loads((ROOT / "docs" / "iam" / "autoscaler.json").read_text())
+    for kind in (head, worker):
+        image = kind["node_config"]["ImageId"]
+        assert re.search(r"ubuntu(/server/|-)24\.04", image)
+        parameter = "arn:aws:ssm:eu-central-1::parameter" + image.removeprefix("resolve:ssm:")
+        assert allowed(policy, "ssm:GetParameters", parameter)
     assert head["resources"] == {"CPU": 0, "ledger": 1}
     assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert worker["min_workers"] == 0

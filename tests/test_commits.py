@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,10 +253,10 @@ def test_what_cannot_be_encoded_is_an_outcome_and_gives_its_place_back(caplog: p
 def test_what_is_being_kept_does_not_keep_the_deadline_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, save = threading.Event(), Spool.save
 
-    def slow_save(self: Spool, *arguments: Any) -> Path:
+    def slow_save(self: Spool, *arguments: Any, **more: Any) -> Path:
         kept.set()
         time.sleep(0.5)
-        return save(self, *arguments)
+        return save(self, *arguments, **more)
 
     monkeypatch.setattr(Spool, "save", slow_save)
     target = SlowLedger(failing=(0,))
@@ -368,6 +369,28 @@ def test_a_spool_on_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatc
             spool.save(record, b"bytes")
     assert calls == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_of_a_disk_is_for_final_snapshots(
+    monkeypatch: pytest.MonkeyPatch, own_spool: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = 0
+
+    def usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=free)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    commits = commits_to(SlowLedger(failing=(0, 1)))
+    submit(commits, 0)
+    submit(commits, 1, final=True)
+    outcomes = commits.close()
+    assert [outcome.spooled is not None for outcome in outcomes] == [False, True]
+    assert "Snapshot of step 0 could not be kept either: [Errno 28] what is left of the disk is for" in caplog.text
+    size = (own_spool / outcomes[1].spooled).stat().st_size  # type: ignore[operator]
+    free = 9 * size
+    commits = commits_to(SlowLedger(failing=(0,)))
+    submit(commits, 0)
+    assert commits.close()[0].spooled is not None
 
 
 def test_a_half_written_spool_entry_is_not_a_commit(tmp_path: Path) -> None:
