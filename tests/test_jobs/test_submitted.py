@@ -62,8 +62,9 @@ class Head:
             timeout=TIMES,
         )
 
-    def get(self, path: str) -> Any:
-        request = urllib.request.Request(self.dashboard + path)
+    def get(self, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(self.dashboard + path, json.dumps(body).encode() if body else None)
+        request.add_header("Content-Type", "application/json")
         request.add_header("Authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.loads(answer.read())
@@ -89,6 +90,8 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "SMC_SPOOL_DIR": str(folder / "spool"),
         "RAY_metrics_report_interval_ms": "500",
+        # A machine that is busy starts the agent late, and the node would give itself up.
+        "RAY_agent_register_timeout_ms": "120000",
     }
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
     command += [f"--temp-dir={session}", *(f"--{name}={port}" for name, port in ports.items())]
@@ -107,7 +110,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         deadline = time.monotonic() + 150
         while True:
             try:
-                made.get("/api/version")
+                made.get("/api/jobs/", {"entrypoint": "true"})  # some time after the dashboard answers
                 break
             except OSError:
                 assert process.poll() is None, (folder / "head.log").read_text()
