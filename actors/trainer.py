@@ -55,9 +55,9 @@ class TrainerActor:
         if resume_from is not None:
             state = await self._load(resume_from, state)
             batches = experiment.remaining(state) or (batches if extend else 0)
-            if batches == 0:
-                return None
-        self._pricer = GbmCVNNPricer(state)
+        self._pricer = GbmCVNNPricer(state)  # to be measured, if nothing else
+        if batches == 0:
+            return None
         if self._stopping:
             return TrainingResult(0, state.global_step, math.nan, 0.0, 0.0, 0, stopped=True)
         config = experiment.training.model_copy(update={"num_batches": batches})

@@ -49,12 +49,14 @@ class NotStarted(ConfigError):
 class ExperimentOutcome:
     """How one experiment ended: with a result, with nothing left to do (None), or with an error.
 
-    `restarts`: how often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured.
+    `version`: its newest, where this job trained it and the trainer was lost before it could tell; `restarts`: how
+    often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured.
     """
 
     experiment: Experiment
     result: TrainingResult | None
     error: Exception | None = None
+    version: ModelVersion | None = None
     restarts: int = 0
     pruned: bool = False
     value: float | None = None
@@ -64,12 +66,26 @@ class ExperimentOutcome:
         """Whether it, or the sweep before its turn, was told to stop before its end, and it was not given up."""
         if isinstance(self.error, NotStarted):
             return True
-        return self.result is not None and self.result.stopped and not self.pruned
+        if self.result is None:
+            return self.version is not None and not is_finished(self.version) and not self.pruned
+        return self.result.stopped and not self.pruned
 
     @property
     def failed(self) -> bool:
         """Whether it ended with an error, or its last state is not in the ledger."""
         return self.error is not None or self._lost_commit is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.error is None and not self.stopped and not self.pruned
+
+    @property
+    def loss(self) -> float | None:
+        """The last step's, if this job trained it."""
+        if self.result is not None:
+            return self.result.loss
+        return self.version.loss if self.version is not None else None
 
     @property
     def _lost_commit(self) -> CommitOutcome | None:
@@ -83,11 +99,13 @@ class ExperimentOutcome:
         again = f", resumed {self.restarts} times" if self.restarts > 1 else ", resumed once" if self.restarts else ""
         if self.error is not None:
             return f"{name}failed: {str(self.error).splitlines()[0]}{again}"
+        verb = "given up at" if self.pruned else "stopped at" if self.stopped else "trained to"
         if self.result is None:
-            return f"{name}finished before, skipped{again}"
+            if self.version is None:
+                return f"{name}finished before, skipped{again}"
+            return f"{name}{verb} step {self.version.step}, as {self.version.version_id} says{again}"
         r = self.result
         counts = ", ".join(f"{len(r.commits_that(s))} {s}" for s in ("committed", "replaced", "failed"))
-        verb = "given up at" if self.pruned else "stopped at" if r.stopped else "trained to"
         line = f"{name}{verb} step {r.global_step} in {r.seconds:.1f} s, loss {r.loss:.3e}; commits: {counts}{again}"
         if (lost := self._lost_commit) is not None:
             where = f"kept in {lost.spooled}" if lost.spooled else "lost"
@@ -160,7 +178,7 @@ class Runner:
                 if outcome is not None:
                     return replace(outcome, restarts=lost)
         except Exception as error:
-            return ExperimentOutcome(experiment, None, error, lost)
+            return ExperimentOutcome(experiment, None, error, restarts=lost)
 
     async def close(self) -> None:
         """Settle what the ledger still has to do."""
@@ -186,13 +204,17 @@ class Runner:
         """`work`, again while the ledger cannot be reached: others go on training, and so will this one."""
         limit = math.inf
         while True:
+            begun = time.monotonic()
             try:
                 return await work()
             except Unavailable as error:
                 if self.stopping:
                     raise NotStarted from error
-                limit = min(limit, time.monotonic() + _UNAVAILABLE_LIMIT)
-                if time.monotonic() > limit:
+                failed = time.monotonic()
+                if failed - begun > _UNAVAILABLE_LIMIT:  # it was there in the meantime
+                    limit = math.inf
+                limit = min(limit, failed + _UNAVAILABLE_LIMIT)
+                if failed > limit:
                     raise
                 logger.warning("%s: waits for the ledger: %s", experiment.name, error)
                 with suppress(TimeoutError):
@@ -206,14 +228,22 @@ class Runner:
     ) -> ExperimentOutcome | None:
         """What one trainer comes to; None if its node stopped it, and it is to go on elsewhere."""
         newest = await self._newest(experiment)
-        extend = self._extends(found, newest)
-        if newest is not None and is_finished(newest) and not extend and self._options.measure is None:
-            return ExperimentOutcome(experiment, None)
+        if newest is not None:
+            # Trained by this job, and lost before it could tell.
+            told = ExperimentOutcome(experiment, None, version=newest if newest != found else None)
+            if newest != found and newest.metrics.get(PRUNED):
+                return replace(told, pruned=True)
+            if is_finished(newest) and not self._extends(found, newest) and self._options.measure is None:
+                return told
+            if self.stopping and newest != found:
+                return told
         if self.stopping:
             raise NotStarted
         outcome = await self._attempt(experiment, found, watch)
         result = outcome.result
-        if result is None or not result.stopped or outcome.pruned:
+        if result is None:
+            return replace(outcome, version=newest if newest != found else None)
+        if not result.stopped or outcome.pruned:
             return outcome
         if not self.stopping:
             # Its node is about to go and had it stopped: that is nobody's fault.

@@ -19,7 +19,8 @@ __all__ = ["connect", "names_of_actors", "run_job"]
 def connect(*, start: bool = True) -> None:
     """Join the cluster that RAY_ADDRESS names (`ray job submit` sets it), or start one on this machine.
 
-    Without `start`, join the one that runs on this machine. Raises: ConfigError if there is none to join.
+    Without `start`, join the one that `ray start` started on this machine.
+    Raises: ConfigError if there is none to join.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS") or ("local" if start else _running_here())
@@ -47,8 +48,9 @@ def connect(*, start: bool = True) -> None:
 
 
 def _running_here() -> str:
-    """The address of the cluster that runs on this machine, from where Ray keeps it."""
-    path = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")  # noqa: S108  where Ray has it
+    """The address of the head that `ray start` last started on this machine, from where Ray keeps it."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108  as Ray does
+    path = Path(folder, "ray", "ray_current_cluster")
     try:
         return path.read_text().strip()
     except OSError:
@@ -64,8 +66,9 @@ def _check_answers(address: str) -> None:
         raise ConfigError(f"RAY_ADDRESS={address} is not HOST:PORT of a head, like 127.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConfigError(f"no Ray cluster at {address}: {error.strerror or error}; set RAY_ADDRESS to one's") from None
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"no Ray cluster at {address}: {reason}; set RAY_ADDRESS to one's") from None
 
 
 def names_of_actors(kind: str) -> list[str]:

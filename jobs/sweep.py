@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.recipes import Sweep, make_trial, read_sweep
-from jobs.running import ExperimentOutcome, Runner, RunOptions, cluster_places, is_finished, plain
+from jobs.running import ExperimentOutcome, Runner, RunOptions, cluster_places, plain
 from jobs.search import PastTrial, Trial, Trials, require_optuna
 from jobs.session import connect, run_job
 from smc.errors import ConfigError
@@ -76,9 +76,7 @@ async def run_search(
             return False
         experiment = make_trial(sweep, trial.name, trial.parameters, path)
         outcome = await runner.run(experiment, lambda p: _worse(trial, p.step, p.end, p.loss))
-        result = outcome.result
-        whole = result is not None and not result.stopped
-        value = (result.loss if result and whole else None) if search.objective == "loss" else outcome.value
+        value = outcome.loss if search.objective == "loss" and outcome.done else outcome.value
         trials.tell(trial, value, pruned=outcome.pruned)
         outcomes.append(replace(outcome, value=value))
         return True
@@ -107,7 +105,7 @@ async def _past(ledger: str, prefix: str, objective: str, any_trial: Experiment)
             if not name.startswith(f"{prefix}/"):
                 continue
             value, end = None, int(head.metrics.get(PLAN_END, any_trial.training.num_batches))
-            if is_finished(head):
+            if head.step >= end:
                 value = head.loss
                 if objective != "loss":
                     value = objective_value(await load_predictor(store, head), objective)

@@ -5,11 +5,12 @@ CuPy compiles and launches; torch owns every byte and the stream, so a kernel ca
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from types import ModuleType
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 
-__all__ = ["Kernel", "NotCapturable", "capture", "require_device"]
+__all__ = ["Kernel", "NotCapturable", "capture", "require_device", "synchronize"]
 
 # A block may have this much dynamic shared memory without the kernel being told to allow more.
 _SHARED_DEFAULT = 48 * 1024
@@ -90,6 +91,12 @@ def capture(
 _one_capture = threading.Lock()  # torch can have but one under way in a process
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was launched on a device. Not during a capture, which that would break, on any thread."""
+    with _one_capture:
+        torch.cuda.synchronize(device)
+
+
 class _Captured:
     """A CUDA graph, and the stream that it was captured on, which is its alone while it lives.
 
@@ -124,7 +131,10 @@ class _Captured:
                     work()
                 before.wait_stream(self._stream)
             # Other threads go on meanwhile: a commit may copy a snapshot to the host.
-            with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
+            with (
+                _no_collection(),
+                torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 work()
         except Exception as error:
             # A capture that fails leaves its stream the current one, and the generator expecting a capture.
@@ -136,6 +146,18 @@ class _Captured:
                 cause = cause.__context__
             reason = (str(cause) or repr(cause)).splitlines()[0]
             raise NotCapturable(f"it cannot be captured as a CUDA graph ({reason})") from error
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector may take down another graph, which must not happen on a thread that captures one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _cupy() -> ModuleType:

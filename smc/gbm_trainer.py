@@ -159,16 +159,17 @@ class GbmCVNNPricer:
             reports = _Reports(self, train_one_batch, plan, config, logger)
             started = time.perf_counter()
             try:
-                while at.step < end and not self._stop.is_set():
+                last = self._stop.is_set()
+                while not last:
                     self._serve_requests()
                     train_one_batch()
-                    batch = at.step - first
-                    if commits and commit_interval and batch % commit_interval == 0 and at.step < end:
-                        commits.submit(train_one_batch, batch)
                     reports.step_done(commits.pending if commits else 0)
+                    last = at.step == end or self._stop.is_set()
+                    if commits and commit_interval and (at.step - first) % commit_interval == 0 and not last:
+                        commits.submit(train_one_batch, at.step - first)
                 loss = reports.finish(commits.pending if commits else 0)
                 trained, batch = time.perf_counter(), at.step - first
-                if commits and batch and (commits.last_step != at.step or self._stop_metrics):
+                if commits and batch:
                     commits.submit(train_one_batch, batch, final=True)
             finally:
                 outcomes = self._settled(commits, flush_seconds) if commits else ()
@@ -479,7 +480,6 @@ class _Commits:
             state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
         slots = 1 if only_final else None
         self._background = BackgroundCommits(target, tensors_of(state), metadata_of(state), slots=slots)
-        self.last_step = -1
 
     @property
     def pending(self) -> int:
@@ -487,7 +487,6 @@ class _Commits:
 
     def submit(self, step: TrainingStep, batch: int, *, final: bool = False) -> None:
         state = self._pricer._state()
-        self.last_step = state.global_step
         request = CommitRequest(
             step=state.global_step,
             batch=batch,

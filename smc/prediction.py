@@ -162,9 +162,10 @@ class Predictor:
                 return function
 
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            one_at_a_time = self._one_at_a_time  # not self: a predictor and its graphs go when nobody holds it
 
             def replayed(part: Tensor) -> Tensor:
-                with self._one_at_a_time:
+                with one_at_a_time:
                     done.wait()  # for a call on another stream, which uses the same memory
                     given[: len(part)] = part
                     replay()

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import itertools
 import threading
 import time
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError, NumericsError
 from smc.gbm import BlackScholesConfig
 from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
+from smc.prediction import Predictor
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
@@ -187,6 +191,26 @@ def test_tensors_are_priced_as_tensors_like_the_same_contracts_in_an_array(train
     distribution = trained.predict_distribution(table)
     assert isinstance(distribution.levels, torch.Tensor)
     np.testing.assert_allclose(distribution.mean, trained.predict_price(contracts), rtol=1e-9, atol=1e-9)
+
+
+def test_a_predictor_with_graphs_goes_when_nobody_holds_it(
+    trained: GbmCVNNPricer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when Python next looks for cycles: a model that is served no more would keep the GPU's memory."""
+    monkeypatch.setattr("smc.prediction.capture", lambda work, device: work() or (lambda: None))
+    monkeypatch.setattr("torch.cuda.Event", MagicMock)
+    held = trained._predictor
+    predictor = Predictor(trained.model, held._scaling, held.domain, held._size)
+    predictor._capturable = True
+    predictor.predict_price(CONTRACTS)
+    assert predictor._graphs
+    gone = weakref.ref(predictor)
+    gc.disable()
+    try:
+        del predictor
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_tensor_is_checked_like_an_array(trained: GbmCVNNPricer) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from smc.black_scholes import Greeks, OptionKind
 from smc.checkpoint import decode_parts, restore
 from smc.contracts import FIELDS, ContractsLike, resolve_domain
-from smc.cuda import require_device
+from smc.cuda import require_device, synchronize
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
 from smc.prediction import Outside, Predictor
 from smc.spectrum import PayoffDistribution
@@ -196,8 +196,8 @@ class ModelFollower:
         NumericsError, which are in `status` as well.
         """
         self._polls += 1
-        await self._let_go()
         try:
+            await self._let_go()
             await self._poll()
         except Exception as error:
             # What is wrong with the ledger stays wrong until it has been looked at again.
@@ -211,7 +211,7 @@ class ModelFollower:
         ours = [sys.getrefcount(model) <= _ONLY_OURS for model in self._retired]
         if any(ours) and self._device.type == "cuda":
             # A caller's stream may still be reading what would be given to the next model.
-            await asyncio.to_thread(torch.cuda.synchronize, self._device)
+            await asyncio.to_thread(synchronize, self._device)
         self._retired = [model for model, done in zip(self._retired, ours, strict=True) if not done]
 
     def note(self, error: Exception) -> None:

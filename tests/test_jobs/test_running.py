@@ -13,6 +13,7 @@ from ray.exceptions import ActorDiedError
 
 from jobs.recipes import make_experiment
 from jobs.running import ExperimentOutcome, NotStarted, Runner, RunOptions
+from jobs.search import PRUNED
 from jobs.sweep import main, report
 from smc.commits import CommitOutcome
 from smc.errors import Unavailable
@@ -78,7 +79,9 @@ class Played(Runner):
 
 def at_step(step: int) -> ModelVersion:
     """The experiment's newest version in a plan of 60 steps, or in the next 60 that extended it."""
-    return ModelVersion.model_construct(counter=step, step=step, metrics={PLAN_END: 60.0 * math.ceil(step / 60)})
+    return ModelVersion.model_construct(
+        counter=step, step=step, loss=0.1, metrics={PLAN_END: 60.0 * math.ceil(step / 60)}
+    )
 
 
 async def test_an_experiment_waits_for_a_ledger_that_cannot_be_reached(
@@ -149,6 +152,52 @@ async def test_an_extension_that_is_interrupted_is_not_begun_again(how: str, ste
     assert outcome.error is None
     assert outcome.restarts == (how == "lost")
     assert runner.extended == extended
+    assert "finished before" not in outcome.line
+    assert outcome.done
+    assert outcome.loss == 0.1
+
+
+async def test_what_a_lost_trainer_came_to_is_told_from_the_ledger() -> None:
+    async def lost_at(version: ModelVersion, *, stopping: bool = False) -> ExperimentOutcome:
+        runner = Played(Actor(), ActorDiedError())
+
+        async def lost(*arguments: Any) -> ExperimentOutcome:
+            runner.version = version
+            if stopping:
+                runner.stop()
+            raise ActorDiedError
+
+        runner._attempt = lost  # type: ignore[method-assign]
+        return await runner.run(EXPERIMENT)
+
+    whole = await lost_at(at_step(60))
+    assert whole.line == "a               trained to step 60, as v0000000060 says, resumed once"
+    assert (whole.done, whole.loss, report([whole])) == (True, 0.1, 0)
+    part = await lost_at(at_step(40), stopping=True)
+    assert part.line == "a               stopped at step 40, as v0000000040 says, resumed once"
+    assert (part.done, part.stopped, report([part])) == (False, True, 2)
+    given_up = at_step(40).model_copy(update={"metrics": {PLAN_END: 60.0, PRUNED: 1.0}})
+    pruned = await lost_at(given_up)
+    assert pruned.line == "a               given up at step 40, as v0000000040 says, resumed once"
+    assert (pruned.done, pruned.stopped, pruned.pruned) == (False, False, True)
+    # One that was given up before is trained on when that is asked for.
+    runner = Played(Actor(), result())
+    runner.version = given_up
+    assert (await runner.run(EXPERIMENT)).result == result()
+
+
+async def test_the_wait_for_a_ledger_begins_again_when_it_was_there_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.running._UNAVAILABLE_PAUSE", 0.01)
+    monkeypatch.setattr("jobs.running._UNAVAILABLE_LIMIT", 0.2)
+    runner = Played(Actor(), Unavailable("503"), Unavailable("503"), result())
+    attempt = runner._attempt
+
+    async def after_a_while(*arguments: Any) -> ExperimentOutcome:
+        await asyncio.sleep(0.3)
+        return await attempt(*arguments)
+
+    runner._attempt = after_a_while  # type: ignore[method-assign]
+    assert (await runner.run(EXPERIMENT)).result == result()
 
 
 async def test_an_actor_replaced_by_newer_code_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

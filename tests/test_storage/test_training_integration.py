@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from smc.storage import (
     recover,
 )
 from smc.storage.objects import MemoryObjectStore
-from tests.conftest import small_config, small_training
+from tests.conftest import NO_DELAYS, small_config, small_training
+from tests.faults import FaultStore
 
 
 async def test_training_with_auto_commit(on_s3: str) -> None:
@@ -271,7 +273,7 @@ async def test_a_run_stopped_on_a_committed_step_does_not_commit_it_twice() -> N
         assert [v.step for v in await store.list_versions()] == [10, 20]
 
 
-async def test_why_it_was_stopped_is_entered_also_on_a_committed_step() -> None:
+async def test_where_it_was_stopped_there_is_one_commit_the_final_one() -> None:
     store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
     pricer = GbmCVNNPricer(small_config())
     pricer.train(
@@ -283,10 +285,25 @@ async def test_why_it_was_stopped_is_entered_also_on_a_committed_step() -> None:
     )
     async with store:
         versions = await store.list_versions()
-    assert [v.step for v in versions] == [10, 20, 20]
-    assert [v.metrics.get("pruned") for v in versions] == [None, None, 1.0]
+    assert [v.step for v in versions] == [10, 20]
+    assert [v.metrics.get("pruned") for v in versions] == [None, 1.0]
     with pytest.raises(ConfigError, match="metrics must be finite"):
         pricer.stop(metrics={"pruned": float("nan")})
+
+
+def test_the_state_it_was_stopped_in_is_kept_on_a_disk_with_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    broken = FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails")
+    store = AsyncBlockchainModelStore("memory", objects=broken, retry_delays=NO_DELAYS)
+    pricer = GbmCVNNPricer(small_config())
+    result = pricer.train(
+        small_training(100),
+        logger=lambda report: pricer.stop() if report.step == 20 else None,
+        blockchain_store=store,
+        auto_commit=True,
+        commit_interval=10,
+    )
+    assert [(c.step, c.spooled is not None) for c in result.commits] == [(10, False), (20, True)]
 
 
 def test_parameters_that_no_entry_can_hold_are_refused_before_training() -> None:
