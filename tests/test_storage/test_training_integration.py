@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from smc.storage import (
     load_snapshot_from_checkpoint,
     recover,
 )
-from smc.storage.objects import MemoryObjectStore
+from smc.storage.objects import MemoryObjectStore, ObjectStore
+from smc.training import TrainingResult
 from tests.conftest import NO_DELAYS, small_config, small_training
 from tests.faults import FaultStore
 
@@ -258,51 +260,34 @@ async def test_the_message_of_a_failure_is_one_line(caplog: pytest.LogCaptureFix
     assert "\n" not in outcome.reason
 
 
-async def test_a_run_stopped_on_a_committed_step_does_not_commit_it_twice() -> None:
-    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+def stopped_at_20(objects: ObjectStore, **why: Any) -> tuple[AsyncBlockchainModelStore, TrainingResult]:
+    """A run that is stopped at a step which is to be committed anyway."""
+    store = AsyncBlockchainModelStore("memory", objects=objects, retry_delays=NO_DELAYS)
     pricer = GbmCVNNPricer(small_config())
     result = pricer.train(
         small_training(100),
-        logger=lambda report: pricer.stop() if report.step == 20 else None,
+        logger=lambda report: pricer.stop(**why) if report.step == 20 else None,
         blockchain_store=store,
         auto_commit=True,
         commit_interval=10,
     )
     assert result.stopped
-    async with store:
-        assert [v.step for v in await store.list_versions()] == [10, 20]
+    return store, result
 
 
 async def test_where_it_was_stopped_there_is_one_commit_the_final_one() -> None:
-    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
-    pricer = GbmCVNNPricer(small_config())
-    pricer.train(
-        small_training(100),
-        logger=lambda report: pricer.stop(metrics={"pruned": 1.0}) if report.step == 20 else None,
-        blockchain_store=store,
-        auto_commit=True,
-        commit_interval=10,
-    )
+    store, _ = stopped_at_20(MemoryObjectStore(), metrics={"pruned": 1.0})
     async with store:
         versions = await store.list_versions()
     assert [v.step for v in versions] == [10, 20]
     assert [v.metrics.get("pruned") for v in versions] == [None, 1.0]
     with pytest.raises(ConfigError, match="metrics must be finite"):
-        pricer.stop(metrics={"pruned": float("nan")})
+        GbmCVNNPricer(small_config()).stop(metrics={"pruned": float("nan")})
 
 
 def test_the_state_it_was_stopped_in_is_kept_on_a_disk_with_little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
-    broken = FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails")
-    store = AsyncBlockchainModelStore("memory", objects=broken, retry_delays=NO_DELAYS)
-    pricer = GbmCVNNPricer(small_config())
-    result = pricer.train(
-        small_training(100),
-        logger=lambda report: pricer.stop() if report.step == 20 else None,
-        blockchain_store=store,
-        auto_commit=True,
-        commit_interval=10,
-    )
+    _, result = stopped_at_20(FaultStore(MemoryObjectStore(), lambda call, operation, key: "fails"))
     assert [(c.step, c.spooled is not None) for c in result.commits] == [(10, False), (20, True)]
 
 
