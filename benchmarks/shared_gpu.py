@@ -14,13 +14,10 @@ import asyncio
 import logging
 import os
 import shutil
-import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import boto3
@@ -31,6 +28,7 @@ from moto.server import ThreadedMotoServer
 from actors.ledger import LedgerHandle, ledger_actor
 from actors.trainer import RemoteTrainerActor
 from benchmarks.reporting import Report, run
+from jobs.mps import CONTROL, mps
 from jobs.recipes import make_experiment
 from smc.gbm_trainer import GbmCVNNPricer
 
@@ -136,20 +134,6 @@ def server() -> Iterator[None]:
         moto.stop()
 
 
-@contextmanager
-def mps(directory: Path) -> Iterator[dict[str, str]]:
-    """NVIDIA's Multi-Process Service, for whoever has the environment that this gives."""
-    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(directory / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(directory / "log")}
-    for name in ("pipe", "log"):
-        (directory / name).mkdir()
-    control = ["nvidia-cuda-mps-control"]
-    subprocess.run([*control, "-d"], env=os.environ | environment, check=True)
-    try:
-        yield environment
-    finally:
-        subprocess.run(control, env=os.environ | environment, input=b"quit\n", check=True, timeout=30)
-
-
 def measure_size(report: Report, name: str, together: tuple[int, ...], measured: Callable[..., Any]) -> None:
     def row(what: str) -> str:
         return f"{name}: {what}"
@@ -163,9 +147,9 @@ def measure_size(report: Report, name: str, together: tuple[int, ...], measured:
     report.add(row(f"one, {commits} commits through Ray meanwhile"), committing, "contracts/s")
     for count, total in shared.items():
         report.add(row(f"{count} of {1 / count:.2g} GPU each"), total / one, "x one alone")
-    if shutil.which("nvidia-cuda-mps-control") is None:
+    if shutil.which(CONTROL) is None:
         return
-    with tempfile.TemporaryDirectory() as directory, mps(Path(directory)) as environment:
+    with mps() as environment:
         for count in (1, *together):
             total, _ = measured(count, environment=environment)
             bar = 1.3 if count == 2 else None

@@ -1,6 +1,6 @@
 """Runs a Ray node that may be taken away: what it trains is committed before it goes.
 
-    python -m jobs.node [--spot] -- ray start --address=head:6379 --block
+    python -m jobs.node [--spot] [--mps] -- ray start --address=head:6379 --block
 
 On SIGTERM, or with --spot on EC2's notice of two minutes, the node takes no new work, every trainer on it stops with
 a final commit, and then Ray is ended. The driver resumes those experiments on other nodes.
@@ -17,10 +17,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+from jobs.mps import mps
 from jobs.running import plain
 from jobs.session import names_of_actors, run_job
 from smc.errors import NotFound
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; -> the exit status, that of Ray where it ended by itself."""
     parser = argparse.ArgumentParser(prog="python -m jobs.node", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--spot", action="store_true", help="watch for EC2's notice that the instance is taken away")
+    parser.add_argument("--mps", action="store_true", help="let experiments that share a GPU run on it side by side")
     parser.add_argument("--metadata", default=_METADATA, help=argparse.SUPPRESS)
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- ray start ... --block")
     options = parser.parse_args(arguments)
@@ -50,18 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give the command that starts the node: -- ray start --address=HEAD:PORT --block")
 
     async def run() -> int:
-        return await _run(command, options.metadata if options.spot else None)
+        with ExitStack() as stack:
+            environment = stack.enter_context(mps()) if options.mps else {}
+            return await _run(command, environment, options.metadata if options.spot else None)
 
     return run_job(run)
 
 
-async def _run(command: Sequence[str], metadata: str | None) -> int:
+async def _run(command: Sequence[str], environment: Mapping[str, str], metadata: str | None) -> int:
     leaving = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, leaving.set)
     loop.add_signal_handler(signal.SIGINT, leaving.set)
     # A session of its own: whoever ends this process's group must not end Ray before the commits are made.
-    node = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+    node = await asyncio.create_subprocess_exec(*command, env=os.environ | environment, start_new_session=True)
     ended = asyncio.ensure_future(node.wait())
     tasks: set[asyncio.Future[Any]] = {ended, asyncio.ensure_future(leaving.wait())}
     if metadata is not None:
