@@ -161,16 +161,15 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
     ray.shutdown()
 
 
-# The files that take longest, so that no worker is left with one of them at the end. Whoever has only a test or two
-# before it is given the next file as well: a short one goes behind the first.
-LONGEST = ("test_cluster", "test_sweep", "test_chaos", "test_chain", "test_submitted", "test_search", "test_trainer")
+# Files whose tests start Ray. One worker runs them, one after the other: a cluster is a dozen processes, and two that start
+# at once on two cores wait for each other until Ray gives up. The longest come first.
+ON_RAY = ("test_cluster", "test_submitted", "test_sweep", "test_chaos", "test_search", "test_trainer", "test_ledger")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; tests marked gpu are skipped, visibly, where there is none."""
-    place = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Files stay together, those on Ray all; tests marked gpu are skipped, visibly, where there is none."""
+    items.sort(key=lambda item: ON_RAY.index(item.path.stem) if item.path.stem in ON_RAY else len(ON_RAY))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ON_RAY else str(item.path)))
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
