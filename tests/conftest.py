@@ -161,8 +161,8 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
     ray.shutdown()
 
 
-# Files whose tests start Ray. One worker runs them, one after the other: a cluster is a dozen processes, and two that start
-# at once on two cores wait for each other until Ray gives up. The longest come first.
+# Files whose tests start Ray. One worker runs them, one after the other: a cluster is a dozen processes, and two that
+# start at once on two cores wait for each other until Ray gives up. The longest come first.
 ON_RAY = ("test_cluster", "test_submitted", "test_sweep", "test_chaos", "test_search", "test_trainer", "test_ledger")
 
 
