@@ -166,6 +166,7 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
 ON_RAY = ("test_cluster", "test_submitted", "test_sweep", "test_chaos", "test_search", "test_trainer", "test_ledger")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files stay together, those on Ray all; tests marked gpu are skipped, visibly, where there is none."""
     items.sort(key=lambda item: ON_RAY.index(item.path.stem) if item.path.stem in ON_RAY else len(ON_RAY))
