@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python -m jobs.demo
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

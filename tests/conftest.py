@@ -161,16 +161,9 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
     ray.shutdown()
 
 
-# Files whose tests start Ray. One worker runs them, one after the other: a cluster is a dozen processes, and two that
-# start at once on two cores wait for each other until Ray gives up. The longest come first.
-ON_RAY = ("test_cluster", "test_submitted", "test_sweep", "test_chaos", "test_search", "test_trainer", "test_ledger")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files stay together, those on Ray all; tests marked gpu are skipped, visibly, where there is none."""
-    items.sort(key=lambda item: ON_RAY.index(item.path.stem) if item.path.stem in ON_RAY else len(ON_RAY))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in ON_RAY else str(item.path)))
-        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    """Tests marked gpu are skipped, visibly, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
