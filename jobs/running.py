@@ -23,7 +23,7 @@ from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.training import PLAN_END
 
-__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places", "is_finished"]
+__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places"]
 
 logger = logging.getLogger("smc.jobs")
 
@@ -228,21 +228,21 @@ class Runner:
     ) -> ExperimentOutcome | None:
         """What one trainer comes to; None if its node stopped it, and it is to go on elsewhere."""
         newest = await self._newest(experiment)
-        if newest is not None:
-            # Trained by this job, and lost before it could tell.
-            told = ExperimentOutcome(experiment, None, version=newest if newest != found else None)
-            if newest != found and newest.metrics.get(PRUNED):
-                return replace(told, pruned=True)
-            if is_finished(newest) and not self._extends(found, newest) and self._options.measure is None:
-                return told
-            if self.stopping and newest != found:
-                return told
+        ours = newest if newest != found else None  # trained by this job, and lost before it could tell
+        told = ExperimentOutcome(experiment, None, version=ours)
+        if ours is not None and ours.metrics.get(PRUNED):
+            return replace(told, pruned=True)
+        extends = self._extends(found, newest)
+        if newest is not None and is_finished(newest) and not extends and self._options.measure is None:
+            return told
         if self.stopping:
-            raise NotStarted
+            if ours is None:
+                raise NotStarted
+            return told
         outcome = await self._attempt(experiment, found, watch)
         result = outcome.result
         if result is None:
-            return replace(outcome, version=newest if newest != found else None)
+            return replace(outcome, version=ours)
         if not result.stopped or outcome.pruned:
             return outcome
         if not self.stopping:
