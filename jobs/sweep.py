@@ -29,8 +29,9 @@ from smc.training import PLAN_END
 
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
 
-# That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes).
-_SECONDS_AFTER_SIGTERM = 8.0
+# That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes), and to
+# leave the cluster and end takes a process 2 more, a busy machine's longer.
+_SECONDS_AFTER_SIGTERM = 6.0
 
 
 async def run_experiments(
