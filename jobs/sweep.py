@@ -29,8 +29,8 @@ from smc.training import PLAN_END
 
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
 
-# That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes), and to
-# leave the cluster and end takes a process 2 more, a busy machine's longer.
+# That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes). To
+# leave the cluster and end takes the process 2 more, on a busy machine longer.
 _SECONDS_AFTER_SIGTERM = 6.0
 
 
