@@ -1,20 +1,20 @@
 """The LedgerActor: one per ledger and cluster, it puts every experiment's commits into one order.
 
 It orders and carries no bytes: a checkpoint stays in the object store of the node that made it, is
-uploaded by a task on that node, and only its hash and size come here. Everything the actor knows it can
+uploaded by an UploadActor on that node, and only its hash and size come here. Everything the actor knows it can
 read back from S3, so it may be killed at any moment; every call is idempotent and may be repeated.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import hashlib
 import os
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,9 @@ if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
 
 NAMESPACE = "spectralmc"
-_UPLOADS_PER_NODE = 4
+_UPLOADS_PER_NODE = 16
+# An UploadActor that has nothing to do for so long ends: a node with an actor is not scaled down.
+_IDLE_SECONDS = 60.0
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
@@ -48,39 +50,67 @@ _MOST_REPLACED, _MOST_DEATHS = 3, 30
 Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 
 
-@ray.remote(num_cpus=0, max_retries=3)
-def _upload_task(uri: str, endpoint_url: str | None, boxed: list[Any]) -> tuple[str, int]:
-    """Runs where the checkpoint lies: fetches it without a copy, hashes and stores it."""
-    data = memoryview(ray.get(boxed[0]))
-    while True:
-        connection = _connections.get((uri, endpoint_url))
-        kept = connection is not None
-        if connection is None:
-            connection = _connections[uri, endpoint_url] = _Connection(uri, endpoint_url)
-        try:
-            return connection.runner.run(connection.store.upload(data))
-        except BaseException as error:
-            _connections.pop((uri, endpoint_url)).close()  # the next one starts afresh
-            if not (kept and isinstance(error, AccessDenied)):  # its credentials may have been renewed
-                raise
-
-
 class _Connection:
-    """An open store and its event loop, which a worker process keeps: to open one takes a fifth of a second."""
+    """A store, opened when it is first asked for: a constructor cannot await, and many first calls come at once."""
 
     def __init__(self, uri: str, endpoint_url: str | None) -> None:
-        self.runner = asyncio.Runner()
-        self.store = AsyncBlockchainModelStore(uri, endpoint_url=endpoint_url)
-        self.runner.run(self.store.__aenter__())
-        atexit.register(self.close)
+        self._uri, self._endpoint_url = uri, endpoint_url
+        self.store: AsyncBlockchainModelStore | None = None
+        self._opening = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    def close(self) -> None:
-        atexit.unregister(self.close)
-        self.runner.run(self.store.__aexit__(None, None, None))
-        self.runner.close()
+    async def opened(self) -> AsyncBlockchainModelStore:
+        async with self._opening:
+            if self.store is None:
+                store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
+                self.store = await store.__aenter__()
+        return self.store
+
+    def leave(self, store: AsyncBlockchainModelStore) -> None:
+        """Close a store whose credentials are refused, beside everything else; the next call takes renewed ones."""
+        if self.store is store:
+            self.store = None
+            self.beside(store.__aexit__(None, None, None))
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that goes on by itself; the loop alone would not keep it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        store, self.store = self.store, None
+        if store is not None:
+            await store.__aexit__(None, None, None)
 
 
-_connections: dict[tuple[str, str | None], _Connection] = {}
+class UploadActor:
+    """Uploads what lies on its node, of every experiment there: the bytes travel to S3 and nowhere else.
+
+    An actor and not a task: on a node whose CPUs are all taken, Ray ends the process of a task that has been idle for
+    seconds, and each commit would start another (a second of a processor).
+    """
+
+    def __init__(self, uri: str, endpoint_url: str | None) -> None:
+        self._uri = uri
+        self._connection = _Connection(uri, endpoint_url)
+
+    def __repr__(self) -> str:
+        return f"Upload({self._uri})"
+
+    async def upload(self, boxed: list[Any]) -> tuple[str, int]:
+        """Store the checkpoint behind the ref in `boxed`, which is fetched without a copy; -> its SHA-256 and size."""
+        data = memoryview(await boxed[0])
+        while True:
+            kept = self._connection.store is not None
+            store = await self._connection.opened()
+            try:
+                return await store.upload(data)
+            except AccessDenied:
+                self._connection.leave(store)
+                if not kept:
+                    raise
 
 
 @lru_cache(maxsize=1)
@@ -99,16 +129,13 @@ class LedgerActor:
     def __init__(self, uri: str, *, endpoint_url: str | None = None, uploader: Uploader | None = None) -> None:
         self._uri, self._endpoint_url = uri, endpoint_url
         self._uploader = uploader or self._upload_on_node
-        self._store: AsyncBlockchainModelStore | None = None
-        self._opening = asyncio.Lock()
-        # Every upload at a time on a node is a worker process there.
-        self._gates: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_UPLOADS_PER_NODE))
+        self._connection = _Connection(uri, endpoint_url)
+        self._nodes: dict[str, _Node] = {}
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
         self._recent: deque[list[int]] = deque(maxlen=11)  # the latest seconds, each with its commits
         self._observer: asyncio.Task[None] | None = None
         self._appending: set[asyncio.Future[None]] = set()
         self._draining_until = 0.0
-        self._tasks: set[asyncio.Task[None]] = set()
         self._started = time.time()
 
     def __repr__(self) -> str:
@@ -133,8 +160,7 @@ class LedgerActor:
         self._uploading += 1
         self._bytes += size
         try:
-            async with self._gates[node_id]:
-                return await self._uploader(boxed, node_id)
+            return await self._uploader(boxed, node_id)
         except Exception as error:
             self._failed += 1
             raise (_cause(error) if isinstance(error, RayTaskError) else error) from None
@@ -160,7 +186,7 @@ class LedgerActor:
         except Exception as error:
             self._failed += 1
             if isinstance(error, AccessDenied) and store is not None:
-                self._leave(store)  # the next call takes credentials that were renewed
+                self._connection.leave(store)
             raise
         finally:
             self._calls -= 1
@@ -180,7 +206,8 @@ class LedgerActor:
     async def status(self) -> dict[str, Any]:
         """What the actor knows and does. Reads nothing, so that it answers under load."""
         now = time.monotonic()
-        ledger = self._store.ledger if self._store else None
+        store = self._connection.store
+        ledger = store.ledger if store else None
         lately = sum(count for second, count in self._recent if now - second < 10)
         return {
             "ledger": self._uri,
@@ -205,8 +232,9 @@ class LedgerActor:
         """Return when what was submitted so far is settled, also what waits for this actor to open its ledger."""
         if self._appending:
             await asyncio.wait(set(self._appending))
-        if self._store is not None:  # and its hint is written, unless others go on appending
-            await asyncio.wait({self._beside(self._store.ledger.close())}, timeout=_HINT_SECONDS)
+        store = self._connection.store
+        if store is not None:  # and its hint is written, unless others go on appending
+            await asyncio.wait({self._connection.beside(store.ledger.close())}, timeout=_HINT_SECONDS)
 
     async def drain(self) -> None:
         """Refuse what is new with Busy, and return when everything else is settled: this actor is to go."""
@@ -220,22 +248,8 @@ class LedgerActor:
         if self._observer is not None:
             self._observer.cancel()
             self._observer = None
-        store, self._store = self._store, None
-        if store is not None:
-            await store.__aexit__(None, None, None)
-
-    def _leave(self, store: AsyncBlockchainModelStore) -> None:
-        """Close a store beside everything else; the next call opens another."""
-        if self._store is store:
-            self._store = None
-            self._beside(store.__aexit__(None, None, None))
-
-    def _beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that goes on by itself; the loop alone would not keep it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        self._nodes.clear()
+        await self._connection.close()
 
     def _admit(self) -> None:
         if time.monotonic() < self._draining_until:
@@ -244,24 +258,46 @@ class LedgerActor:
             raise Busy(f"{self!r} has {_MAX_CALLS} commits under way", retry_after=0.5)
 
     async def _opened(self) -> AsyncBlockchainModelStore:
-        async with self._opening:  # __init__ cannot await, and many first calls come at once
-            if self._store is None:
-                store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
-                self._store = await store.__aenter__()
-                if self._observer is None and ray.is_initialized():
-                    self._observer = asyncio.create_task(self._observe())
-        return self._store
+        store = await self._connection.opened()
+        if self._observer is None and ray.is_initialized():
+            self._observer = asyncio.create_task(self._observe())
+        return store
 
     async def _observe(self) -> None:
         while True:
             observe_ledger(await self.status())
+            idle_since = time.monotonic() - _IDLE_SECONDS
+            for node_id in [i for i, node in self._nodes.items() if not node.uploading and node.used < idle_since]:
+                del self._nodes[node_id]
             await asyncio.sleep(_OBSERVE_SECONDS)
 
     async def _upload_on_node(self, boxed: list[Any], node_id: str) -> tuple[str, int]:
-        strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)
-        task = _upload_task.options(scheduling_strategy=strategy)
-        result: tuple[str, int] = await task.remote(self._uri, self._endpoint_url, boxed)
-        return result
+        node = self._nodes.get(node_id)
+        if node is None:
+            strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)
+            actor = RemoteUploadActor.options(scheduling_strategy=strategy).remote(self._uri, self._endpoint_url)
+            node = self._nodes[node_id] = _Node(actor)
+        node.uploading += 1
+        try:
+            result: tuple[str, int] = await node.actor.upload.remote(boxed)
+            return result
+        except (ActorDiedError, ActorUnavailableError) as error:
+            if self._nodes.get(node_id) is node:
+                del self._nodes[node_id]
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise Unavailable(f"the UploadActor of {self._uri} on node {node_id[:8]} is gone: {reason}") from None
+        finally:
+            node.uploading -= 1
+            node.used = time.monotonic()
+
+
+@dataclass
+class _Node:
+    """A node that commits. Its actor ends when nobody holds it."""
+
+    actor: Any
+    uploading: int = 0
+    used: float = 0.0
 
 
 class LedgerHandle:
@@ -381,3 +417,6 @@ def _cause(error: RayTaskError) -> Exception:
 
 
 RemoteLedgerActor = ray.remote(LedgerActor)
+RemoteUploadActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, max_concurrency=_UPLOADS_PER_NODE)(
+    UploadActor
+)

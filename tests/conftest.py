@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,21 @@ def versions_of(ledger: str, *, verified: bool = True) -> list[ModelVersion]:
             return await store.list_versions()
 
     return asyncio.run(read())
+
+
+def wait_for_versions(
+    ledger: str, process: subprocess.Popen[str], enough: Callable[[list[ModelVersion]], bool]
+) -> list[ModelVersion]:
+    """Look at a ledger until its versions are enough; -> them. `process`, which makes them, has to go on running."""
+
+    async def wait() -> list[ModelVersion]:
+        async with AsyncBlockchainModelStore(ledger) as store:
+            while not enough(versions := await store.list_versions()):
+                assert process.poll() is None, process.communicate()[0]
+                await asyncio.sleep(0.2)
+            return versions
+
+    return asyncio.run(wait())
 
 
 def small_simulation(**changes: Any) -> SimulationParams:

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import os
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import torch
 
-from actors.ledger import LedgerActor, LedgerHandle, _ActorCommitter, ledger_actor
+from actors.ledger import LedgerActor, LedgerHandle, UploadActor, _ActorCommitter, ledger_actor
 from smc.checkpoint import metadata_of, tensors_of
 from smc.commits import BackgroundCommits, CommitRequest
 from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
@@ -74,8 +77,6 @@ class OtherCode(LedgerActor):
 def test_an_actor_that_cannot_be_had_is_an_error_and_no_endless_loop(
     kind: type[LedgerActor], error: type[Exception], message: str, on_seaweed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
-
     monkeypatch.setattr("actors.ledger.RemoteLedgerActor", ray.remote(kind))
     with pytest.raises(error, match=message):
         ledger_actor(on_seaweed)
@@ -185,6 +186,72 @@ async def test_credentials_that_were_renewed_are_taken(on_seaweed: str, monkeypa
     await actor.close()
 
 
+async def test_uploads_take_credentials_that_were_renewed(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = UploadActor(on_seaweed, None)
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an old one")
+    with pytest.raises(AccessDenied):
+        await actor.upload([asyncio.sleep(0, b"checkpoint")])
+    await actor._connection.opened()  # as one whose credentials expire later
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    found = [await actor.upload([asyncio.sleep(0, b"checkpoint")]) for _ in range(2)]
+    assert found == [(hashlib.sha256(b"checkpoint").hexdigest(), 10)] * 2
+    await actor._connection.close()
+
+
+def uploading_processes() -> set[int]:
+    actors = ray._private.state.actors(actor_state_name="ALIVE").values()
+    return {actor["Pid"] for actor in actors if actor["ActorClassName"] == "UploadActor"}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_a_node_has_one_process_that_uploads_which_is_started_again_and_ends_when_idle(
+    on_seaweed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.ledger._OBSERVE_SECONDS", 0.05)
+    others = uploading_processes()
+    actor = LedgerActor(on_seaweed)
+    node_id = ray.get_runtime_context().get_node_id()
+    await actor.prepare()
+
+    async def upload(*checkpoints: bytes) -> set[int]:
+        refs = [ray.put(np.frombuffer(data, dtype=np.uint8)) for data in checkpoints]
+        found = await asyncio.gather(*(actor.upload([ref], node_id, 11) for ref in refs))
+        assert found == [(hashlib.sha256(data).hexdigest(), len(data)) for data in checkpoints]
+        return uploading_processes() - others
+
+    first = await upload(*(b"checkpoint%d" % i for i in range(20)))
+    assert len(first) == 1
+    running = asyncio.ensure_future(upload(*(b"CHECKPOINT%d" % i for i in range(20))))
+    await asyncio.sleep(0.01)
+    os.kill(first.pop(), signal.SIGKILL)
+    assert len(await running) == 1
+    monkeypatch.setattr("actors.ledger._IDLE_SECONDS", 0.0)
+    async with asyncio.timeout(20):
+        while uploading_processes() - others:  # nothing tells that a process has ended
+            await asyncio.sleep(0.1)
+    assert len(await upload(b"checkpoint")) == 1
+    await actor.close()
+    async with AsyncBlockchainModelStore(on_seaweed) as store:
+        assert len([info async for info in store.objects.list("blobs/")]) == 41
+
+
+class NeverUploads(UploadActor):
+    def __init__(self, uri: str, endpoint_url: str | None) -> None:
+        super().__init__(uri, endpoint_url)
+        raise ValueError("no room here")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_uploads_that_cannot_start_say_why(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.ledger.RemoteUploadActor", ray.remote(num_cpus=0)(NeverUploads))
+    actor = LedgerActor(on_seaweed)
+    with pytest.raises(Unavailable, match=r"UploadActor of s3://\S+ on node \w+ is gone: .*no room here"):
+        await actor.upload([ray.put(b"checkpoint")], ray.get_runtime_context().get_node_id())
+    status = await actor.status()
+    assert (status["failed"], status["uploading"]) == (1, 0)
+
+
 async def test_two_actors_on_one_ledger_stay_correct(on_seaweed: str) -> None:
     actors = [LedgerActor(on_seaweed, uploader=upload_here) for _ in range(2)]
     content_hash, size = await actors[0].upload([b"checkpoint"], "node")
@@ -197,8 +264,6 @@ async def test_two_actors_on_one_ledger_stay_correct(on_seaweed: str) -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_actor_with_older_code_is_drained_and_replaced(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
     old = ledger_actor(on_seaweed)
     pid = ray.get(old.status.remote())["pid"]
     committer_version = ray.get(old.version.remote())

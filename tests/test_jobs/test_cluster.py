@@ -22,9 +22,9 @@ import torch
 from jobs.node import spot_notice
 from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
-from smc.storage import AsyncBlockchainModelStore
+from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
-from tests.conftest import versions_of
+from tests.conftest import versions_of, wait_for_versions
 
 ROOT = Path(__file__).parents[2]
 # Steps: of experiments that make the number up, of those under a node's death, and of one under the driver's, which
@@ -98,12 +98,12 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
 
     def wait_for(driver: subprocess.Popen[str], *names: str) -> None:
         """Until one of these experiments has a version, and is far from its last step."""
-        while True:
-            newest = {v.experiment: v.step for v in versions_of(on_seaweed, verified=False)}
-            if any(0 < newest.get(name, 0) < end_of(name) // 2 for name in names):
-                return
-            assert driver.poll() is None, driver.communicate()[0]
-            time.sleep(0.2)
+
+        def enough(versions: list[ModelVersion]) -> bool:
+            newest = {v.experiment: v.step for v in versions}
+            return any(0 < newest.get(name, 0) < end_of(name) // 2 for name in names)
+
+        wait_for_versions(on_seaweed, driver, enough)
 
     # It joins the cluster in good time: seconds later there would be other things to kill.
     killer = subprocess.Popen(
@@ -170,9 +170,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
     node = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
     driver = started("jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1")
     try:
-        while len(versions_of(on_seaweed, verified=False)) < 1:
-            assert driver.poll() is None, driver.communicate()[0]
-            time.sleep(0.2)
+        wait_for_versions(on_seaweed, driver, bool)
         node.send_signal(signal.SIGTERM)
         asked = time.monotonic()
         out = node.communicate(timeout=60)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import demo, sweep, train
-from tests.conftest import versions_of
+from tests.conftest import versions_of, wait_for_versions
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,9 +135,7 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while len(versions_of(on_seaweed)) < 10:  # the processes that upload have started
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.5)
+    wait_for_versions(on_seaweed, process, lambda versions: len(versions) >= 10)  # the process that uploads has started
     process.send_signal(signal.SIGTERM)
     signalled = time.monotonic()
     out, _ = process.communicate(timeout=60)
