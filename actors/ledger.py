@@ -1,7 +1,7 @@
 """The LedgerActor: one per ledger and cluster, it puts every experiment's commits into one order.
 
 It orders and carries no bytes: a checkpoint stays in the object store of the node that made it, is
-uploaded by an UploadActor on that node, and only its hash and size come here. Everything the actor knows it can
+uploaded by the trainer's UploadActor there, and only its hash and size come here. Everything the actor knows it can
 read back from S3, so it may be killed at any moment; every call is idempotent and may be repeated.
 """
 
@@ -12,9 +12,8 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +34,6 @@ if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
 
 NAMESPACE = "spectralmc"
-_UPLOADS_PER_NODE = 16
-# An UploadActor that has nothing to do for so long ends: a node with an actor is not scaled down.
-_IDLE_SECONDS = 60.0
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
 _MAX_CALLS = 4096
@@ -46,8 +42,6 @@ _DRAIN_SECONDS = 60.0
 _REPLACED_AT_ONCE = 100
 # Of the actor while a driver waits for it: other drivers may replace it, and a node may be short of something.
 _MOST_REPLACED, _MOST_DEATHS = 3, 30
-
-Uploader = Callable[[list[Any], str], Awaitable[tuple[str, int]]]
 
 
 class _Connection:
@@ -86,10 +80,11 @@ class _Connection:
 
 
 class UploadActor:
-    """Uploads what lies on its node, of every experiment there: the bytes travel to S3 and nowhere else.
+    """A trainer's process for its uploads, on its node: the bytes travel to S3 and nowhere else.
 
-    An actor and not a task: on a node whose CPUs are all taken, Ray ends the process of a task that has been idle for
-    seconds, and each commit would start another (a second of a processor).
+    An actor and not tasks: on a node whose CPUs are all taken, Ray ends a task's process that has been idle for some
+    seconds, and each commit would start another (a second of a processor). It lives as long as the trainer's
+    `committer`: one that stayed would keep its node from being drained, or scaled down.
     """
 
     def __init__(self, uri: str, endpoint_url: str | None) -> None:
@@ -126,11 +121,9 @@ def code_version() -> str:
 class LedgerActor:
     """Appends to one ledger. A plain async class; `ledger_actor` starts it as an actor."""
 
-    def __init__(self, uri: str, *, endpoint_url: str | None = None, uploader: Uploader | None = None) -> None:
-        self._uri, self._endpoint_url = uri, endpoint_url
-        self._uploader = uploader or self._upload_on_node
+    def __init__(self, uri: str, *, endpoint_url: str | None = None) -> None:
+        self._uri = uri
         self._connection = _Connection(uri, endpoint_url)
-        self._nodes: dict[str, _Node] = {}
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
         self._recent: deque[list[int]] = deque(maxlen=11)  # the latest seconds, each with its commits
         self._observer: asyncio.Task[None] | None = None
@@ -151,19 +144,24 @@ class LedgerActor:
         head = await store.get_head()
         return head.version_id if head else None
 
-    async def upload(self, boxed: list[Any], node_id: str, size: int = 0) -> tuple[str, int]:
-        """Store the checkpoint behind the ref in `boxed`; -> its SHA-256 and size.
+    async def upload(self, boxed: list[Any], uploader: Any, size: int) -> tuple[str, int]:
+        """Let an UploadActor store the checkpoint behind the ref in `boxed`; -> its SHA-256 and size.
 
-        The ref travels in a list so that it is not fetched on the way here. Raises: Busy.
+        The ref travels in a list so that it is not fetched on the way here. Raises: Busy, and what storing raises.
         """
         self._admit()
         self._uploading += 1
         self._bytes += size
         try:
-            return await self._uploader(boxed, node_id)
-        except Exception as error:
+            result: tuple[str, int] = await _unwrapped(uploader.upload.remote(boxed))
+            return result
+        except (ActorDiedError, ActorUnavailableError) as error:
             self._failed += 1
-            raise (_cause(error) if isinstance(error, RayTaskError) else error) from None
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise Unavailable(f"the process that uploads to {self._uri} is gone: {reason}") from None
+        except Exception:
+            self._failed += 1
+            raise
         finally:
             self._uploading -= 1
             self._bytes -= size
@@ -248,7 +246,6 @@ class LedgerActor:
         if self._observer is not None:
             self._observer.cancel()
             self._observer = None
-        self._nodes.clear()
         await self._connection.close()
 
     def _admit(self) -> None:
@@ -266,38 +263,7 @@ class LedgerActor:
     async def _observe(self) -> None:
         while True:
             observe_ledger(await self.status())
-            idle_since = time.monotonic() - _IDLE_SECONDS
-            for node_id in [i for i, node in self._nodes.items() if not node.uploading and node.used < idle_since]:
-                del self._nodes[node_id]
             await asyncio.sleep(_OBSERVE_SECONDS)
-
-    async def _upload_on_node(self, boxed: list[Any], node_id: str) -> tuple[str, int]:
-        node = self._nodes.get(node_id)
-        if node is None:
-            strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=True)
-            actor = RemoteUploadActor.options(scheduling_strategy=strategy).remote(self._uri, self._endpoint_url)
-            node = self._nodes[node_id] = _Node(actor)
-        node.uploading += 1
-        try:
-            result: tuple[str, int] = await node.actor.upload.remote(boxed)
-            return result
-        except (ActorDiedError, ActorUnavailableError) as error:
-            if self._nodes.get(node_id) is node:
-                del self._nodes[node_id]
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise Unavailable(f"the UploadActor of {self._uri} on node {node_id[:8]} is gone: {reason}") from None
-        finally:
-            node.uploading -= 1
-            node.used = time.monotonic()
-
-
-@dataclass
-class _Node:
-    """A node that commits. Its actor ends when nobody holds it."""
-
-    actor: Any
-    uploading: int = 0
-    used: float = 0.0
 
 
 class LedgerHandle:
@@ -313,13 +279,18 @@ class LedgerHandle:
     @asynccontextmanager
     async def committer(self) -> AsyncIterator[_ActorCommitter]:
         """Background commits through the actor."""
-        yield _ActorCommitter(self._uri, self._actor, self._endpoint_url)
+        committer = _ActorCommitter(self._uri, self._actor, self._endpoint_url)
+        try:
+            yield committer
+        finally:
+            committer.close()
 
 
 class _ActorCommitter:
     def __init__(self, uri: str, actor: Any, endpoint_url: str | None = None) -> None:
         self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
-        self._node_id = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._uploader = RemoteUploadActor.options(scheduling_strategy=here).remote(uri, endpoint_url)
         self._replaced = 0  # not told yet: a call for each, some hundred a second, would be felt
 
     async def put(self, data: memoryview) -> tuple[list[Any], int]:
@@ -329,7 +300,7 @@ class _ActorCommitter:
 
     async def upload(self, placed: tuple[list[Any], int]) -> tuple[str, int]:
         boxed, size = placed
-        result: tuple[str, int] = await self._call("upload", boxed, self._node_id, size)
+        result: tuple[str, int] = await self._call("upload", boxed, self._uploader, size)
         return result
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
@@ -342,6 +313,9 @@ class _ActorCommitter:
         if self._replaced and (outcome.status != "replaced" or self._replaced == _REPLACED_AT_ONCE):
             self._actor.note_replaced.remote(self._replaced)
             self._replaced = 0
+
+    def close(self) -> None:
+        ray.kill(self._uploader)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Call the actor; if it is gone for good (replaced by newer code), its successor."""
@@ -417,6 +391,4 @@ def _cause(error: RayTaskError) -> Exception:
 
 
 RemoteLedgerActor = ray.remote(LedgerActor)
-RemoteUploadActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3, max_concurrency=_UPLOADS_PER_NODE)(
-    UploadActor
-)
+RemoteUploadActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(UploadActor)

@@ -4,8 +4,9 @@
 
 Trainers do not train: each commits a snapshot of 1 MB, waits until it is acknowledged, and commits the next. They live
 in as many processes as there are processors, and go the whole way of a real one: the object store, an upload
-beside them, the actor's append. SeaweedFS is 50 ms away. On a cluster each node uploads for itself, here one node does
-for all; so the appends are measured alone as well, of a checkpoint that is there: that is the one actor's work.
+beside them, the actor's append. SeaweedFS is 50 ms away. A real trainer has a process of its own for uploads, here all
+of one process share one; so the appends are measured alone as well, of a checkpoint that is there: that is the one
+actor's work.
 """
 
 from __future__ import annotations
@@ -44,24 +45,24 @@ class Crowd:
         """Seconds of every acknowledgement, until a moment (time.time); appends alone, if a checkpoint is `there`."""
         taken: list[float] = []
 
-        async def trainer(name: str) -> None:
+        async def trainer(committer: Any, name: str) -> None:
             draw = np.random.default_rng(list(name.encode()))
-            async with handle.committer() as committer:
-                step = 0
-                while time.time() < until:
-                    step += 1
-                    snapshot = draw.bytes(SNAPSHOT if there is None else 0)
-                    started = time.perf_counter()
-                    if there is None:
-                        placed = await committer.put(memoryview(snapshot))
-                        content_hash, size = await patiently(committer.upload, placed)
-                    else:
-                        content_hash, size = there
-                    record = CommitRecord(ledger=handle.uri, message="", step=step, loss=None, experiment=name)
-                    await patiently(committer.append, record, content_hash, size)
-                    taken.append(time.perf_counter() - started)
+            step = 0
+            while time.time() < until:
+                step += 1
+                snapshot = draw.bytes(SNAPSHOT if there is None else 0)
+                started = time.perf_counter()
+                if there is None:
+                    placed = await committer.put(memoryview(snapshot))
+                    content_hash, size = await patiently(committer.upload, placed)
+                else:
+                    content_hash, size = there
+                record = CommitRecord(ledger=handle.uri, message="", step=step, loss=None, experiment=name)
+                await patiently(committer.append, record, content_hash, size)
+                taken.append(time.perf_counter() - started)
 
-        await asyncio.gather(*(trainer(name) for name in names))
+        async with handle.committer() as committer:  # one process uploads for all of them: 512 would need the memory
+            await asyncio.gather(*(trainer(committer, name) for name in names))
         return taken
 
 
@@ -119,7 +120,7 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
         )
         return [value for part in found for value in part]
 
-    commits(2.0)  # worker processes for the uploads start
+    commits(2.0)
     pid = ray.get(actor.status.remote())["pid"]
     cpu, resident = of_process(pid)
     started = time.perf_counter()

@@ -79,9 +79,8 @@ async def _run(command: Sequence[str], environment: Mapping[str, str], metadata:
     except Exception:  # Ray may be half gone: then it has to go as it is
         logger.exception("not every trainer could be stopped")
     node.terminate()
-    try:
-        await asyncio.wait_for(ended, _END_SECONDS)
-    except TimeoutError:
+    await asyncio.wait({ended}, timeout=_END_SECONDS)
+    if not ended.done():
         os.killpg(node.pid, signal.SIGKILL)
         await ended
     return 0

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -23,9 +22,9 @@ from smc.storage import AsyncBlockchainModelStore
 from tests.conftest import small_config
 
 
-async def upload_here(boxed: list[Any], node_id: str) -> tuple[str, int]:
-    async with AsyncBlockchainModelStore("s3://spectralmc/uploads") as store:
-        return await store.upload(boxed[0])
+async def uploaded(ledger: str, checkpoint: bytes = b"checkpoint") -> tuple[str, int]:
+    async with AsyncBlockchainModelStore(ledger) as store:
+        return await store.upload(checkpoint)
 
 
 def record(step: int, **changes: Any) -> CommitRecord:
@@ -33,9 +32,9 @@ def record(step: int, **changes: Any) -> CommitRecord:
 
 
 async def test_the_plain_class_uploads_and_appends(on_seaweed: str) -> None:
-    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    actor = LedgerActor(on_seaweed)
     assert await actor.prepare() is None
-    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    content_hash, size = await uploaded(on_seaweed)
     versions = await asyncio.gather(*(actor.append(record(i), content_hash, size) for i in range(5)))
     assert versions == [f"v{i:010d}" for i in range(5)]
     status = await actor.status()
@@ -47,7 +46,7 @@ async def test_the_plain_class_uploads_and_appends(on_seaweed: str) -> None:
 
 
 async def test_a_ledger_that_cannot_be_opened_is_a_config_error(on_seaweed: str) -> None:
-    actor = LedgerActor("s3://no-such-bucket-here", uploader=upload_here)
+    actor = LedgerActor("s3://no-such-bucket-here")
     with pytest.raises(ConfigError, match="does not exist"):
         await actor.prepare()
     with pytest.raises(ConfigError):
@@ -84,7 +83,8 @@ def test_an_actor_that_cannot_be_had_is_an_error_and_no_endless_loop(
 
 @pytest.mark.usefixtures("ray_cluster")
 async def test_errors_cross_ray_as_they_were_raised(on_seaweed: str) -> None:
-    async with LedgerHandle("x", ledger_actor("s3://no-such-bucket-here")).committer() as committer:
+    nowhere = "s3://no-such-bucket-here"
+    async with LedgerHandle(nowhere, ledger_actor(nowhere)).committer() as committer:
         with pytest.raises(ConfigError, match=r"^bucket 'no-such-bucket-here' does not exist at http\S+$"):
             await committer.append(record(0), "0" * 64, 1)
         with pytest.raises(ConfigError, match="no-such-bucket-here"):
@@ -120,8 +120,8 @@ async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_
 
 
 async def test_a_drained_actor_refuses_new_work_and_settles_the_old(on_seaweed: str) -> None:
-    actor = LedgerActor(on_seaweed, uploader=upload_here)
-    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    actor = LedgerActor(on_seaweed)
+    content_hash, size = await uploaded(on_seaweed)
     running = [asyncio.ensure_future(actor.append(record(i), content_hash, size)) for i in range(5)]
     await asyncio.sleep(0)
     await actor.drain()
@@ -136,10 +136,10 @@ async def test_whoever_drained_an_actor_may_die_before_ending_it(
     on_seaweed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.ledger._DRAIN_SECONDS", 0.05)
-    actor = LedgerActor(on_seaweed, uploader=upload_here)
+    actor = LedgerActor(on_seaweed)
     await actor.drain()
     await asyncio.sleep(0.1)
-    assert await actor.append(record(1), *(await actor.upload([b"checkpoint"], "node"))) == "v0000000000"
+    assert await actor.append(record(1), *(await uploaded(on_seaweed))) == "v0000000000"
     await actor.close()
 
 
@@ -147,8 +147,8 @@ async def test_flush_waits_for_what_was_submitted_and_not_for_what_goes_on_comin
     on_seaweed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("actors.ledger._HINT_SECONDS", 0.2)
-    actor = LedgerActor(on_seaweed, uploader=upload_here)
-    content_hash, size = await actor.upload([b"checkpoint"], "node")
+    actor = LedgerActor(on_seaweed)
+    content_hash, size = await uploaded(on_seaweed)
     ended = False
 
     async def one_after_the_other(first: int) -> None:
@@ -168,21 +168,20 @@ async def test_flush_waits_for_what_was_submitted_and_not_for_what_goes_on_comin
     assert status["commits_per_s"] > 0
     await actor.flush()
     async with AsyncBlockchainModelStore(on_seaweed) as store:
-        problems = (await store.verify()).problems  # but for the checkpoint, which `upload_here` puts elsewhere
-        assert [key for key, _ in problems if not key.startswith("blobs/")] == []
+        assert (await store.verify()).ok
     await actor.close()
 
 
 async def test_credentials_that_were_renewed_are_taken(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = LedgerActor(on_seaweed, uploader=upload_here)
-    uploaded = await actor.upload([b"checkpoint"], "node")
+    actor = LedgerActor(on_seaweed)
+    there = await uploaded(on_seaweed)
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an old one")
     with pytest.raises(AccessDenied):
-        await actor.append(record(1), *uploaded)
+        await actor.append(record(1), *there)
     assert (await actor.status())["failed"] == 1
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    assert await actor.append(record(1), *uploaded) == "v0000000000"
+    assert await actor.append(record(1), *there) == "v0000000000"
     await actor.close()
 
 
@@ -205,56 +204,38 @@ def uploading_processes() -> set[int]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-async def test_a_node_has_one_process_that_uploads_which_is_started_again_and_ends_when_idle(
-    on_seaweed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("actors.ledger._OBSERVE_SECONDS", 0.05)
+async def test_a_trainer_has_one_process_that_uploads_which_is_started_again_and_ends_with_it(on_seaweed: str) -> None:
     others = uploading_processes()
-    actor = LedgerActor(on_seaweed)
-    node_id = ray.get_runtime_context().get_node_id()
-    await actor.prepare()
+    ledger = LedgerActor(on_seaweed)
+    async with LedgerHandle(on_seaweed, ledger_actor(on_seaweed)).committer() as committer:
 
-    async def upload(*checkpoints: bytes) -> set[int]:
-        refs = [ray.put(np.frombuffer(data, dtype=np.uint8)) for data in checkpoints]
-        found = await asyncio.gather(*(actor.upload([ref], node_id, 11) for ref in refs))
-        assert found == [(hashlib.sha256(data).hexdigest(), len(data)) for data in checkpoints]
-        return uploading_processes() - others
+        async def upload(*checkpoints: bytes) -> set[int]:
+            refs = [await committer.put(memoryview(data)) for data in checkpoints]
+            found = await asyncio.gather(*(ledger.upload(ref, committer._uploader, size) for ref, size in refs))
+            assert found == [(hashlib.sha256(data).hexdigest(), len(data)) for data in checkpoints]
+            return uploading_processes() - others
 
-    first = await upload(*(b"checkpoint%d" % i for i in range(20)))
-    assert len(first) == 1
-    running = asyncio.ensure_future(upload(*(b"CHECKPOINT%d" % i for i in range(20))))
-    await asyncio.sleep(0.01)
-    os.kill(first.pop(), signal.SIGKILL)
-    assert len(await running) == 1
-    monkeypatch.setattr("actors.ledger._IDLE_SECONDS", 0.0)
+        first = await upload(*(b"checkpoint %d" % i for i in range(20)))
+        assert len(first) == 1
+        running = asyncio.ensure_future(upload(*(b"another %d" % i for i in range(20))))
+        await asyncio.sleep(0.02)
+        os.kill(first.pop(), signal.SIGKILL)
+        assert len(await running) == 1
+        placed, size = await committer.put(memoryview(b"too late"))
     async with asyncio.timeout(20):
         while uploading_processes() - others:  # nothing tells that a process has ended
             await asyncio.sleep(0.1)
-    assert len(await upload(b"checkpoint")) == 1
-    await actor.close()
+    with pytest.raises(Unavailable, match=r"the process that uploads to s3://\S+ is gone: .*ray\.kill"):
+        await ledger.upload(placed, committer._uploader, size)
+    status = await ledger.status()
+    assert (status["failed"], status["uploading"], status["bytes_in_flight"]) == (1, 0, 0)
     async with AsyncBlockchainModelStore(on_seaweed) as store:
-        assert len([info async for info in store.objects.list("blobs/")]) == 41
-
-
-class NeverUploads(UploadActor):
-    def __init__(self, uri: str, endpoint_url: str | None) -> None:
-        super().__init__(uri, endpoint_url)
-        raise ValueError("no room here")
-
-
-@pytest.mark.usefixtures("ray_cluster")
-async def test_uploads_that_cannot_start_say_why(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.ledger.RemoteUploadActor", ray.remote(num_cpus=0)(NeverUploads))
-    actor = LedgerActor(on_seaweed)
-    with pytest.raises(Unavailable, match=r"UploadActor of s3://\S+ on node \w+ is gone: .*no room here"):
-        await actor.upload([ray.put(b"checkpoint")], ray.get_runtime_context().get_node_id())
-    status = await actor.status()
-    assert (status["failed"], status["uploading"]) == (1, 0)
+        assert len([info async for info in store.objects.list("blobs/")]) == 40
 
 
 async def test_two_actors_on_one_ledger_stay_correct(on_seaweed: str) -> None:
-    actors = [LedgerActor(on_seaweed, uploader=upload_here) for _ in range(2)]
-    content_hash, size = await actors[0].upload([b"checkpoint"], "node")
+    actors = [LedgerActor(on_seaweed) for _ in range(2)]
+    content_hash, size = await uploaded(on_seaweed)
     await asyncio.gather(*(actors[i % 2].append(record(i), content_hash, size) for i in range(24)))
     async with AsyncBlockchainModelStore(on_seaweed) as store:
         assert sorted(v.step for v in await store.list_versions()) == list(range(24))
