@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs import node
 from jobs.node import spot_notice
 from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
@@ -64,8 +65,8 @@ def cluster(on_seaweed: str) -> Iterator[Any]:
     for _ in range(3):
         cluster.add_node(num_cpus=1)
     yield cluster
-    for node in list(cluster.worker_nodes):
-        cluster.remove_node(node)
+    for worker in list(cluster.worker_nodes):
+        cluster.remove_node(worker)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
 
 
@@ -167,22 +168,22 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         )
 
     ray = str(Path(sys.executable).parent / "ray")
-    node = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
+    spot = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
     driver = started("jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1")
     try:
         wait_for_versions(on_seaweed, driver, bool)
-        node.send_signal(signal.SIGTERM)
+        spot.send_signal(signal.SIGTERM)
         asked = time.monotonic()
-        out = node.communicate(timeout=60)[0]
+        out = spot.communicate(timeout=60)[0]
         assert time.monotonic() - asked < 30, out
-        assert node.returncode == 0, out
+        assert spot.returncode == 0, out
         assert "1 trainers stop with a final commit" in out, out
         stopped = versions_of(on_seaweed, verified=False)[-1]
         assert stopped.step % 500, "it committed between two intervals"
         cluster.add_node(num_cpus=1)
         out = driver.communicate(timeout=120)[0]
     finally:
-        for process in (driver, node):
+        for process in (driver, spot):
             process.kill()
             process.wait()
         for worker in list(cluster.worker_nodes):
@@ -198,6 +199,18 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
     found = versions_of(on_seaweed, verified=False)
     assert {v.resumed_from for v in found if v.step > stopped.step} == {stopped.version_id}
     assert found[-1].content_hash == final_hashes(file)["a"]
+
+
+async def test_a_node_that_does_not_end_is_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(node, "_END_SECONDS", 0.2)
+    asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
+    started = time.monotonic()
+    deaf = "trap '' TERM; while :; do sleep 0.1; done"
+    assert await node._run(["sh", "-c", deaf, "--block"], {}, None) == 0
+    assert 1.2 <= time.monotonic() - started < 10
+    assert "runs no Ray node" in caplog.text  # nothing to commit there, and that does not keep it
 
 
 def test_a_notice_of_ec2_is_seen() -> None:
