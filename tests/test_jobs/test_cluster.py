@@ -25,6 +25,7 @@ from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
+from smc.training import StepReport
 from tests.conftest import versions_of, wait_for_versions
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +75,19 @@ def end_of(experiment: str) -> int:
     return {"long-3": LONGEST}.get(experiment, LONG if experiment.startswith("long") else SHORT)
 
 
-def final_hashes(path: Path) -> dict[str, str]:
-    """What each experiment ends with when nothing disturbs it."""
+def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
+    """Content hashes of each experiment's last step, or of this one, when nothing disturbs it."""
     assert torch.get_num_threads() == 1  # as in an actor with one CPU
     found = {}
     for experiment in read_sweep(path)[1]:
+        pricer = GbmCVNNPricer(experiment.fresh())
+
+        def stop_at_last(report: StepReport, pricer: GbmCVNNPricer = pricer) -> None:
+            if report.step == last:
+                pricer.stop()
+
         store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
-        result = GbmCVNNPricer(experiment.fresh()).train(experiment.training, blockchain_store=store, auto_commit=True)
+        result = pricer.train(experiment.training, logger=stop_at_last, blockchain_store=store, auto_commit=True)
         (commit,) = result.commits
         assert commit.content_hash is not None
         found[experiment.name] = commit.content_hash
@@ -124,7 +131,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     assert "its trainer was lost" in driver.communicate()[0]
     before = versions_of(on_seaweed, verified=False)
     again = submit()
-    undisturbed = final_hashes(file)
+    expected = undisturbed(file)
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
     assert "12 of 12 experiments done" in out
@@ -136,7 +143,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     assert asyncio.run(verified())
     after = versions_of(on_seaweed, verified=False)
     assert after[: len(before)] == before
-    assert {v.experiment: v.content_hash for v in after if v.step == end_of(v.experiment)} == undisturbed
+    assert {v.experiment: v.content_hash for v in after if v.step == end_of(v.experiment)} == expected
     steps = Counter((v.experiment, v.step) for v in after)
     assert set(steps.values()) == {1}, "something was committed twice"
     resumed = {v.experiment for v in after if v.resumed_from is not None}
@@ -152,7 +159,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
 
     file = tmp_path / "spot.yaml"
     file.write_text(
-        "recipe: tiny\ndefaults: {training: {num_batches: 5000}, commit_interval: 500}\nexperiments: {a: }\n"
+        "recipe: tiny\ndefaults: {training: {num_batches: 100000000}, commit_interval: 500}\nexperiments: {a: }\n"
     )
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1", "SMC_LOG_JSON": "1"}
@@ -181,7 +188,9 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         stopped = versions_of(on_seaweed, verified=False)[-1]
         assert stopped.step % 500, "it committed between two intervals"
         cluster.add_node(num_cpus=1)
-        out = driver.communicate(timeout=120)[0]
+        wait_for_versions(on_seaweed, driver, lambda versions: versions[-1].step > stopped.step)
+        driver.send_signal(signal.SIGTERM)
+        out = driver.communicate(timeout=60)[0]
     finally:
         for process in (driver, spot):
             process.kill()
@@ -189,7 +198,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         for worker in list(cluster.worker_nodes):
             cluster.remove_node(worker)
         cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
-    assert driver.returncode == 0, out
+    assert driver.returncode == 2, out
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     said = {line["message"]: line for line in lines}[
         f"a: stopped by its node at step {stopped.step}; goes on elsewhere"
@@ -198,7 +207,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
     assert said["job_id"]
     found = versions_of(on_seaweed, verified=False)
     assert {v.resumed_from for v in found if v.step > stopped.step} == {stopped.version_id}
-    assert found[-1].content_hash == final_hashes(file)["a"]
+    assert found[-1].content_hash == undisturbed(file, last=found[-1].step)["a"]
 
 
 async def test_a_node_that_does_not_end_is_ended(
