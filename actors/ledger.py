@@ -11,16 +11,16 @@ import asyncio
 import hashlib
 import os
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Coroutine
-from contextlib import asynccontextmanager
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import observe, observe_ledger
@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
 
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
 
+T = TypeVar("T")
+
 NAMESPACE = "spectralmc"
 # Between two looks of the metrics at what the actor does.
 _OBSERVE_SECONDS = 2.0
@@ -40,6 +42,8 @@ _MAX_CALLS = 4096
 _HINT_SECONDS = 5.0
 _DRAIN_SECONDS = 60.0
 _REPLACED_AT_ONCE = 100
+# For uploads that are cut short to be aborted on S3.
+_CUT_SECONDS = 2.0
 # Of the actor while a driver waits for it: other drivers may replace it, and a node may be short of something.
 _MOST_REPLACED, _MOST_DEATHS = 3, 30
 
@@ -51,20 +55,37 @@ class _Connection:
         self._uri, self._endpoint_url = uri, endpoint_url
         self.store: AsyncBlockchainModelStore | None = None
         self._opening = asyncio.Lock()
+        self._calls: Counter[AsyncBlockchainModelStore] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def opened(self) -> AsyncBlockchainModelStore:
+    async def call(self, work: Callable[[AsyncBlockchainModelStore], Awaitable[T]]) -> T:
+        """`work` with the store; once more, with one opened anew, where its credentials are refused.
+
+        A store takes credentials when it opens, and nobody tells when they are renewed.
+        """
+        with suppress(AccessDenied):
+            return await self._once(work)
+        return await self._once(work)
+
+    async def _once(self, work: Callable[[AsyncBlockchainModelStore], Awaitable[T]]) -> T:
         async with self._opening:
             if self.store is None:
                 store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
                 self.store = await store.__aenter__()
-        return self.store
-
-    def leave(self, store: AsyncBlockchainModelStore) -> None:
-        """Close a store whose credentials are refused, beside everything else; the next call takes renewed ones."""
-        if self.store is store:
-            self.store = None
-            self.beside(store.__aexit__(None, None, None))
+        store = self.store
+        self._calls[store] += 1
+        try:
+            return await work(store)
+        except AccessDenied:
+            if self.store is store:
+                self.store = None
+            raise
+        finally:
+            self._calls[store] -= 1
+            if not self._calls[store]:
+                del self._calls[store]
+                if self.store is not store:  # other calls were still using it
+                    self.beside(store.__aexit__(None, None, None))
 
     def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Work that goes on by itself; the loop alone would not keep it."""
@@ -74,8 +95,9 @@ class _Connection:
         return task
 
     async def close(self) -> None:
+        """Close the store, now or with the last call that uses it."""
         store, self.store = self.store, None
-        if store is not None:
+        if store is not None and store not in self._calls:
             await store.__aexit__(None, None, None)
 
 
@@ -90,22 +112,32 @@ class UploadActor:
     def __init__(self, uri: str, endpoint_url: str | None) -> None:
         self._uri = uri
         self._connection = _Connection(uri, endpoint_url)
+        self._uploads: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         return f"Upload({self._uri})"
 
     async def upload(self, boxed: list[Any]) -> tuple[str, int]:
-        """Store the checkpoint behind the ref in `boxed`, which is fetched without a copy; -> its SHA-256 and size."""
-        data = memoryview(await boxed[0])
-        while True:
-            kept = self._connection.store is not None
-            store = await self._connection.opened()
-            try:
-                return await store.upload(data)
-            except AccessDenied:
-                self._connection.leave(store)
-                if not kept:
-                    raise
+        """Store the checkpoint behind the ref in `boxed`, which is fetched without a copy; -> its SHA-256 and size.
+
+        Raises: AccessDenied, Busy, ConfigError, Unavailable.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._uploads.add(task)
+        try:
+            data = memoryview(await boxed[0])
+            return await self._connection.call(lambda store: store.upload(data))
+        finally:
+            self._uploads.discard(task)
+
+    async def close(self) -> None:
+        """Cut short what is under way, and take it back from S3, where the parts of an upload would be paid for."""
+        if uploads := set(self._uploads):
+            for upload in uploads:
+                upload.cancel()
+            await asyncio.wait(uploads)
+        await self._connection.close()
 
 
 @lru_cache(maxsize=1)
@@ -139,15 +171,19 @@ class LedgerActor:
 
         Raises: ConfigError, Unavailable, Corrupt.
         """
-        store = await self._opened()
-        await store.ledger.prepare()
-        head = await store.get_head()
-        return head.version_id if head else None
+
+        async def newest(store: AsyncBlockchainModelStore) -> str | None:
+            await store.ledger.prepare()
+            head = await store.get_head()
+            return head.version_id if head else None
+
+        return await self._with_store(newest)
 
     async def upload(self, boxed: list[Any], uploader: Any, size: int) -> tuple[str, int]:
-        """Let an UploadActor store the checkpoint behind the ref in `boxed`; -> its SHA-256 and size.
+        """Let `uploader`, an UploadActor, store the checkpoint of `size` bytes behind the ref in `boxed`.
 
-        The ref travels in a list so that it is not fetched on the way here. Raises: Busy, and what storing raises.
+        -> its SHA-256 and size. The ref travels in a list so that it is not fetched on the way here.
+        Raises: Busy, Unavailable if the uploader is gone, and what storing raises.
         """
         self._admit()
         self._uploading += 1
@@ -158,7 +194,8 @@ class LedgerActor:
         except (ActorDiedError, ActorUnavailableError) as error:
             self._failed += 1
             reason = str(error).strip().splitlines()[-1].strip()
-            raise Unavailable(f"the process that uploads to {self._uri} is gone: {reason}") from None
+            state = "gone" if isinstance(error, ActorDiedError) else "being started again"
+            raise Unavailable(f"the process that uploads to {self._uri} is {state}: {reason}") from None
         except Exception:
             self._failed += 1
             raise
@@ -175,16 +212,12 @@ class LedgerActor:
         self._calls += 1
         done = asyncio.get_running_loop().create_future()
         self._appending.add(done)
-        store = None
         try:
-            store = await self._opened()
-            version = await store.append_commit(record, content_hash, size)
+            version = await self._with_store(lambda store: store.append_commit(record, content_hash, size))
         except Conflict:  # it was collected meanwhile: the trainer uploads it again
             raise
-        except Exception as error:
+        except Exception:
             self._failed += 1
-            if isinstance(error, AccessDenied) and store is not None:
-                self._connection.leave(store)
             raise
         finally:
             self._calls -= 1
@@ -246,6 +279,7 @@ class LedgerActor:
         if self._observer is not None:
             self._observer.cancel()
             self._observer = None
+        await self.flush()
         await self._connection.close()
 
     def _admit(self) -> None:
@@ -254,11 +288,10 @@ class LedgerActor:
         if self._uploading + self._calls >= _MAX_CALLS:
             raise Busy(f"{self!r} has {_MAX_CALLS} commits under way", retry_after=0.5)
 
-    async def _opened(self) -> AsyncBlockchainModelStore:
-        store = await self._connection.opened()
+    async def _with_store(self, work: Callable[[AsyncBlockchainModelStore], Awaitable[T]]) -> T:
         if self._observer is None and ray.is_initialized():
             self._observer = asyncio.create_task(self._observe())
-        return store
+        return await self._connection.call(work)
 
     async def _observe(self) -> None:
         while True:
@@ -283,7 +316,7 @@ class LedgerHandle:
         try:
             yield committer
         finally:
-            committer.close()
+            await committer.close()
 
 
 class _ActorCommitter:
@@ -314,15 +347,27 @@ class _ActorCommitter:
             self._actor.note_replaced.remote(self._replaced)
             self._replaced = 0
 
-    def close(self) -> None:
-        ray.kill(self._uploader)
+    async def close(self) -> None:
+        """End the process that uploads."""
+        if not ray.is_initialized():  # it ended with Ray, and to kill it would start another Ray
+            return
+        try:
+            with suppress(TimeoutError, RayError):
+                await asyncio.wait_for(self._uploader.close.remote(), _CUT_SECONDS)
+        finally:
+            ray.kill(self._uploader)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Call the actor; if it is gone for good (replaced by newer code), its successor."""
         attempts = 4
         while True:
+            ref = getattr(self._actor, method).remote(*arguments)
             try:
-                return await _unwrapped(getattr(self._actor, method).remote(*arguments))
+                return await _unwrapped(ref)
+            except asyncio.CancelledError:
+                if method == "upload":  # nobody wants it any more, and it would slow down those that are wanted
+                    ray.cancel(ref)
+                raise
             except ActorDiedError as error:
                 attempts -= 1
                 if attempts == 0:
@@ -391,4 +436,5 @@ def _cause(error: RayTaskError) -> Exception:
 
 
 RemoteLedgerActor = ray.remote(LedgerActor)
-RemoteUploadActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)(UploadActor)
+# A byte of memory, because Ray places an actor that asks for nothing at random, whatever node it is told.
+RemoteUploadActor = ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=3)(UploadActor)

@@ -18,7 +18,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,11 +78,12 @@ async def _run(command: Sequence[str], environment: Mapping[str, str], metadata:
         await asyncio.wait_for(_commit_everything(_node_id(node.pid)), _COMMIT_SECONDS + _END_SECONDS)
     except Exception:  # Ray may be half gone: then it has to go as it is
         logger.exception("not every trainer could be stopped")
-    node.terminate()
-    await asyncio.wait({ended}, timeout=_END_SECONDS)
-    if not ended.done():
-        os.killpg(node.pid, signal.SIGKILL)
-        await ended
+    with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+        node.terminate()
+        await asyncio.wait({ended}, timeout=_END_SECONDS)
+        if not ended.done():
+            os.killpg(node.pid, signal.SIGKILL)
+    await ended
     return 0
 
 
@@ -126,11 +127,12 @@ def _node_id(pid: int) -> str:
     waiting = [pid]
     while waiting:
         process = Path(f"/proc/{waiting.pop()}")
-        for argument in (process / "cmdline").read_text().split("\0"):
-            if argument.startswith("--node_id="):
-                return argument.removeprefix("--node_id=")
-        for children in process.glob("task/*/children"):
-            waiting += [int(child) for child in children.read_text().split()]
+        with suppress(OSError):  # it has ended just now
+            for argument in (process / "cmdline").read_text().split("\0"):
+                if argument.startswith("--node_id="):
+                    return argument.removeprefix("--node_id=")
+            for children in process.glob("task/*/children"):
+                waiting += [int(child) for child in children.read_text().split()]
     raise NotFound(f"process {pid} runs no Ray node")
 
 

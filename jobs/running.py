@@ -321,7 +321,9 @@ async def _progress(trainer: Any, training: asyncio.Future[Any]) -> Any:
             return
         answer = asyncio.ensure_future(plain(trainer.progress.remote()))
         await asyncio.wait({answer, training}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done() and not answer.exception() and answer.result() is not None:
+        if not answer.done():
+            answer.cancel()
+        elif not answer.exception() and answer.result() is not None:
             yield answer.result()
 
 

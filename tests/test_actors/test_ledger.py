@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 import ray
 import torch
+from ray.exceptions import TaskCancelledError
 
 from actors.ledger import LedgerActor, LedgerHandle, UploadActor, _ActorCommitter, ledger_actor
 from smc.checkpoint import metadata_of, tensors_of
@@ -19,7 +21,9 @@ from smc.commits import BackgroundCommits, CommitRequest
 from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
+from smc.storage.dev_server import DevServer
 from tests.conftest import small_config
+from tests.fault_proxy import FaultProxy
 
 
 async def uploaded(ledger: str, checkpoint: bytes = b"checkpoint") -> tuple[str, int]:
@@ -191,11 +195,12 @@ async def test_uploads_take_credentials_that_were_renewed(on_seaweed: str, monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an old one")
     with pytest.raises(AccessDenied):
         await actor.upload([asyncio.sleep(0, b"checkpoint")])
-    await actor._connection.opened()  # as one whose credentials expire later
+    actor._connection.store = await AsyncBlockchainModelStore(on_seaweed).__aenter__()  # one whose credentials expire
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    found = [await actor.upload([asyncio.sleep(0, b"checkpoint")]) for _ in range(2)]
-    assert found == [(hashlib.sha256(b"checkpoint").hexdigest(), 10)] * 2
-    await actor._connection.close()
+    checkpoints = [bytes([i]) * 3_000_000 * i for i in range(1, 5)]  # some are denied while others are under way
+    found = await asyncio.gather(*(actor.upload([asyncio.sleep(0.002, data)]) for data in checkpoints))
+    assert found == [(hashlib.sha256(data).hexdigest(), len(data)) for data in checkpoints]
+    await actor.close()
 
 
 def uploading_processes() -> set[int]:
@@ -209,18 +214,21 @@ async def test_a_trainer_has_one_process_that_uploads_which_is_started_again_and
     ledger = LedgerActor(on_seaweed)
     async with LedgerHandle(on_seaweed, ledger_actor(on_seaweed)).committer() as committer:
 
-        async def upload(*checkpoints: bytes) -> set[int]:
+        async def upload(*checkpoints: bytes) -> None:
             refs = [await committer.put(memoryview(data)) for data in checkpoints]
             found = await asyncio.gather(*(ledger.upload(ref, committer._uploader, size) for ref, size in refs))
             assert found == [(hashlib.sha256(data).hexdigest(), len(data)) for data in checkpoints]
-            return uploading_processes() - others
 
-        first = await upload(*(b"checkpoint %d" % i for i in range(20)))
-        assert len(first) == 1
+        await upload(*(b"checkpoint %d" % i for i in range(20)))
+        (first,) = uploading_processes() - others
+        os.kill(first, signal.SIGSTOP)
         running = asyncio.ensure_future(upload(*(b"another %d" % i for i in range(20))))
-        await asyncio.sleep(0.02)
-        os.kill(first.pop(), signal.SIGKILL)
-        assert len(await running) == 1
+        while (await ledger.status())["uploading"] < 20:
+            await asyncio.sleep(0.01)
+        os.kill(first, signal.SIGKILL)
+        await running
+        (second,) = uploading_processes() - others
+        assert second != first
         placed, size = await committer.put(memoryview(b"too late"))
     async with asyncio.timeout(20):
         while uploading_processes() - others:  # nothing tells that a process has ended
@@ -231,6 +239,36 @@ async def test_a_trainer_has_one_process_that_uploads_which_is_started_again_and
     assert (status["failed"], status["uploading"], status["bytes_in_flight"]) == (1, 0, 0)
     async with AsyncBlockchainModelStore(on_seaweed) as store:
         assert len([info async for info in store.objects.list("blobs/")]) == 40
+
+
+@pytest.mark.usefixtures("ray_cluster")
+async def test_an_upload_that_nobody_wants_any_more_leaves_nothing_on_s3(seaweed: DevServer, on_seaweed: str) -> None:
+    s3 = botocore.session.get_session().create_client("s3", region_name="us-east-1")
+
+    async def until_there_are(count: int) -> None:
+        async with asyncio.timeout(20):
+            while unfinished() != count:
+                await asyncio.sleep(0.05)
+
+    def unfinished() -> int:
+        bucket, _, prefix = on_seaweed.removeprefix("s3://").partition("/")
+        return len(s3.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", []))
+
+    actor, ledger = ledger_actor(on_seaweed), LedgerActor(on_seaweed)
+    with FaultProxy(seaweed.endpoint_url, latency=0.5) as proxy:
+        async with LedgerHandle(on_seaweed, actor, endpoint_url=proxy.url).committer() as committer:
+            placed, size = await committer.put(memoryview(os.urandom(40_000_000)))
+            overtaken = asyncio.ensure_future(committer.upload((placed, size)))
+            await until_there_are(1)
+            overtaken.cancel()
+            await until_there_are(0)
+            status = await actor.status.remote()
+            assert (status["uploading"], status["bytes_in_flight"], status["failed"]) == (0, 0, 0)
+            last = asyncio.ensure_future(ledger.upload(placed, committer._uploader, size))
+            await until_there_are(1)
+        assert unfinished() == 0
+        with pytest.raises(TaskCancelledError):
+            await last
 
 
 async def test_two_actors_on_one_ledger_stay_correct(on_seaweed: str) -> None:

@@ -23,36 +23,41 @@ from jobs import node
 from jobs.node import spot_notice
 from jobs.recipes import read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
 from smc.training import StepReport
 from tests.conftest import versions_of, wait_for_versions
 
 ROOT = Path(__file__).parents[2]
-# Steps: of experiments that make the number up, of those under a node's death, and of one under the driver's, which
-# comes while a new LedgerActor may still be starting.
-SHORT, LONG, LONGEST = 50, 600, 3000
+# Steps of the experiments that make the number up, and how long the one trains that is interrupted: it begins, loses
+# its node, begins again and loses its driver, which is some seconds of a processor's work, on whatever machine.
+SHORT, LONG_SECONDS = 50, 6.0
 
-
-KILL_THE_LEDGER_ACTOR = """
+HELPER = """
 import os, signal, sys, ray
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
-sys.stdin.readline()
-actor = ray.get_actor("ledger:" + sys.argv[1], "spectralmc")
-os.kill(ray.get(actor.status.remote())["pid"], signal.SIGKILL)
+for line in sys.stdin:
+    actor = ray.get_actor(line.strip(), "spectralmc")
+    if line.startswith("trainer:"):
+        print("answer:", ray.get(actor.node_id.remote()), flush=True)
+    else:
+        os.kill(ray.get(actor.status.remote())["pid"], signal.SIGKILL)
+        print("answer: killed", flush=True)
 """
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    recipe = tmp_path / "speed.yaml"
+    recipe.write_text("recipe: tiny\ndefaults: {training: {num_batches: 300}}\nexperiments: {speed: }\n")
+    (experiment,) = read_sweep(recipe)[1]
+    speed = 300 / GbmCVNNPricer(experiment.fresh()).train(experiment.training).seconds
     path = tmp_path / "twelve.yaml"
-    steps = [LONG, LONG, LONG, LONGEST]
-    long = "".join(
-        f"  long-{i}: {{training: {{num_batches: {end}}}, network: {{seed: {i}}}}}\n" for i, end in enumerate(steps)
-    )
     path.write_text(
-        f"recipe: tiny\ndefaults: {{training: {{num_batches: {SHORT}}}, commit_interval: 25}}\nexperiments:\n{long}"
-        "grid: {training.learning_rate: [0.003, 0.01], network.seed: [0, 1], training.batch_size: [8, 16]}\n"
+        f"recipe: tiny\ndefaults: {{training: {{num_batches: {SHORT}}}, commit_interval: 25}}\n"
+        f"experiments:\n  long: {{training: {{num_batches: {int(speed * LONG_SECONDS)}}}, commit_interval: 100}}\n"
+        + "".join(f"  short-{i}: {{network: {{seed: {i}}}}}\n" for i in range(2, 5))
+        + "grid: {training.learning_rate: [0.003, 0.01], network.seed: [0, 1], training.batch_size: [8, 16]}\n"
     )
     return path
 
@@ -69,10 +74,6 @@ def cluster(on_seaweed: str) -> Iterator[Any]:
     for worker in list(cluster.worker_nodes):
         cluster.remove_node(worker)
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
-
-
-def end_of(experiment: str) -> int:
-    return {"long-3": LONGEST}.get(experiment, LONG if experiment.startswith("long") else SHORT)
 
 
 def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
@@ -96,41 +97,47 @@ def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
 
 @pytest.mark.timeout(420)
 def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
-    command = [sys.executable, "-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
     environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
 
-    def submit() -> subprocess.Popen[str]:
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        command, pipe = [sys.executable, *arguments], subprocess.PIPE
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
 
-    def wait_for(driver: subprocess.Popen[str], *names: str) -> None:
-        """Until one of these experiments has a version, and not yet its last."""
+    def ask(actor: str) -> str:
+        assert helper.stdin is not None
+        assert helper.stdout is not None
+        helper.stdin.write(f"{actor}\n")
+        helper.stdin.flush()
+        answer = next(line for line in helper.stdout if line.startswith("answer:"))  # Ray prints there too
+        return answer.split()[1]
 
-        def enough(versions: list[ModelVersion]) -> bool:
-            newest = {v.experiment: v.step for v in versions}
-            return any(0 < newest.get(name, 0) < end_of(name) for name in names)
+    def wait_until_it_says(words: str) -> None:
+        """Until a line of the driver's output, which this reads, has these words."""
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            said.append(line)
+            if words in line:
+                return
+        raise AssertionError("".join(said))
 
-        wait_for_versions(on_seaweed, driver, enough)
-
-    # It joins the cluster in good time: seconds later there would be other things to kill.
-    killer = subprocess.Popen(
-        [sys.executable, "-c", KILL_THE_LEDGER_ACTOR, on_seaweed],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    driver = submit()
-    wait_for(driver, "long-0", "long-1", "long-2")  # one on each node
-    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-    _, errors = killer.communicate("now\n", timeout=60)
-    assert killer.returncode == 0, errors
-    wait_for(driver, "long-3")
+    sweep = ["-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
+    said: list[str] = []
+    helper = started("-c", HELPER)  # joins in good time: seconds later there would be other things to kill
+    driver = started(*sweep)
+    wait_for_versions(on_seaweed, driver, lambda versions: any(v.experiment == "long" for v in versions))
+    its_node = ask(f"trainer:{on_seaweed}:long")
+    (node,) = (node for node in cluster.worker_nodes if node.node_id == its_node)
+    cluster.remove_node(node, allow_graceful=False)
+    assert ask(f"ledger:{on_seaweed}") == "killed"
+    wait_until_it_says("long: its trainer was lost")
+    wait_until_it_says("long: step=")
     driver.kill()
-    assert "its trainer was lost" in driver.communicate()[0]
+    driver.communicate()
+    helper.communicate()
     before = versions_of(on_seaweed, verified=False)
-    again = submit()
+    again = started(*sweep)
     expected = undisturbed(file)
     out, _ = again.communicate(timeout=300)
     assert again.returncode == 0, out
@@ -143,12 +150,39 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     assert asyncio.run(verified())
     after = versions_of(on_seaweed, verified=False)
     assert after[: len(before)] == before
-    assert {v.experiment: v.content_hash for v in after if v.step == end_of(v.experiment)} == expected
+    assert {v.experiment: v.content_hash for v in after} == expected  # of the last version of each
     steps = Counter((v.experiment, v.step) for v in after)
     assert set(steps.values()) == {1}, "something was committed twice"
     resumed = {v.experiment for v in after if v.resumed_from is not None}
-    assert resumed, "nothing was interrupted"
+    assert "long" in resumed
     print(f"\n12 experiments, {len(after)} versions, {len(resumed)} experiments resumed")
+
+
+UPLOADERS = """
+import asyncio, contextlib, os, sys, ray
+from actors.ledger import LedgerHandle, ledger_actor
+
+async def main(ledger):
+    uri, actor = ledger, ledger_actor(ledger)
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(4):
+            committer = await stack.enter_async_context(LedgerHandle(uri, actor).committer())
+            await committer.upload(await committer.put(memoryview(b"checkpoint")))
+        actors = ray._private.state.actors(actor_state_name="ALIVE").values()
+        nodes = [actor["Address"]["NodeID"] for actor in actors if actor["ActorClassName"] == "UploadActor"]
+        assert nodes == [ray.get_runtime_context().get_node_id()] * 4, nodes
+        ray.shutdown()
+    assert not ray.is_initialized()
+
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+def test_a_checkpoint_is_uploaded_on_the_node_that_has_it(cluster: Any, on_seaweed: str) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    command = [sys.executable, "-c", UPLOADERS, on_seaweed]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=60)
 
 
 @pytest.mark.timeout(300)
@@ -216,7 +250,7 @@ async def test_a_node_that_does_not_end_is_ended(
     monkeypatch.setattr(node, "_END_SECONDS", 0.2)
     asyncio.get_running_loop().call_later(1.0, os.kill, os.getpid(), signal.SIGTERM)
     started = time.monotonic()
-    deaf = "trap '' TERM; while :; do sleep 0.1; done"
+    deaf = "trap '' TERM; sleep 1000"
     assert await node._run(["sh", "-c", deaf, "--block"], {}, None) == 0
     assert 1.2 <= time.monotonic() - started < 10
     assert "runs no Ray node" in caplog.text  # nothing to commit there, and that does not keep it
