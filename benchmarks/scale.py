@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 import uuid
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,23 @@ LATENCY = 0.05
 
 @ray.remote(num_cpus=1, max_concurrency=4)
 class Crowd:
-    """Some simulated trainers in one process."""
+    """Some simulated trainers in one process. They share one process that uploads: 512 would need the memory."""
+
+    async def open(self, handle: LedgerHandle) -> None:
+        self._stack = AsyncExitStack()
+        self._committer = await self._stack.enter_async_context(handle.committer())
+
+    async def close(self) -> None:
+        await self._stack.aclose()
 
     async def commit(
         self, handle: LedgerHandle, names: list[str], until: float, there: tuple[str, int] | None
     ) -> list[float]:
         """Seconds of every acknowledgement, until a moment (time.time); appends alone, if a checkpoint is `there`."""
         taken: list[float] = []
+        committer = self._committer
 
-        async def trainer(committer: Any, name: str) -> None:
+        async def trainer(name: str) -> None:
             draw = np.random.default_rng(list(name.encode()))
             step = 0
             while time.time() < until:
@@ -61,8 +70,7 @@ class Crowd:
                 await patiently(committer.append, record, content_hash, size)
                 taken.append(time.perf_counter() - started)
 
-        async with handle.committer() as committer:  # one process uploads for all of them: 512 would need the memory
-            await asyncio.gather(*(trainer(committer, name) for name in names))
+        await asyncio.gather(*(trainer(name) for name in names))
         return taken
 
 
@@ -79,6 +87,16 @@ def of_process(pid: int) -> tuple[float, float]:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return seconds, int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def upload_processes() -> list[int]:
+    """Ray names a process after its actor."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended just now
+            if (folder / "cmdline").read_bytes().startswith(b"ray::Upload"):
+                found.append(int(folder.name))
+    return found
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
@@ -120,13 +138,16 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
         )
         return [value for part in found for value in part]
 
-    commits(2.0)
+    ray.get([crowd.open.remote(handle) for crowd in crowds])
+    commits(3.0)
     pid = ray.get(actor.status.remote())["pid"]
     cpu, resident = of_process(pid)
     started = time.perf_counter()
     taken = commits(seconds)
     lasted = time.perf_counter() - started
     cpu_after, resident_after = of_process(pid)
+    uploaders = [of_process(pid)[1] for pid in upload_processes()]
+    ray.get([crowd.close.remote() for crowd in crowds])
     name = f"{count} trainers, appends alone" if alone else f"{count} trainers"
     report.add(f"{name}: commits", len(taken) / lasted, "1/s")
     report.add(f"{name}: acknowledgement, median", 1e3 * float(np.median(taken)), "ms")
@@ -137,6 +158,7 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
     report.add(f"{name}: its growth", resident_after - resident, "MB")
     if not alone:
         report.add(f"{name}: bytes committed meanwhile", len(taken) * SNAPSHOT / 1e6, "MB")
+        report.add(f"{name}: resident memory of a process that uploads", float(np.mean(uploaders)), "MB")
 
     async def check() -> None:
         async with AsyncBlockchainModelStore(uri) as store:
