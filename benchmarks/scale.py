@@ -89,6 +89,12 @@ def of_process(pid: int) -> tuple[float, float]:
     return seconds, int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def own_memory(pid: int) -> float:
+    """Resident MB that no other process has: not the object store, whose pages count for everybody who read them."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024 / 1e6
+
+
 def upload_processes() -> list[int]:
     """Ray names a process after its actor."""
     found = []
@@ -146,7 +152,7 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
     taken = commits(seconds)
     lasted = time.perf_counter() - started
     cpu_after, resident_after = of_process(pid)
-    uploaders = [of_process(pid)[1] for pid in upload_processes()]
+    uploaders = [own_memory(pid) for pid in upload_processes()]
     ray.get([crowd.close.remote() for crowd in crowds])
     name = f"{count} trainers, appends alone" if alone else f"{count} trainers"
     report.add(f"{name}: commits", len(taken) / lasted, "1/s")
@@ -158,7 +164,7 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
     report.add(f"{name}: its growth", resident_after - resident, "MB")
     if not alone:
         report.add(f"{name}: bytes committed meanwhile", len(taken) * SNAPSHOT / 1e6, "MB")
-        report.add(f"{name}: resident memory of a process that uploads", float(np.mean(uploaders)), "MB")
+        report.add(f"{name}: a process that uploads, memory of its own", float(np.mean(uploaders)), "MB")
 
     async def check() -> None:
         async with AsyncBlockchainModelStore(uri) as store:
