@@ -109,13 +109,13 @@ class UploadActor:
     `committer`: one that stayed would keep its node from being drained, or scaled down.
     """
 
-    def __init__(self, uri: str, endpoint_url: str | None) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, endpoint_url: str | None, owner: str) -> None:
+        self._owner = owner
         self._connection = _Connection(uri, endpoint_url)
         self._uploads: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
-        return f"Upload({self._uri})"
+        return f"Upload({self._owner})"
 
     async def upload(self, boxed: list[Any]) -> tuple[str, int]:
         """Store the checkpoint behind the ref in `boxed`, which is fetched without a copy; -> its SHA-256 and size.
@@ -322,8 +322,10 @@ class LedgerHandle:
 class _ActorCommitter:
     def __init__(self, uri: str, actor: Any, endpoint_url: str | None = None) -> None:
         self._uri, self._actor, self._endpoint_url = uri, actor, endpoint_url
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._uploader = RemoteUploadActor.options(scheduling_strategy=here).remote(uri, endpoint_url)
+        context = ray.get_runtime_context()
+        here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True)
+        owner = context.get_actor_name() or uri
+        self._uploader = RemoteUploadActor.options(scheduling_strategy=here).remote(uri, endpoint_url, owner)
         self._replaced = 0  # not told yet: a call for each, some hundred a second, would be felt
 
     async def put(self, data: memoryview) -> tuple[list[Any], int]:

@@ -190,7 +190,7 @@ async def test_credentials_that_were_renewed_are_taken(on_seaweed: str, monkeypa
 
 
 async def test_uploads_take_credentials_that_were_renewed(on_seaweed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    actor = UploadActor(on_seaweed, None)
+    actor = UploadActor(on_seaweed, None, "a test")
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an old one")
     with pytest.raises(AccessDenied):
