@@ -115,7 +115,7 @@ async def test_a_killed_ledger_actor_comes_back_and_nothing_is_lost_or_twice(on_
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
     pid = (await actor.status.remote())["pid"]
     os.kill(pid, signal.SIGKILL)
-    versions = await asyncio.wait_for(asyncio.gather(*running), timeout=60)
+    versions = await asyncio.wait_for(asyncio.gather(*running), timeout=120)
     assert len(set(versions)) == 30
     async with AsyncBlockchainModelStore(on_seaweed) as store:
         assert sorted(v.step for v in await store.list_versions()) == list(range(30))
@@ -230,7 +230,7 @@ async def test_a_trainer_has_one_process_that_uploads_which_is_started_again_and
         (second,) = uploading_processes() - others
         assert second != first
         placed, size = await committer.put(memoryview(b"too late"))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while uploading_processes() - others:  # nothing tells that a process has ended
             await asyncio.sleep(0.1)
     with pytest.raises(Unavailable, match=r"the process that uploads to s3://\S+ is gone: .*ray\.kill"):
@@ -246,7 +246,7 @@ async def test_an_upload_that_nobody_wants_any_more_leaves_nothing_on_s3(seaweed
     s3 = botocore.session.get_session().create_client("s3", region_name="us-east-1")
 
     async def until_there_are(count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while unfinished() != count:
                 await asyncio.sleep(0.05)
 

@@ -127,7 +127,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         shutil.rmtree(session, ignore_errors=True)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_train_sweep_and_evaluate_are_submitted_with_a_token(head: Head, on_seaweed: str) -> None:
     quick = ["--recipe", "tiny", "--set", "training.num_batches=20"]
     trained = head.submit("jobs.train", "--ledger", on_seaweed, "--experiment", "solo", *quick)
@@ -160,7 +160,7 @@ def test_train_sweep_and_evaluate_are_submitted_with_a_token(head: Head, on_seaw
     assert re.search("401|[Uu]nauthorized|[Aa]uthentication", without.stdout + without.stderr)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_running_job_is_watched_stopped_and_keeps_no_secret(head: Head, on_seaweed: str, tmp_path: Path) -> None:
     settings = ["--recipe", "tiny", "--set", "training.num_batches=100000000", "--set", "commit_interval=200"]
     waits = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
