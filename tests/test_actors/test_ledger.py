@@ -255,17 +255,20 @@ async def test_an_upload_that_nobody_wants_any_more_leaves_nothing_on_s3(seaweed
         return len(s3.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads", []))
 
     actor, ledger = ledger_actor(on_seaweed), LedgerActor(on_seaweed)
-    with FaultProxy(seaweed.endpoint_url, latency=0.5) as proxy:
+    with FaultProxy(seaweed.endpoint_url, latency=1.0) as proxy:  # between an upload's begin and its end
         async with LedgerHandle(on_seaweed, actor, endpoint_url=proxy.url).committer() as committer:
             placed, size = await committer.put(memoryview(os.urandom(40_000_000)))
             overtaken = asyncio.ensure_future(committer.upload((placed, size)))
             await until_there_are(1)
+            proxy.latency = 0.0
             overtaken.cancel()
             await until_there_are(0)
             status = await actor.status.remote()
             assert (status["uploading"], status["bytes_in_flight"], status["failed"]) == (0, 0, 0)
+            proxy.latency = 1.0
             last = asyncio.ensure_future(ledger.upload(placed, committer._uploader, size))
             await until_there_are(1)
+            proxy.latency = 0.0
         assert unfinished() == 0
         with pytest.raises(TaskCancelledError):
             await last
