@@ -29,6 +29,8 @@ __all__ = ["DevServer"]
 
 _PR_SET_PDEATHSIG = 1
 _PARTS = ("master", "volume", "filer", "s3")
+# Others may take a port between its choice and the server's start.
+_ATTEMPTS = 3
 
 
 class DevServer:
@@ -67,6 +69,16 @@ class DevServer:
 
     def start(self) -> None:
         """Start and wait until the bucket answers. Raises: ConfigError, Unavailable."""
+        for _ in range(_ATTEMPTS):
+            process = self._start()
+            if self._is_ready(process):
+                break
+        else:
+            raise Unavailable(f"SeaweedFS ended with status {process.returncode}; see {self.directory / 'weed.log'}")
+        lines = [f"export {name}={value}" for name, value in self.environment.items()]
+        _write_private(self.directory / "s3.env", "\n".join(lines) + "\n")
+
+    def _start(self) -> subprocess.Popen[bytes]:
         binary = _weed()
         data = self.directory / "data"
         data.mkdir(parents=True, exist_ok=True)
@@ -96,9 +108,7 @@ class DevServer:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
             )
-        self._wait_until_ready()
-        lines = [f"export {name}={value}" for name, value in self.environment.items()]
-        _write_private(self.directory / "s3.env", "\n".join(lines) + "\n")
+        return self._process
 
     def stop(self) -> None:
         """End the server; what was acknowledged stays."""
@@ -144,18 +154,16 @@ class DevServer:
                 sockets[name] = s
             return {name: s.getsockname()[1] for name, s in sockets.items()}
 
-    def _wait_until_ready(self, timeout: float = 60.0) -> None:
-        assert self._process is not None
+    def _is_ready(self, process: subprocess.Popen[bytes], timeout: float = 60.0) -> bool:
+        """Whether the server answers, and does not end before."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise Unavailable(
-                    f"SeaweedFS ended with status {self._process.returncode}; see {self.directory / 'weed.log'}"
-                )
+            if process.poll() is not None:
+                return False
             with contextlib.suppress(urllib.error.URLError, OSError):
                 urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=2).close()
                 if self._create_buckets():
-                    return
+                    return True
             time.sleep(0.1)
         self.stop()
         raise Unavailable(f"SeaweedFS is not ready after {timeout:g} s; see {self.directory / 'weed.log'}")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +17,7 @@ import pytest
 import safetensors.torch
 
 from smc.checkpoint import Snapshot, encode
-from smc.errors import ConfigError
+from smc.errors import ConfigError, Unavailable
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
@@ -356,6 +357,31 @@ def test_the_dev_server_serves_keeps_its_data_and_its_secrets(
             monkeypatch.setenv(name, value)
         assert main(["verify", "one"]) == 0
         assert os.path.exists(f"/proc/{again.pid}")
+
+
+def test_a_port_that_others_take_before_the_server_has_it_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, choices = DevServer(tmp_path), 0
+    choose = server._ports
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+
+        def ports(old: int | None) -> dict[str, int]:
+            nonlocal choices
+            choices += 1
+            return choose(old) | ({"filer": other.getsockname()[1]} if choices == 1 else {})
+
+        monkeypatch.setattr(server, "_ports", ports)
+        with server:
+            assert server.pid
+        assert choices == 2
+        choices = 0
+        monkeypatch.setattr("smc.storage.dev_server._ATTEMPTS", 1)
+        with pytest.raises(Unavailable, match=r"SeaweedFS ended with status 1; see \S+weed\.log"):
+            server.start()
+        server.stop()
 
 
 def test_a_port_that_is_taken_is_refused(seaweed: DevServer, tmp_path: Path) -> None:
