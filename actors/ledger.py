@@ -84,7 +84,7 @@ class _Connection:
             self._calls[store] -= 1
             if not self._calls[store]:
                 del self._calls[store]
-                if self.store is not store:  # other calls were still using it
+                if self.store is not store:  # refused, or closed meanwhile, and this was the last call that used it
                     self.beside(store.__aexit__(None, None, None))
 
     def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -32,7 +32,7 @@ import torch
 
 import smc.commits
 import smc.gbm_trainer
-from benchmarks.reporting import Report, run
+from benchmarks.reporting import Report, memory_of, run
 from benchmarks.slow_link import SlowLink
 from jobs.recipes import make_experiment
 from smc.commits import CommitSeconds, Committer
@@ -392,7 +392,7 @@ def soak(report: Report, options: argparse.Namespace) -> None:
             gc.collect()
             kept = list(objects.objects.items())
             stored = sum(sum(map(sys.getsizeof, (key, value, *value))) for key, value in kept)
-            resident.append(_resident() - stored / 1e6)
+            resident.append((memory_of() - stored) / 1e6)
 
     pricer = GbmCVNNPricer(experiment.fresh())
     store = Paced(AsyncBlockchainModelStore("s3://spectralmc/soak", objects=objects))
@@ -416,10 +416,6 @@ def soak(report: Report, options: argparse.Namespace) -> None:
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-def _resident() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 from aiobotocore.session import get_session
 
-from benchmarks.reporting import Report, run
+from benchmarks.reporting import Report, memory_of, run
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.chain import Draft, Tail, block_key, build_block, parse_block
@@ -203,7 +203,7 @@ async def child(direction: str, key: str, size: int) -> None:
     async with AsyncBlockchainModelStore("s3://spectralmc/large") as store:
         await store.get_head()
         async with get_session().create_client("s3") as client:
-            base = _resident("VmRSS")
+            base = memory_of()
             if direction == "up":
                 data = bytearray(size)
                 for start in range(0, size, 2**26):
@@ -212,7 +212,7 @@ async def child(direction: str, key: str, size: int) -> None:
                 del part
                 started = time.perf_counter()
                 digest, _ = await store.upload(data)
-                ours, peak = time.perf_counter() - started, _resident("VmHWM")
+                ours, peak = time.perf_counter() - started, memory_of(field="VmHWM")
                 started = time.perf_counter()
                 await client.put_object(Bucket="spectralmc", Key=f"large/raw/{key}", Body=data)
                 raw = time.perf_counter() - started
@@ -221,7 +221,7 @@ async def child(direction: str, key: str, size: int) -> None:
                 version = (await store.list_versions())[-1]
                 started = time.perf_counter()
                 data = await store.load_checkpoint(version)
-                ours, peak = time.perf_counter() - started, _resident("VmHWM")
+                ours, peak = time.perf_counter() - started, memory_of(field="VmHWM")
                 del data
                 started = time.perf_counter()
                 answer = await client.get_object(
@@ -230,11 +230,6 @@ async def child(direction: str, key: str, size: int) -> None:
                 await answer["Body"].read()
                 raw = time.perf_counter() - started
     print(ours, raw, (peak - base) / size)
-
-
-def _resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 async def large(report: Report, mebibytes: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import ray
 
 from actors.ledger import LedgerHandle, ledger_actor
-from benchmarks.reporting import Report, run
+from benchmarks.reporting import Report, memory_of, run
 from benchmarks.slow_link import SlowLink
 from smc.errors import Busy
 from smc.spool import CommitRecord
@@ -82,21 +82,13 @@ async def patiently(call: Any, *arguments: Any) -> Any:
             await asyncio.sleep(busy.retry_after)
 
 
-def of_process(pid: int) -> tuple[float, float]:
-    """Processor seconds and resident MB of a process."""
+def processor_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds, int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def own_memory(pid: int) -> float:
-    """Resident MB that no other process has: not the object store, whose pages count for everybody who read them."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024 / 1e6
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def upload_processes() -> list[int]:
-    """Ray names a process after its actor."""
+    """Their pids: Ray names a process after its actor."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended just now
@@ -147,12 +139,13 @@ def one_size(report: Report, crowds: list[Any], count: int, seconds: float, *, a
     ray.get([crowd.open.remote(handle) for crowd in crowds])
     commits(3.0)
     pid = ray.get(actor.status.remote())["pid"]
-    cpu, resident = of_process(pid)
+    cpu, resident = processor_seconds(pid), memory_of(pid) / 1e6
     started = time.perf_counter()
     taken = commits(seconds)
     lasted = time.perf_counter() - started
-    cpu_after, resident_after = of_process(pid)
-    uploaders = [own_memory(pid) for pid in upload_processes()]
+    cpu_after, resident_after = processor_seconds(pid), memory_of(pid) / 1e6
+    # Not the object store, whose pages count for every process that read them.
+    uploaders = [memory_of(pid, "RssAnon") / 1e6 for pid in upload_processes()]
     ray.get([crowd.close.remote() for crowd in crowds])
     name = f"{count} trainers, appends alone" if alone else f"{count} trainers"
     report.add(f"{name}: commits", len(taken) / lasted, "1/s")

@@ -21,7 +21,7 @@ import torch
 
 from jobs import node
 from jobs.node import spot_notice
-from jobs.recipes import read_sweep
+from jobs.recipes import make_experiment, read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
@@ -48,9 +48,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    recipe = tmp_path / "speed.yaml"
-    recipe.write_text("recipe: tiny\ndefaults: {training: {num_batches: 300}}\nexperiments: {speed: }\n")
-    (experiment,) = read_sweep(recipe)[1]
+    experiment = make_experiment("speed", {"training": {"num_batches": 300}}, recipe="tiny")
     speed = 300 / GbmCVNNPricer(experiment.fresh()).train(experiment.training).seconds
     path = tmp_path / "twelve.yaml"
     path.write_text(
@@ -76,6 +74,15 @@ def cluster(on_seaweed: str) -> Iterator[Any]:
     cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=True)
 
 
+def started(cluster: Any, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """A Python process that finds the cluster; its standard error goes where its output goes."""
+    command, pipe = [sys.executable, *arguments], subprocess.PIPE
+    variables = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
+    )
+
+
 def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
     """Content hashes of each experiment's last step, or of this one, when nothing disturbs it."""
     assert torch.get_num_threads() == 1  # as in an actor with one CPU
@@ -97,14 +104,6 @@ def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
 
 @pytest.mark.timeout(600)
 def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1"}
-
-    def started(*arguments: str) -> subprocess.Popen[str]:
-        command, pipe = [sys.executable, *arguments], subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
-
     def ask(actor: str) -> str:
         assert helper.stdin is not None
         assert helper.stdout is not None
@@ -124,8 +123,8 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
 
     sweep = ["-m", "jobs.sweep", str(file), "--ledger", on_seaweed]
     said: list[str] = []
-    helper = started("-c", HELPER)  # joins in good time: seconds later there would be other things to kill
-    driver = started(*sweep)
+    helper = started(cluster, "-c", HELPER)  # joins in good time: seconds later there would be other things to kill
+    driver = started(cluster, *sweep)
     wait_for_versions(on_seaweed, driver, lambda versions: any(v.experiment == "long" for v in versions))
     its_node = ask(f"trainer:{on_seaweed}:long")
     (node,) = (node for node in cluster.worker_nodes if node.node_id == its_node)
@@ -137,7 +136,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     driver.communicate()
     helper.communicate()
     before = versions_of(on_seaweed, verified=False)
-    again = started(*sweep)
+    again = started(cluster, *sweep)
     expected = undisturbed(file)
     out, _ = again.communicate(timeout=400)
     assert again.returncode == 0, out
@@ -180,9 +179,9 @@ asyncio.run(main(sys.argv[1]))
 
 
 def test_a_checkpoint_is_uploaded_on_the_node_that_has_it(cluster: Any, on_seaweed: str) -> None:
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
-    command = [sys.executable, "-c", UPLOADERS, on_seaweed]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=120)
+    process = started(cluster, "-c", UPLOADERS, on_seaweed)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
 
 
 @pytest.mark.timeout(400)
@@ -196,21 +195,11 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
         "recipe: tiny\ndefaults: {training: {num_batches: 100000000}, commit_interval: 500}\nexperiments: {a: }\n"
     )
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address, "OMP_NUM_THREADS": "1", "SMC_LOG_JSON": "1"}
-
-    def started(*arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
     ray = str(Path(sys.executable).parent / "ray")
-    spot = started("jobs.node", "--", ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block")
-    driver = started("jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1")
+    start = [ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]
+    spot = started(cluster, "-m", "jobs.node", "--", *start, SMC_LOG_JSON="1")
+    sweep = ["-m", "jobs.sweep", str(file), "--ledger", on_seaweed, "--concurrency", "1"]
+    driver = started(cluster, *sweep, SMC_LOG_JSON="1")
     try:
         wait_for_versions(on_seaweed, driver, bool)
         spot.send_signal(signal.SIGTERM)
