@@ -14,13 +14,16 @@ import asyncio
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import boto3
+import orjson
 import ray
 import torch
 from moto.server import ThreadedMotoServer
@@ -96,8 +99,12 @@ async def next_step(trainer: Any) -> tuple[float, int]:
     return time.perf_counter(), new
 
 
-def busy(recipe: str, settings: Mapping[str, Any], steps: int = 400) -> float:
-    """The share of time in which a kernel of one experiment alone runs on the GPU, in the second half of some steps."""
+def kernel_shares(recipe: str, settings: Mapping[str, Any], steps: int = 400) -> tuple[float, float]:
+    """Of the time of one experiment alone: with a kernel on the GPU, and with one that leaves no room beside it.
+
+    Such a kernel has more blocks than the GPU holds at once, or nine tenths of the threads: what another process
+    launches meanwhile waits, with MPS too.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     experiment = make_experiment("busy", settings, {"training": {"num_batches": steps}, "num_gpus": 1}, recipe=recipe)
@@ -106,13 +113,32 @@ def busy(recipe: str, settings: Mapping[str, Any], steps: int = 400) -> float:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         pricer.train(experiment.training)
         torch.cuda.synchronize()
-    found = sorted((e.time_range.start, e.time_range.end) for e in profiled.events() if e.device_type.name == "CUDA")
-    middle = (found[0][0] + found[-1][1]) / 2
-    covered, last = 0.0, middle
-    for start, end in found:
-        covered += max(0.0, end - max(start, last))
-        last = max(last, end)
-    return covered / (last - middle)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(trace))
+        events = orjson.loads(trace.read_bytes())["traceEvents"]
+    found = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    first, end = min(e["ts"] for e in found), max(e["ts"] + e["dur"] for e in found)
+    middle = (first + end) / 2  # the first half has the warm-up and the capture
+    full = [e for e in found if e["cat"] == "kernel" and _fills(e["args"])]
+    return _covered(found, middle, end), _covered(full, middle, end)
+
+
+def _fills(kernel: Mapping[str, Any]) -> bool:
+    """Whether a kernel leaves no room: blocks of it wait, or nearly all threads there can be run."""
+    resident = kernel["est. achieved occupancy %"]
+    most = torch.cuda.get_device_properties(0).max_threads_per_multi_processor / 32
+    asked = 100 * kernel["warps per SM"] / most
+    return bool(asked > resident + 1 or resident >= 90)
+
+
+def _covered(events: Sequence[Mapping[str, Any]], start: float, end: float) -> float:
+    """The share of a time in which at least one of the events goes on."""
+    covered, last = 0.0, start
+    for since, until in sorted((e["ts"], e["ts"] + e["dur"]) for e in events):
+        covered += max(0.0, until - max(since, last))
+        last = max(last, until)
+    return covered / (end - start)
 
 
 @contextmanager
@@ -168,7 +194,9 @@ def measure(report: Report, options: argparse.Namespace) -> None:
                 if not torch.cuda.is_available():
                     recipe, settings = "tiny", {}
                 else:
-                    report.add(f"{name}: GPU busy with one alone", 100 * busy(recipe, settings), "%")
+                    busy, full = kernel_shares(recipe, settings)
+                    report.add(f"{name}: time of one alone with a kernel on the GPU", 100 * busy, "%")
+                    report.add(f"{name}: with one that leaves no room beside it", 100 * full, "%")
 
                 def measured(count: int, recipe: str = recipe, settings: Any = settings, **more: Any) -> Any:
                     return asyncio.run(rates(handle, count, recipe, settings, options.seconds, **more))

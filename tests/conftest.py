@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,12 @@ from smc.storage.objects import MemoryObjectStore
 torch.set_num_threads(1)
 
 NO_DELAYS = (0.0, 0.0, 0.0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ import torch
 from scipy import stats
 from torch.nn import functional
 
+from jobs.mps import CONTROL
 from smc import black_scholes, prediction
 from smc.checkpoint import Snapshot, decode, encode, restore
 from smc.cuda import Kernel
@@ -33,12 +40,13 @@ from smc.storage.inference import InferenceClient
 from smc.storage.objects import MemoryObjectStore
 from smc.tensorboard import TensorBoardLogger
 from smc.training_step import _AHEAD, TrainingStep
-from tests.conftest import small_config, small_simulation, small_training
+from tests.conftest import free_port, small_config, small_simulation, small_training
 from tests.event_files import events
 from tests.test_snapshots import snapshots_that_differ
 
 pytestmark = pytest.mark.gpu
 
+ROOT = Path(__file__).parents[1]
 CONTRACTS = SobolSampler({}, seed=41).sample(64)
 
 
@@ -502,6 +510,55 @@ def test_a_sweep_of_two_experiments_on_half_a_gpu_each_commits_to_one_ledger(
             assert any(name.startswith("rng.cuda.") for name in snapshot.tensors)
 
     asyncio.run(check())
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which(CONTROL) is None, reason="needs NVIDIA's MPS")
+def test_actors_of_a_node_with_mps_are_its_clients_together(tmp_path: Path) -> None:
+    import ray
+
+    @ray.remote(num_gpus=0.5, num_cpus=0)
+    class OnGpu:
+        def pipe(self) -> str | None:
+            assert torch.ones(8, device="cuda").sum().item() == 8
+            return os.environ.get("CUDA_MPS_PIPE_DIRECTORY")
+
+    port = free_port()
+    head = ["ray.scripts.scripts", "start", "--head", f"--port={port}", "--include-dashboard=false", "--num-gpus=1"]
+    command = [sys.executable, "-m", "jobs.node", "--mps", "--", sys.executable, "-m", *head, "--block"]
+    with (tmp_path / "node.log").open("w") as log:
+        node = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            assert node.poll() is None, (tmp_path / "node.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "node.log").read_text()
+            with suppress(ConnectionError):
+                ray.init(f"127.0.0.1:{port}", log_to_driver=False)
+                break
+            time.sleep(0.5)
+        actors = [OnGpu.remote() for _ in range(2)]
+        pipe, same = ray.get([actor.pipe.remote() for actor in actors])
+        assert pipe == same
+        assert Path(pipe).is_dir()
+        (server,) = asked_of_mps(pipe, "get_server_list")
+        assert len(asked_of_mps(pipe, f"get_client_list {server}")) == 2
+    finally:
+        ray.shutdown()
+        node.send_signal(signal.SIGTERM)
+        try:
+            status = node.wait(60)
+        finally:
+            node.kill()
+    assert status == 0, (tmp_path / "node.log").read_text()
+    assert not Path(pipe).exists()
+
+
+def asked_of_mps(pipe: str, question: str) -> list[str]:
+    environment = {**os.environ, "CUDA_MPS_PIPE_DIRECTORY": pipe}
+    return subprocess.run(
+        [CONTROL], env=environment, input=f"{question}\n", capture_output=True, text=True, timeout=20, check=True
+    ).stdout.split()
 
 
 def test_a_thousand_snapshots_equal_synchronous_saves_while_training_goes_on() -> None:
