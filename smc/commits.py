@@ -19,6 +19,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol, TypeVar
 
+import orjson
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -159,21 +160,26 @@ def check_template(template: str) -> None:
                 raise ConfigError(
                     f"commit_message_template: unknown variable {{{name}}}; allowed are {{step}}, {{loss}}, {{batch}}"
                 )
-        template.format(step=1, loss=0.5, batch=1)
+        template.format(step=10**15, loss=0.5, batch=10**15)
     except ConfigError:
         raise
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
         raise ConfigError(f"commit_message_template {template!r}: {error}") from None
 
 
 def check_entry(experiment: str, parameters: Mapping[str, Any]) -> None:
     """Refuse what an entry cannot hold. Raises: ConfigError."""
     try:
-        CommitRecord(ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters))
+        record = CommitRecord(
+            ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters)
+        )
+        orjson.dumps(record.model_dump())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{where}: {first['msg']}; an entry holds what JSON does") from None
+    except TypeError as error:  # whole numbers beyond 64 bits, text that is not Unicode
+        raise ConfigError(f"experiment or parameters: {error}; an entry holds what JSON does") from None
 
 
 class BackgroundCommits:
@@ -185,6 +191,7 @@ class BackgroundCommits:
     oldest periodic snapshot that waits is replaced by the newer one, which is logged and counted. A final one is never
     replaced. Whatever cannot be committed is written to the spool. While training runs the thread's event loop takes a
     tenth of a processor, or less, beside hashes and copies, which leave Python's lock alone; `close` lifts that.
+    Of each commit, replaced ones too, an outcome is kept to the end: 0.3 kB.
 
     The tensors and metadata given here are those of a first state; later ones must have the same tensors.
     """
@@ -239,14 +246,16 @@ class BackgroundCommits:
         """
         if self._closing:
             raise RuntimeError("submit after close")
-        number, self._submitted = self._submitted, self._submitted + 1
+        number = self._submitted
         while (snapshot := self._ring.take(tensors, metadata, outcome)) is None:
+            self._submitted = number + 1
             if self._replace_oldest(request.step):
                 continue
             if not request.final:  # none waits that it could replace
                 self._settle_replaced(number, request, None)
                 return
             time.sleep(0.005)
+        self._submitted = number + 1
         with self._lock:
             self._waiting.append(_Pending(number, request, snapshot, time.perf_counter()))
         self._loop.call_soon_threadsafe(self._wake.set)
@@ -304,13 +313,12 @@ class BackgroundCommits:
             self._loop.close()
 
     async def _serve(self, ready: threading.Event) -> None:
-        previous: asyncio.Task[None] | None = None
         self._pace = _Pace(self._loop.time())
         opening = asyncio.create_task(self._open_early(ready))  # which may take longer than there is time
         while (pending := await self._next()) is not None:
-            previous = asyncio.create_task(self._commit(pending, previous))
-            self._running[previous] = pending
-            previous.add_done_callback(self._ended)
+            task = asyncio.create_task(self._commit(pending))
+            self._running[task] = pending
+            task.add_done_callback(self._ended)
         opening.cancel()
         await asyncio.wait({opening})
         try:
@@ -355,20 +363,23 @@ class BackgroundCommits:
         deadline = self._loop.time() + seconds
         self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
         for limit in self._limits:
-            limit.reschedule(self._deadline)
+            if not limit.expired():
+                limit.reschedule(self._deadline)
         self._wake.set()
 
     def _hurry(self, within: float) -> None:
-        newest = max((p for p in (*self._waiting, *self._running.values())), key=lambda p: p.number, default=None)
-        if newest is not None:
+        # What a loss that is not finite led to cannot be committed, and may have been submitted before that was known.
+        left = [p for p in (*self._waiting, *self._running.values()) if not p.settled and p.snapshot.finite]
+        if left:
+            newest = max(left, key=lambda p: p.number)
             with self._lock:
-                overtaken = [p for p in self._waiting if p is not newest]
-                self._waiting = deque([newest] if newest in self._waiting else [])
+                overtaken = [p for p in self._waiting if p.number < newest.number]
+                self._waiting = deque(p for p in self._waiting if p not in overtaken)
             for pending in overtaken:
                 pending.snapshot.release()
                 self._settle_replaced(pending.number, pending.request, newest.request.step)
             for task, pending in self._running.items():
-                if pending is not newest and not pending.appending:
+                if pending.number < newest.number and not pending.settling:
                     pending.overtaken_by = newest.request.step
                     task.cancel()
         self._flush(within)
@@ -379,14 +390,14 @@ class BackgroundCommits:
                 self._committer = await self._stack.enter_async_context(self._target.committer())
         return self._committer
 
-    async def _commit(self, pending: _Pending, previous: asyncio.Task[None] | None) -> None:
+    async def _commit(self, pending: _Pending) -> None:
         request, watch = pending.request, _StopWatch()
         limit = asyncio.timeout_at(self._deadline)
         try:
             try:
                 async with limit:
                     self._limits.add(limit)
-                    outcome = await self._entered(pending, previous, watch)
+                    outcome = await self._entered(pending, watch)
             finally:
                 self._limits.discard(limit)
         except asyncio.CancelledError:
@@ -395,18 +406,18 @@ class BackgroundCommits:
         except NumericsError as error:
             outcome = CommitOutcome(request.step, "failed", reason=str(error))
         except Exception as error:
+            pending.settling = True
             late = f"not in the ledger {self._flush_seconds:g} s after the last step"
             outcome = await self._kept(pending, late if limit.expired() else str(error) or repr(error))
+        pending.settled = True
         pending.snapshot.release()
         watch.seconds["acknowledged"] = time.perf_counter() - pending.submitted
         outcome = replace(outcome, seconds=CommitSeconds(**watch.seconds))
         self._outcomes[pending.number] = outcome
         self._tell(outcome, request.experiment)
 
-    async def _entered(
-        self, pending: _Pending, previous: asyncio.Task[None] | None, watch: _StopWatch
-    ) -> CommitOutcome:
-        """Encode, put, upload and append it, after the commit before it."""
+    async def _entered(self, pending: _Pending, watch: _StopWatch) -> CommitOutcome:
+        """Encode, put, upload and append it, after the commits before it."""
         record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
         committer = await self._opened()
         watch.start()
@@ -416,9 +427,11 @@ class BackgroundCommits:
         watch.stop("upload")
         taken = time.perf_counter() - pending.submitted
         record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
-        if previous is not None:  # entries of one run stand in the ledger in the order of their steps
-            await asyncio.wait({previous})
-        pending.appending = True
+        # Entries of one run stand in the ledger in the order of their steps. All before it, not only the last: that one
+        # may have failed while another goes on.
+        if earlier := [task for task, other in self._running.items() if other.number < pending.number]:
+            await asyncio.wait(earlier)
+        pending.settling = True
         try:
             version_id = await _patiently(lambda: committer.append(record, content_hash, size))
         except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
@@ -455,7 +468,8 @@ class _Pending:
     snapshot: TakenSnapshot
     submitted: float
     commit_id: str = field(default_factory=new_commit_id)
-    appending: bool = False
+    settling: bool = False  # about to be in the ledger, or the spool: not to be interrupted
+    settled: bool = False
     overtaken_by: int | None = None
 
     def encode(self, ledger: str, watch: _StopWatch) -> tuple[CommitRecord, memoryview]:

@@ -140,6 +140,8 @@ class GbmCVNNPricer:
         _check_commit_arguments(blockchain_store, auto_commit, commit_interval)
         check_template(commit_message_template)
         check_entry(experiment, parameters or {})
+        if not flush_seconds >= 0:
+            raise ConfigError(f"flush_seconds must be at least 0, got {flush_seconds}")
         at = self._position
         with self._training_thread(), self._own_rng(), _short_pauses(self.device), contextlib.ExitStack() as stack:
             plan = self._enter_plan(config)
@@ -190,8 +192,10 @@ class GbmCVNNPricer:
         `within`: seconds that the newest commit then has to reach the ledger, if that is less than it had anyway; older
         ones are replaced by it. `metrics`, finite numbers, stand in the final commit's entry, beside the others: they
         say why. `within` holds for a `train` that waits for its last commits as well. Raises: ConfigError for metrics
-        that are not finite.
+        that are not finite, or a time that is none.
         """
+        if math.isnan(within):
+            raise ConfigError("within must be a number of seconds, got nan")
         if not all(map(math.isfinite, (metrics or {}).values())):
             raise ConfigError(f"metrics must be finite numbers, got {metrics}")
         self._stop_within, self._stop_metrics = within, metrics or {}

@@ -7,6 +7,7 @@ another name, flushed and renamed: a JSON file means that its checkpoint is whol
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import uuid
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from smc.errors import Corrupt
 
-__all__ = ["CommitRecord", "Spool", "new_commit_id", "spool_directory"]
+__all__ = ["CommitRecord", "Spool", "SpooledCommit", "new_commit_id", "spool_directory"]
 
 # Snapshots, of as many trainers as a node may have: while S3 is away for long, older ones would leave no room for them.
 _ROOM_FOR: Final = 8
@@ -51,6 +52,12 @@ class CommitRecord(BaseModel):
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
 
+class SpooledCommit(CommitRecord):
+    """A commit in the spool. `content_hash` is its checkpoint's SHA-256 (None: an older version kept it)."""
+
+    content_hash: str | None = None
+
+
 def spool_directory() -> Path:
     """`SMC_SPOOL_DIR`, or `~/.smc/spool`: outside the working directory, which Ray deletes after a job."""
     return Path(os.environ.get("SMC_SPOOL_DIR") or Path.home() / ".smc" / "spool")
@@ -73,25 +80,33 @@ class Spool:
         path = self.directory / f"{record.commit_id}.safetensors"
         try:
             _write(path, data)
-            _write(path.with_suffix(".json"), orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2))
+            kept = SpooledCommit(**record.model_dump() | {"content_hash": hashlib.sha256(data).hexdigest()})
+            _write(path.with_suffix(".json"), orjson.dumps(kept.model_dump(), option=orjson.OPT_INDENT_2))
         except OSError:
             path.unlink(missing_ok=True)  # a disk that is full should not stay so for what is of no use
             raise
         return path
 
-    def records(self) -> Iterator[CommitRecord]:
+    def records(self) -> Iterator[SpooledCommit]:
         """Every whole commit, the earliest step first."""
         found = []
         for path in self.directory.glob("*.json"):
             try:
-                found.append(CommitRecord.model_validate_json(path.read_bytes()))
+                found.append(SpooledCommit.model_validate_json(path.read_bytes()))
             except ValidationError as error:
                 raise Corrupt(f"spool: {path} is not a commit record: {error.errors()[0]['msg']}") from None
         yield from sorted(found, key=lambda r: (r.ledger, r.experiment, r.step))
 
-    def load(self, record: CommitRecord) -> bytes:
-        """The checkpoint of a record."""
-        return (self.directory / f"{record.commit_id}.safetensors").read_bytes()
+    def load(self, record: SpooledCommit) -> bytes:
+        """The checkpoint of a record. Raises: Corrupt if it is not what was kept."""
+        path = self.directory / f"{record.commit_id}.safetensors"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise Corrupt(f"spool: {path} is gone, {path.with_suffix('.json')} is there") from None
+        if record.content_hash not in (None, hashlib.sha256(data).hexdigest()):
+            raise Corrupt(f"spool: {path} is not what was kept: its SHA-256 is not {record.content_hash}")
+        return data
 
     def remove(self, record: CommitRecord) -> None:
         """Forget a commit, the record first: what is left without one is not a commit any more."""

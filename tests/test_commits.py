@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from smc.checkpoint import Snapshot, encode, metadata_of, tensors_of
-from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_template, slots_for
+from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_entry, check_template, slots_for
 from smc.errors import Busy, ConfigError, Corrupt, Unavailable
 from smc.spool import CommitRecord, Spool
 from tests.conftest import small_config
@@ -224,6 +224,74 @@ def test_a_hurry_shortens_a_wait_that_has_begun() -> None:
     commits.hurry(1.0)  # too late to matter
 
 
+class FirstUploads(SlowLedger):
+    """The first uploads come to what is given here: seconds that they take, or an error."""
+
+    def __init__(self, *ends: float | Exception) -> None:
+        super().__init__()
+        self._ends = list(ends)
+
+    async def upload(self, data: memoryview) -> tuple[str, int]:
+        end = self._ends.pop(0) if self._ends else 0.0
+        if isinstance(end, Exception):
+            raise end
+        await asyncio.sleep(end)
+        return await super().upload(data)
+
+
+def test_a_commit_that_fails_lets_none_after_it_overtake_those_before() -> None:
+    target = FirstUploads(0.3, Unavailable("503 slow down"))
+    commits = commits_to(target)
+    for step in (1, 2, 3):
+        submit(commits, step, final=step == 3)
+    outcomes = commits.close()
+    assert [outcome.status for outcome in outcomes] == ["committed", "failed", "committed"]
+    assert target.steps == [1, 3]
+
+
+def test_a_hurry_lets_what_is_being_kept_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    save, keeping = Spool.save, threading.Event()
+
+    def slowly(*arguments: Any, **options: Any) -> Path:
+        keeping.set()
+        time.sleep(0.2)
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(Spool, "save", slowly)
+    target = FirstUploads(Unavailable("503 slow down"))
+    commits = commits_to(target)
+    submit(commits, 1)
+    assert keeping.wait(5)
+    submit(commits, 2, final=True)
+    commits.hurry(5.0)
+    first, last = commits.close()
+    assert (first.status, last.status) == ("failed", "committed")
+    assert first.spooled is not None
+    assert [outcome.step for outcome in target.settlements] == [1, 2]
+    assert commits.pending == 0
+
+
+def test_in_a_hurry_nothing_is_replaced_by_what_cannot_be_committed() -> None:
+    target = SlowLedger()
+    target.gate.clear()
+    commits = commits_to(target)
+    submit(commits, 1)
+    submit(commits, 2, finite=False)
+    submit(commits, 3, finite=False)
+    threading.Timer(0.2, target.gate.set).start()
+    commits.hurry(5.0)
+    assert [outcome.status for outcome in commits.close()] == ["committed", "failed", "failed"]
+    assert target.steps == [1]
+
+
+def test_tensors_of_another_state_are_refused_and_not_counted() -> None:
+    commits = commits_to(SlowLedger())
+    with pytest.raises(ConfigError, match="other names, types or shapes"):
+        commits.submit(CommitRequest(step=1, batch=1), {"w": torch.zeros(3)}, metadata_of(STATE), torch.zeros(2))
+    assert commits.pending == 0
+    assert commits.close() == ()
+
+
 @pytest.mark.parametrize("hangs", ["opening", "closing"])
 def test_a_connection_that_hangs_holds_up_nobody_beyond_the_deadline(
     hangs: str, monkeypatch: pytest.MonkeyPatch
@@ -345,9 +413,10 @@ def test_the_spool_keeps_and_forgets(tmp_path: Path) -> None:
     assert list(spool.records()) == []
     record = CommitRecord(ledger="s3://x", message="m", step=3, loss=None, metrics={"a": 1.0})
     spool.save(record, b"bytes")
-    assert list(spool.records()) == [record]
-    assert spool.load(record) == b"bytes"
-    spool.remove(record)
+    (kept,) = spool.records()
+    assert kept.model_dump(exclude={"content_hash"}) == record.model_dump()
+    assert spool.load(kept) == b"bytes"
+    spool.remove(kept)
     assert list(spool.records()) == []
     assert list(spool.directory.iterdir()) == []
 
@@ -411,8 +480,18 @@ def test_good_templates_are_accepted(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{epoch}", "{step", "{loss:.4q}", "{step:.2s}", "{}", "{0}", "{step.real}", "{loss[0]}", "{step!z}"]
+    "template",
+    ["{epoch}", "{step", "{loss:.4q}", "{step:.2s}", "{}", "{0}", "{step.real}", "{loss[0]}", "{step!z}", "{step:c}"],
 )
 def test_bad_templates_are_refused(template: str) -> None:
     with pytest.raises(ConfigError, match="commit_message_template"):
         check_template(template)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "parameters"),
+    [("\ud800", {}), ("e", {"seed": 2**64}), ("e", {"\ud800": 1}), ("e", {"name": "\ud800"}), ("e", {"f": len})],
+)
+def test_what_no_entry_can_hold_is_refused_before_training(experiment: str, parameters: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="an entry holds what JSON does"):
+        check_entry(experiment, parameters)

@@ -360,12 +360,23 @@ class StoreCommitter:
 
 
 async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:
-    """Commit what the spool keeps for this ledger, each once, and remove it when it is in."""
-    versions = []
+    """Commit what the spool keeps for this ledger, each once, and remove it when it is in.
+
+    Raises: Corrupt, after all the others are in, if a checkpoint is not what was kept; it stays where it is.
+    """
+    versions, corrupt = [], None
     for record in spool.records():
-        if record.ledger == store.uri:
-            versions.append(await store.commit(spool.load(record), record))
-            spool.remove(record)
+        if record.ledger != store.uri:
+            continue
+        try:
+            data = spool.load(record)
+        except Corrupt as error:
+            corrupt = corrupt or error
+            continue
+        versions.append(await store.commit(data, record))
+        spool.remove(record)
+    if corrupt is not None:
+        raise corrupt
     return versions
 
 

@@ -24,7 +24,7 @@ from smc.storage import AsyncBlockchainModelStore
 from smc.storage.__main__ import main
 from smc.storage.chain import blob_key, block_key
 from smc.storage.dev_server import DevServer
-from tests.conftest import small_config, small_training
+from tests.conftest import small_config, small_training, versions_of
 from tests.event_files import events
 
 
@@ -83,6 +83,25 @@ def test_an_empty_ledger(on_seaweed: str, capsys: pytest.CaptureFixture[str]) ->
     assert main(["verify", on_seaweed]) == 0
     assert main(["inspect", on_seaweed]) == 0
     assert "is empty" in capsys.readouterr().out
+
+
+def test_recover_commits_nothing_that_was_damaged_and_everything_else(
+    on_seaweed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, spool = encode(Snapshot.of(small_config())), Spool(tmp_path)
+    paths = [
+        spool.save(CommitRecord(ledger=on_seaweed, message=f"m{step}", step=step, loss=None), data) for step in range(4)
+    ]
+    paths[0].write_bytes(data[: len(data) // 2])
+    paths[1].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    paths[2].unlink()
+    assert main(["recover", on_seaweed, "--spool", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert f"{paths[0]} is not what was kept" in error
+    assert error.count("\n") == 1
+    assert [version.step for version in versions_of(on_seaweed)] == [3]
+    assert [record.step for record in spool.records()] == [0, 1, 2]
+    assert main(["recover", on_seaweed, "--spool", str(tmp_path)]) == 1  # and again, until somebody removes it
 
 
 def test_recover_commits_the_spool_once(on_seaweed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
