@@ -30,6 +30,8 @@ logger = logging.getLogger("smc.jobs")
 # Seconds that the trainer of a job that is gone may take to be gone as well.
 _NAME_TAKEN_LIMIT: Final = 30.0
 _POLL_SECONDS: Final = 0.5
+# Seconds that the ledger then has, where experiments were told to stop in some seconds: their commits are settled.
+_FLUSH_SECONDS: Final = 1.0
 # Seconds that an experiment waits for a ledger that cannot be reached before its turn, and between two looks.
 _UNAVAILABLE_LIMIT: Final = 3600.0
 _UNAVAILABLE_PAUSE: Final = 5.0
@@ -181,12 +183,12 @@ class Runner:
             return ExperimentOutcome(experiment, None, error, restarts=lost)
 
     async def close(self) -> None:
-        """Settle what the ledger still has to do."""
+        """Settle what the ledger still has to do, unless whoever had us stop waits no longer."""
         self._bars.close()
         try:
-            await self._flush()
+            await asyncio.wait_for(self._flush(), _FLUSH_SECONDS if self._within < math.inf else None)
         except Exception as error:  # what the experiments came to is to be told all the same
-            logger.warning("the ledger may have something left to do: %s", error)
+            logger.warning("the ledger may have something left to do: %s", str(error) or "it does not answer in time")
 
     async def _flush(self) -> None:
         """Return when what lost trainers handed to the ledger is settled."""

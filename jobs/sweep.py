@@ -30,8 +30,8 @@ from smc.training import PLAN_END
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
 
 # That commits then have to reach the ledger; whoever sends it waits 10 (Docker), 30 (a spot instance, Kubernetes). To
-# leave the cluster and end takes the process 2 more, on a busy machine longer.
-_SECONDS_AFTER_SIGTERM = 6.0
+# spool what has not, and to leave the cluster and end, takes the process 3 more, on a busy machine longer.
+_SECONDS_AFTER_SIGTERM = 5.0
 
 
 async def run_experiments(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,15 @@ from typing import Any
 import botocore.session
 import pytest
 import yaml
+from aiobotocore.client import AioBaseClient
+from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
 from jobs import node, sweep, train
+from smc.errors import AccessDenied
+from smc.spool import CommitRecord
+from smc.storage import AsyncBlockchainModelStore
+from smc.storage.gc import RetentionPolicy, collect
 
 ROOT = Path(__file__).parent.parent
 POLICIES = sorted((ROOT / "docs" / "iam").glob("*.json"))
@@ -73,18 +83,23 @@ def _listed(value: Any) -> list[str]:
     return value if isinstance(value, list) else [value]
 
 
-def allowed(policy: dict[str, Any], action: str, resource: str, **context: bool) -> bool:
-    """Whether a policy allows an action: an explicit denial wins, conditions by their names."""
+def allowed(policy: dict[str, Any], action: str, resource: str, **context: str) -> bool:
+    """Whether a policy allows an action: an explicit denial wins, a condition on a key that is not given fails."""
+    given = {"SecureTransport": "true", **context}
+
+    def holds(operator: str, key: str, wanted: Any) -> bool:
+        name = key.partition(":")[2].replace("-", "_")
+        if operator == "Null":
+            return (name not in given) == (wanted == "true")
+        test = {"Bool": str.__eq__, "StringEquals": str.__eq__, "StringLike": fnmatch.fnmatchcase}[operator]
+        return name in given and any(test(given[name], value) for value in _listed(wanted))
 
     def matches(statement: dict[str, Any]) -> bool:
-        actions, resources = (_listed(statement[key]) for key in ("Action", "Resource"))
-        condition = statement.get("Condition", {})
-        if "Bool" in condition and context.get("encrypted", True):
-            return False
-        if "Null" in condition and not context.get("if_none_match", False):
-            return False
-        return any(fnmatch.fnmatchcase(action, a) for a in actions) and any(
-            fnmatch.fnmatchcase(resource, r) for r in resources
+        conditions = statement.get("Condition", {}).items()
+        return (
+            any(fnmatch.fnmatchcase(action, a) for a in _listed(statement["Action"]))
+            and any(fnmatch.fnmatchcase(resource, r) for r in _listed(statement["Resource"]))
+            and all(holds(operator, *each) for operator, keys in conditions for each in keys.items())
         )
 
     effects = [statement["Effect"] for statement in policy["Statement"] if matches(statement)]
@@ -110,14 +125,73 @@ CASES = [
 
 @pytest.mark.parametrize(("action", "key", "if_none_match", "who"), CASES)
 def test_each_role_may_do_what_it_needs_and_no_more(action: str, key: str, if_none_match: bool, who: set[str]) -> None:
-    found = set()
+    found, context = set(), {"if_none_match": "*"} if if_none_match else {}
     for path in POLICIES:
         policy = json.loads(path.read_text())
-        if allowed(policy, action, f"{BUCKET}/PREFIX/{key}", if_none_match=if_none_match):
+        if allowed(policy, action, f"{BUCKET}/PREFIX/{key}", **context):
             found.add(path.stem)
-        assert not allowed(policy, action, f"{BUCKET}/PREFIX/{key}", if_none_match=if_none_match, encrypted=False)
-        assert not allowed(policy, action, f"arn:aws:s3:::another/{key}", if_none_match=if_none_match)
+        assert not allowed(policy, action, f"{BUCKET}/PREFIX/{key}", SecureTransport="false", **context)
+        assert not allowed(policy, action, f"arn:aws:s3:::another/{key}", **context)
     assert found == who
+
+
+_ACTIONS = {
+    **dict.fromkeys(("HeadBucket", "ListObjectsV2"), "s3:ListBucket"),
+    **dict.fromkeys(("GetObject", "HeadObject"), "s3:GetObject"),
+    **dict.fromkeys(("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"), "s3:PutObject"),
+}
+
+
+@contextmanager
+def acting_as(role: str, uri: str) -> Iterator[None]:
+    """S3 refuses what the role's policy does not allow, with the answers of AWS."""
+    bucket, prefix = uri.removeprefix("s3://").split("/")
+    text = (ROOT / "docs" / "iam" / f"{role}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", prefix)
+    policy, call = json.loads(text), AioBaseClient._make_api_call
+
+    async def judged(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        action, key = _ACTIONS.get(operation, f"s3:{operation}"), arguments.get("Key")
+        context = {"if_none_match": "*"} if "IfNoneMatch" in arguments else {}
+        if operation == "ListObjectsV2":
+            context["prefix"] = arguments["Prefix"]
+        if not allowed(policy, action, f"arn:aws:s3:::{bucket}" + (f"/{key}" if key else ""), **context):
+            code = "403" if operation.startswith("Head") else "AccessDenied"
+            answer = {"Error": {"Code": code, "Message": role}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+            raise ClientError(answer, operation)
+        return await call(client, operation, arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AioBaseClient, "_make_api_call", judged)
+        yield
+
+
+@pytest.mark.parametrize("size", [1000, 20 * 2**20])
+async def test_each_role_can_do_its_work_with_its_policy(on_seaweed: str, size: int) -> None:
+    checkpoint = os.urandom(size)
+    record = CommitRecord(ledger=on_seaweed, message="m", step=1, loss=None)
+    with acting_as("trainer", on_seaweed):
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            content_hash, _ = await store.upload(checkpoint)
+            with pytest.raises(AccessDenied):
+                await store.append_commit(record, content_hash, size)
+    with acting_as("ledger", on_seaweed):
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            await store.ledger.prepare()
+            await store.append_commit(record, content_hash, size)
+            for step in (2, 3):
+                another = CommitRecord(ledger=on_seaweed, message="m", step=step, loss=None)
+                await store.commit(os.urandom(size), another)
+    with acting_as("reader", on_seaweed):
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            first, *_ = await store.list_versions()
+            assert await store.load_checkpoint(first) == checkpoint
+            assert (await store.verify(blobs=True)).ok
+            with pytest.raises(AccessDenied):
+                await store.upload(b"x" * size)
+    with acting_as("collector", on_seaweed):
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            assert (await collect(store, RetentionPolicy(keep_last=1, min_age=timedelta(0)))).deleted == 1
+            assert (await store.verify(blobs=True)).ok
 
 
 @pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)

@@ -241,8 +241,10 @@ class S3ObjectStore:
             response = await self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
         except _FAILURES as error:
             if isinstance(error, ClientError) and _code(error) in ("404", "NotFound", "NoSuchKey"):
-                # HEAD has no body to tell a missing key from a missing bucket.
-                await self.check_bucket()
+                # HEAD has no body to tell a missing key from a missing bucket. Who may not ask for the bucket was told
+                # of a key: S3 refuses the question itself where it would give away more.
+                with contextlib.suppress(AccessDenied):
+                    await self.check_bucket()
             self._translate(error, key)
         return ObjectInfo(key, response["ContentLength"], response["LastModified"], _md5(response["ETag"]))
 
