@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     async def run() -> int:
         _, experiments = read_sweep(options.sweep)
+        if not experiments:
+            raise ConfigError(f"{options.sweep}: a search alone; the demo runs experiments, a grid or random draws")
         ledger = "s3://spectralmc/demo"
         started = time.perf_counter()
         with DevServer(options.dir / "s3") as server:

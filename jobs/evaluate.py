@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--version", help="a version, hash or alias (default: the newest)")
     which.add_argument("--experiment", help="the newest version of this experiment")
-    parser.add_argument("--contracts", type=_positive, default=8192, help="how many are drawn")
-    parser.add_argument("--seed", type=int, default=20_261_123, help="of the sample")
+    parser.add_argument("--contracts", type=_at_least(64), default=8192, help="how many are drawn")
+    parser.add_argument("--seed", type=_at_least(0), default=20_261_123, help="of the sample")
     parser.add_argument("--curve", type=int, default=12, help="versions loaded back for the learning curve, at most")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for report.html, PNGs and JSON")
     options = parser.parse_args(arguments)
@@ -86,10 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_job(run)
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return whole
 
 
 # --- what is measured -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from jobs.search import Random, Search, draws, grid, nested, trial_name
+from jobs.search import Random, Search, draws, grid, nested, search_prefix, trial_name
 from smc.errors import ConfigError
 from smc.experiment import Experiment
 
-__all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep"]
+__all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep", "read_yaml"]
 
 RECIPES: Final[Mapping[str, Mapping[str, Any]]] = {
     # A minute or two on two CPU cores: 0.1 bp of spot, see README.
@@ -93,18 +94,28 @@ class Sweep(BaseModel):
         return self
 
 
-def make_experiment(name: str, *layers: Mapping[str, Any], recipe: str = "default", where: str = "") -> Experiment:
+def make_experiment(
+    name: str,
+    *layers: Mapping[str, Any],
+    recipe: str = "default",
+    where: str = "",
+    parameters: Mapping[str, Any] | None = None,
+) -> Experiment:
     """An experiment from a recipe and settings laid over it, the last one winning, key by key.
 
-    Raises: ConfigError naming the key that is unknown or wrong, and what is allowed.
+    `parameters` are what a sweep chose. Raises: ConfigError naming the key that is unknown or wrong, and what is
+    allowed.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"{where}recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
     settings: dict[str, Any] = {}
     for layer in (RECIPES[recipe], *layers):
         settings = overlaid(settings, layer)
+    if given := _GIVEN & settings.keys():
+        allowed = ", ".join(_fields_at(Experiment, ()))
+        raise ConfigError(f"{where}experiment {name!r}: unknown key {min(given)!r}; allowed are {allowed}")
     try:
-        return Experiment.model_validate({**settings, "name": name})
+        return Experiment.model_validate({**settings, "name": name, "parameters": dict(parameters or {})})
     except ValidationError as error:
         raise ConfigError(f"{where}experiment {name!r}: {_explained(error, Experiment)}") from None
 
@@ -115,10 +126,10 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
     Raises: ConfigError with the file, the key and what is allowed.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"there is no sweep file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(Sweep.model_fields)}")
@@ -134,7 +145,7 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
     made += [make_trial(sweep, trial_name(path.stem, parameters), parameters, path) for parameters in chosen]
     if sweep.search is not None:  # a parameter that no experiment has is refused now, not after the first trials
         first = draws(Random(count=1, seed=sweep.search.seed, parameters=sweep.search.parameters))
-        make_trial(sweep, f"{path.stem}/000", next(first), path)
+        make_trial(sweep, f"{search_prefix(path)}/000", next(first), path)
     twice = [name for name, count in Counter(experiment.name for experiment in made).items() if count > 1]
     if twice:
         raise ConfigError(f"{path}: two experiments are called {twice[0]!r}")
@@ -144,8 +155,31 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
 def make_trial(sweep: Sweep, name: str, parameters: Mapping[str, Any], path: Path) -> Experiment:
     """An experiment of a sweep whose parameters were chosen. Raises: ConfigError."""
     where = f"{path}: "
-    settings = [sweep.defaults, nested(parameters, where), {"parameters": dict(parameters)}]
-    return make_experiment(name, *settings, recipe=sweep.recipe, where=where)
+    settings = sweep.defaults, nested(parameters, where)
+    return make_experiment(name, *settings, recipe=sweep.recipe, where=where, parameters=parameters)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: a key twice is a mistake, and 1e-3 is a number (PyYAML asks for a point in it)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a YAML text. Raises: yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,10 +202,14 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{path}: {message}{got}" if path else message
 
 
+# What an experiment has that no settings give.
+_GIVEN: Final = frozenset({"name", "parameters"})
+
+
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         model = annotation
-    return [name for name in model.model_fields if name != "name"]
+    return [name for name in model.model_fields if model is not Experiment or name not in _GIVEN]

@@ -16,14 +16,15 @@ from typing import Any, Final, TypeVar
 from tqdm import tqdm
 
 from jobs.search import PRUNED
+from smc.checkpoint import read_metadata
 from smc.commits import CommitOutcome
-from smc.errors import ConfigError, SpectralMCError, Unavailable
+from smc.errors import ConfigError, NotFound, SpectralMCError, Unavailable
 from smc.experiment import Experiment
 from smc.gbm_trainer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.training import PLAN_END
 
-__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "cluster_places"]
+__all__ = ["ExperimentOutcome", "RunOptions", "Runner", "check_settings", "cluster_places"]
 
 logger = logging.getLogger("smc.jobs")
 
@@ -75,6 +76,8 @@ class ExperimentOutcome:
     @property
     def failed(self) -> bool:
         """Whether it ended with an error, or its last state is not in the ledger."""
+        if isinstance(self.error, NotStarted):
+            return False
         return self.error is not None or self._lost_commit is not None
 
     @property
@@ -99,6 +102,8 @@ class ExperimentOutcome:
         """One line for people."""
         name = f"{self.experiment.name:<15} "
         again = f", resumed {self.restarts} times" if self.restarts > 1 else ", resumed once" if self.restarts else ""
+        if isinstance(self.error, NotStarted):
+            return f"{name}{self.error}{again}"
         if self.error is not None:
             return f"{name}failed: {str(self.error).splitlines()[0]}{again}"
         verb = "given up at" if self.pruned else "stopped at" if self.stopped else "trained to"
@@ -225,6 +230,9 @@ class Runner:
     async def _newest(self, experiment: Experiment) -> ModelVersion | None:
         return (await self._store.catalog()).furthest.get(experiment.name)
 
+    async def _check_settings(self, experiment: Experiment, version: ModelVersion) -> None:
+        await check_settings(self._store, experiment, version)
+
     async def _turn(
         self, experiment: Experiment, found: ModelVersion | None, watch: Watch | None
     ) -> ExperimentOutcome | None:
@@ -236,6 +244,8 @@ class Runner:
             return replace(told, pruned=True)
         extends = self._extends(found, newest)
         if newest is not None and is_finished(newest) and not extends and self._options.measure is None:
+            if ours is None:
+                await self._check_settings(experiment, newest)
             return told
         if self.stopping:
             if ours is None:
@@ -273,8 +283,11 @@ class Runner:
             if self.stopping:
                 trainer.stop.remote(self._within)
             # What an earlier trainer handed over is in the ledger before anybody looks where to go on.
-            await self._flush()
+            if not await _unless(self._stopping, self._flush()):
+                raise NotStarted
             newest = await self._newest(experiment)
+            if newest is not None and not (self._extends(found, newest) and is_finished(newest)):
+                await self._check_settings(experiment, newest)
             training = asyncio.ensure_future(plain(trainer.train.remote(newest, extend=self._extends(found, newest))))
             async for progress in _progress(trainer, training):
                 self._bars.show(experiment, progress)
@@ -309,7 +322,9 @@ class Runner:
                     num_gpus=experiment.num_gpus,
                     max_concurrency=16,
                 ).remote(experiment, self._handle, tensorboard=self._options.tensorboard)
-            except ValueError:  # the name is taken, perhaps by what a job left that is gone
+            except ValueError as error:  # the name is taken, perhaps by what a job left that is gone
+                if "already" not in str(error):
+                    raise ConfigError(f"{experiment.name}: Ray refuses its trainer: {error}") from None
                 if time.monotonic() > deadline:
                     raise ConfigError(f"{experiment.name} is being trained by another job") from None
             await asyncio.sleep(0.5)
@@ -327,6 +342,19 @@ async def _progress(trainer: Any, training: asyncio.Future[Any]) -> Any:
             answer.cancel()
         elif not answer.exception() and answer.result() is not None:
             yield answer.result()
+
+
+async def check_settings(store: AsyncBlockchainModelStore, experiment: Experiment, version: ModelVersion) -> None:
+    """Raises: ConfigError if the version was trained with other settings: it is another experiment's."""
+    try:
+        trained = read_metadata(await store.load_header(version))
+    except NotFound:  # it was collected: what is finished stays so, and what is not cannot go on anyway
+        return
+    if (difference := experiment.difference(trained)) is not None:
+        raise ConfigError(
+            f"{experiment.name} stands in the ledger with other settings ({version.version_id}): {difference}; "
+            "an experiment with new settings needs a new name"
+        )
 
 
 def is_finished(version: ModelVersion) -> bool:
@@ -375,7 +403,7 @@ def _lost_errors() -> tuple[type[Exception], ...]:
 
 
 async def _unless(stopping: asyncio.Event, ref: Awaitable[Any]) -> bool:
-    """Whether the ref is there before `stopping` is set."""
+    """Whether the ref, or what is awaited, is there before `stopping` is set."""
     answer, stop = asyncio.ensure_future(plain(ref)), asyncio.ensure_future(stopping.wait())
     await asyncio.wait({answer, stop}, return_when=asyncio.FIRST_COMPLETED)
     stop.cancel()

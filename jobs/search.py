@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import numpy as np
@@ -39,11 +40,14 @@ __all__ = [
     "grid",
     "nested",
     "require_optuna",
+    "search_prefix",
     "trial_name",
 ]
 
 # The metric of a final commit that says that its experiment was given up.
 PRUNED: Final = "pruned"
+# Whole numbers that NumPy draws.
+_MOST: Final = 2**63
 
 
 class Choices(BaseModel):
@@ -69,7 +73,11 @@ class Range(BaseModel):
 
     @model_validator(mode="after")
     def _is_one(self) -> Range:
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if any(isinstance(bound, int) and abs(bound) >= _MOST for bound in (self.low, self.high)):
+            raise ValueError(f"whole bounds must be below {_MOST:.2g}")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"low, high and their difference must be finite, got {self.low:g} and {self.high:g}")
+        if not self.low < self.high:
             raise ValueError(f"low must be below high, got {self.low:g} and {self.high:g}")
         if self.log and self.low <= 0:
             raise ValueError(f"low must be above 0 for log, got {self.low:g}")
@@ -88,7 +96,8 @@ class Range(BaseModel):
         value = float(generator.uniform(low, high))
         value = math.exp(value) if self.log else value
         # Four digits are enough, and names stay short.
-        return round(value) if self.whole else float(f"{min(max(value, self.low), self.high):.4g}")
+        value = round(value) if self.whole else float(f"{value:.4g}")
+        return min(max(value, self.low), self.high)
 
 
 def _kind(value: Any) -> str:
@@ -105,7 +114,7 @@ class Random(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     count: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     parameters: dict[str, Space] = Field(min_length=1)
 
 
@@ -119,7 +128,7 @@ class Search(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     trials: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     objective: str = "price"
     prune: bool = True
     parameters: dict[str, Space] = Field(min_length=1)
@@ -157,7 +166,16 @@ def trial_name(prefix: str, parameters: Mapping[str, Any]) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     told = "_".join(f"{name.rsplit('.', 1)[-1]}={text(value)}" for name, value in parameters.items())
-    return re.sub(r"[^A-Za-z0-9._/=-]", "-", f"{prefix}/{told}")
+    return _as_name(f"{prefix}/{told}")
+
+
+def search_prefix(path: Path) -> str:
+    """What the names of a search's trials begin with: its file's."""
+    return _as_name(path.stem)
+
+
+def _as_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._/=-]", "-", text)
 
 
 def nested(parameters: Mapping[str, Any], where: str = "") -> dict[str, Any]:

@@ -19,8 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.recipes import Sweep, make_trial, read_sweep
-from jobs.running import ExperimentOutcome, Runner, RunOptions, cluster_places, plain
-from jobs.search import PastTrial, Trial, Trials, require_optuna
+from jobs.running import ExperimentOutcome, Runner, RunOptions, check_settings, cluster_places, plain
+from jobs.search import PastTrial, Trial, Trials, require_optuna, search_prefix
 from jobs.session import connect, run_job
 from smc.errors import ConfigError
 from smc.experiment import Experiment
@@ -67,15 +67,21 @@ async def run_search(
     search = sweep.search
     assert search is not None
     options = replace(options, measure=None if search.objective == "loss" else search.objective)
-    any_trial = make_trial(sweep, f"{path.stem}/any", {}, path)
-    trials = Trials(path.stem, search, await _past(ledger, path.stem, search.objective, any_trial))
+    prefix = search_prefix(path)
+    any_trial = make_trial(sweep, f"{prefix}/any", {}, path)
+    trials = Trials(prefix, search, await _past(ledger, sweep, path, any_trial))
     outcomes: list[ExperimentOutcome] = []
 
     async def next_one(runner: Runner) -> bool:
         trial = None if runner.stopping else trials.ask()
         if trial is None:
             return False
-        experiment = make_trial(sweep, trial.name, trial.parameters, path)
+        try:
+            experiment = make_trial(sweep, trial.name, trial.parameters, path)
+        except ConfigError as error:  # parameters that do not go together: the others do
+            trials.tell(trial, None)
+            outcomes.append(ExperimentOutcome(any_trial.model_copy(update={"name": trial.name}), None, error))
+            return True
         outcome = await runner.run(experiment, lambda p: _worse(trial, p.step, p.end, p.loss))
         value = outcome.loss if search.objective == "loss" and outcome.done else outcome.value
         trials.tell(trial, value, pruned=outcome.pruned)
@@ -94,17 +100,23 @@ def _worse(trial: Trial, step: int, end: int, loss: float | None) -> bool:
     return loss is not None and trial.should_stop(step, end, loss)
 
 
-async def _past(ledger: str, prefix: str, objective: str, any_trial: Experiment) -> dict[str, PastTrial]:
-    """The trials of a search that are in the ledger; those that are finished are measured again."""
+async def _past(ledger: str, sweep: Sweep, path: Path, any_trial: Experiment) -> dict[str, PastTrial]:
+    """The trials of a search that are in the ledger; those that are finished are measured again.
+
+    Raises: ConfigError if one was trained with settings that are not the sweep's.
+    """
     from smc.evaluation import objective_value
     from smc.storage.inference import load_predictor
 
-    past = {}
+    assert sweep.search is not None
+    objective, prefix, past = sweep.search.objective, search_prefix(path), {}
     async with AsyncBlockchainModelStore(ledger) as store:
         catalog = await store.catalog()
         for name, head in catalog.furthest.items():
             if not name.startswith(f"{prefix}/"):
                 continue
+            if head.parameters.keys() == sweep.search.parameters.keys():
+                await check_settings(store, make_trial(sweep, name, head.parameters, path), head)
             value, end = None, int(head.metrics.get(PLAN_END, any_trial.training.num_batches))
             if head.step >= end:
                 value = head.loss

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from jobs.recipes import RECIPES, make_experiment
+from jobs.recipes import RECIPES, make_experiment, read_yaml
 from jobs.session import run_job
 from jobs.sweep import add_options, options_of, report, run_experiments
 from smc.errors import ConfigError
@@ -49,7 +49,7 @@ def setting(text: str) -> dict[str, Any]:
     if not equals or not path:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE, like training.batch_size=64")
     try:
-        setting: Any = yaml.safe_load(value)
+        setting: Any = read_yaml(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value") from None
     for key in reversed(path.split(".")):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from smc.checkpoint import CheckpointMetadata
 from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
@@ -49,8 +53,37 @@ class Experiment(BaseModel):
         model = build_cvnn(self.simulation.sim_params, self.network).to(self.device)
         return GbmCVNNPricerConfig(cfg=self.simulation, domain_bounds=resolve_domain(self.domain), cvnn=model)
 
+    def difference(self, trained: CheckpointMetadata) -> str | None:
+        """The first setting that is another than a checkpoint was trained with, in words; None if there is none."""
+        ours = {
+            "simulation": self.simulation.model_dump(),
+            "domain": {name: bound.model_dump() for name, bound in resolve_domain(self.domain).items()},
+            "network": self.network.model_dump(),
+            "training": self.training.model_dump(),
+        }
+        theirs = {
+            "simulation": trained.simulation.model_dump(),
+            "domain": {name: bound.model_dump() for name, bound in trained.domain.items()},
+            "network": trained.network.model_dump() if trained.network is not None else ours["network"],
+            "training": trained.plan.config.model_dump() if trained.plan is not None else ours["training"],
+        }
+        was = _flat(theirs)
+        for name, value in _flat(ours).items():
+            # How far into its random streams a run is belongs to its state.
+            if name != "simulation.sim_params.skip" and value != was.get(name):
+                return f"{name} is {value!r}, and was {was.get(name)!r}"
+        return None
+
     def remaining(self, state: GbmCVNNPricerConfig) -> int:
         """Batches still to train of the plan that a checkpoint of this experiment belongs to."""
         if state.plan is None:
             return self.training.num_batches
         return max(0, state.plan.end - state.global_step)
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
+    return found

@@ -221,29 +221,46 @@ class AsyncBlockchainModelStore:
         return header, parts
 
     async def _model_parts(self, key: str, size: int) -> tuple[TensorHeader, dict[str, memoryview], str]:
-        async def read(start: int, stop: int) -> bytes:
-            data = await retried(lambda: self.objects.get_range(key, start, stop), self._retry_delays)
-            if len(data) != stop - start:
-                raise Corrupt(f"it has {start + len(data)} bytes, its entry says {size}")
-            return data
-
-        start = await read(0, min(size, _HEADER_GUESS))
-        end = header_size(start, size)
-        if end > len(start):
-            start += await read(len(start), end)
-        header = parse_header(start, size)
+        header, start = await self._header(key, size)
         places = header.for_inference()
         digest = hashlib.sha256(start[: header.size])
         parts: dict[str, memoryview] = {}
         for first, last in merged(places.values()):
             here = start[first:last]
             if len(here) < last - first:
-                here += await read(first + len(here), last)
+                here += await self._range(key, size, first + len(here), last)
             digest.update(here)
             for name, place in places.items():
                 if first <= place.start and place.stop <= last:
                     parts[name] = memoryview(here)[place.start - first : place.stop - first]
         return header, parts, digest.hexdigest()
+
+    async def load_header(self, version: ModelVersion) -> TensorHeader:
+        """What a checkpoint says of itself, in one ranged read or two; its hash, which covers more, is not verified.
+
+        Raises: Corrupt, NotFound if it was collected.
+        """
+        key = blob_key(version.content_hash)
+        try:
+            return (await self._header(key, version.size))[0]
+        except NotFound:
+            raise await self._missing(version) from None
+        except Corrupt as error:
+            raise Corrupt(f"{key}: {error}", ((key, str(error)),)) from None
+
+    async def _header(self, key: str, size: int) -> tuple[TensorHeader, bytes]:
+        """A file's header, and the bytes that were read with it."""
+        start = await self._range(key, size, 0, min(size, _HEADER_GUESS))
+        end = header_size(start, size)
+        if end > len(start):
+            start += await self._range(key, size, len(start), end)
+        return parse_header(start, size), start
+
+    async def _range(self, key: str, size: int, start: int, stop: int) -> bytes:
+        data = await retried(lambda: self.objects.get_range(key, start, stop), self._retry_delays)
+        if len(data) != stop - start:
+            raise Corrupt(f"it has {start + len(data)} bytes, its entry says {size}")
+        return data
 
     async def load_checkpoint(self, version: ModelVersion) -> bytes | bytearray:
         """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""

@@ -46,6 +46,9 @@ def test_every_shipped_sweep_is_valid(path: Path) -> None:
         ("experiments: {}", "no experiments: give experiments, grid, random or search"),
         ("recipe: huge\nexperiments: {a: }", "recipe 'huge' is unknown; there are default, tiny, gpu"),
         ("experiments: [a", "not YAML"),
+        ("experiments: {a: , a: {training: {batch_size: 8}}}", "the key 'a' twice"),
+        ("experiments: {a: {name: b}}", "unknown key 'name'; allowed are simulation"),
+        ("experiments: " + "[" * 5000, "not YAML"),
         ("just text", "expected a mapping with the keys ledger"),
     ],
 )

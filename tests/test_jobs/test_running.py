@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from jobs.recipes import make_experiment
-from jobs.running import ExperimentOutcome, NotStarted, Runner, RunOptions
+from jobs.running import ExperimentOutcome, NotStarted, Runner, RunOptions, check_settings
 from jobs.search import PRUNED
 from jobs.sweep import main, report
 from smc.commits import CommitOutcome
-from smc.errors import Unavailable
-from smc.gbm_trainer import TrainingResult
-from smc.storage import AsyncBlockchainModelStore, ModelVersion
+from smc.errors import ConfigError, Unavailable
+from smc.gbm_trainer import GbmCVNNPricer, TrainingResult
+from smc.storage import AsyncBlockchainModelStore, ModelVersion, commit_snapshot
 from smc.storage.objects import MemoryObjectStore
 from smc.training import PLAN_END
 
@@ -62,12 +63,16 @@ class Played(Runner):
         self.attempts, self._away = list(attempts), away
         self.version: ModelVersion | None = None
         self.extended: list[bool] = []
+        self.checked: list[int] = []
 
     async def _newest(self, experiment: Any) -> ModelVersion | None:
         if self._away:
             self._away -= 1
             raise Unavailable("503 slow down")
         return self.version
+
+    async def _check_settings(self, experiment: Any, version: Any) -> None:
+        self.checked.append(version.step)
 
     async def _attempt(self, experiment: Any, found: Any, watch: Any) -> ExperimentOutcome:
         self.extended.append(self._extends(found, self.version))
@@ -127,6 +132,7 @@ async def test_the_entry_tells_whether_an_experiment_is_finished() -> None:
     runner.version = at_step(60)
     outcome = await runner.run(EXPERIMENT)
     assert outcome.line.split() == ["a", "finished", "before,", "skipped"]
+    assert runner.checked == [60]
     runner = Played(Actor(), result())
     runner.version = at_step(40)
     assert (await runner.run(EXPERIMENT)).result == result()
@@ -246,3 +252,39 @@ def test_a_search_without_optuna_is_refused_before_anything_is_trained(
     path.write_text(f"recipe: tiny\nexperiments: {{a: }}\nsearch: {{trials: 2, parameters: {space}}}\n")
     assert main([str(path), "--ledger", "x"]) == 2
     assert capsys.readouterr().err == "error: a search needs Optuna: pip install 'spectralmc[search]'\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"training": {"learning_rate": 0.05}}, "training.learning_rate is 0.05, and was 0.01"),
+        ({"training": {"num_batches": 200}}, "training.num_batches is 200, and was 60"),
+        ({"network": {"hidden": [8]}}, "network.hidden is (8,), and was (16, 16)"),
+        ({"simulation": {"sim_params": {"mc_seed": 1}}}, "simulation.sim_params.mc_seed is 1, and was 42"),
+        ({"domain": {"v": {"lower": 0.1, "upper": 0.2}}}, "domain.v.lower is 0.1, and was 0.05"),
+    ],
+)
+async def test_an_experiment_whose_settings_changed_is_another_one(changed: dict[str, Any], told: str) -> None:
+    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+    pricer = GbmCVNNPricer(EXPERIMENT.fresh())
+    pricer.train(EXPERIMENT.training)
+    async with store:
+        version = await commit_snapshot(store, pricer.snapshot(), "m", experiment="a")
+        await check_settings(store, EXPERIMENT, version)
+        await check_settings(store, make_experiment("a", {"commit_interval": 7, "num_cpus": 2}, recipe="tiny"), version)
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            await check_settings(store, make_experiment("a", changed, recipe="tiny"), version)
+
+
+async def test_who_is_told_to_stop_in_some_seconds_does_not_wait_for_a_ledger_that_hangs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = Played(Actor())
+
+    async def hang() -> None:
+        await asyncio.sleep(3600)
+
+    runner._actor.flush.remote = hang
+    runner.stop(5.0)
+    await asyncio.wait_for(runner.close(), 3)
+    assert "does not answer in time" in caplog.text

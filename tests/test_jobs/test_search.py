@@ -77,6 +77,13 @@ def test_draws_are_spread_and_do_not_depend_on_how_many_there_are(tmp_path: Path
         ("search: {trials: 2, parameters: {training.lr: {low: 0.1, high: 1}}}", "unknown key 'training.lr'"),
         ("concurrency: 0\nexperiments: {a: }", "concurrency: Input should be greater than"),
         ("grid: {training: [5], training.batch_size: [8]}", "training is given a value as a whole as well"),
+        ("grid: {name: [a, b]}", "unknown key 'name'"),
+        ("grid: {parameters.x: [1]}", "unknown key 'parameters'"),
+        ("random: {count: 1, seed: -1, parameters: {a: {choices: [1]}}}", "random.seed: Input should be greater"),
+        ("search: {trials: 1, seed: -1, parameters: {a: {choices: [1]}}}", "search.seed: Input should be greater"),
+        ("random: {count: 1, parameters: {a: {low: 1, high: 9223372036854775808}}}", "whole bounds must be below"),
+        ("random: {count: 1, parameters: {a: {low: -1.7e308, high: 1.7e308}}}", "their difference must be finite"),
+        (f"random: {{count: 1, parameters: {{a: {{low: 0, high: {'9' * 400}}}}}}}", "whole bounds must be below"),
     ],
 )
 def test_a_bad_sweep_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -103,6 +110,16 @@ def test_a_search_learns_and_ends() -> None:
     assert trials.best is not None
     assert trials.best[1] == min(values)
     assert trials.best[0]["h"] in ([8], [16, 16])
+
+
+def test_a_draw_is_within_its_bounds_also_when_it_is_rounded() -> None:
+    space = Range(low=1.23456e-5, high=1.23457e-5)
+    assert all(space.low <= space.draw(np.random.default_rng(i)) <= space.high for i in range(20))  # type: ignore[operator]
+
+
+def test_a_number_is_one_however_it_is_written(tmp_path: Path) -> None:
+    written, plain = (f"grid: {{training.learning_rate: [{value}]}}" for value in ("1e-3", "0.001"))
+    assert read(written, tmp_path) == read(plain, tmp_path)
 
 
 def test_equal_draws_are_one_experiment(tmp_path: Path) -> None:
@@ -200,6 +217,9 @@ def test_a_search_on_the_cluster_ends_at_its_number_of_trials(
     assert sweep.main([str(path), "--ledger", on_seaweed]) == 0  # goes on: one more
     out = capfd.readouterr().out
     assert "1 of 1 experiments done" in out
+    path.write_text(text.format(4).replace("num_batches: 30", "num_batches: 40"))
+    assert sweep.main([str(path), "--ledger", on_seaweed]) == 2  # what its trials came to says nothing of these
+    assert "other settings" in capfd.readouterr().err
 
     async def heads() -> dict[str, ModelVersion]:
         async with AsyncBlockchainModelStore(on_seaweed) as store:
@@ -209,3 +229,22 @@ def test_a_search_on_the_cluster_ends_at_its_number_of_trials(
     assert sorted(found) == ["tune/000", "tune/001", "tune/002"]
     assert all(v.step == 30 and set(v.parameters) == {"training.learning_rate"} for v in found.values())
     assert len({v.parameters["training.learning_rate"] for v in found.values()}) == 3  # type: ignore[type-var]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_parameters_that_do_not_go_together_fail_their_trial_alone(
+    tmp_path: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text(
+        "recipe: tiny\n"
+        "search: {trials: 3, objective: loss, seed: 14, parameters: {training.fresh_per_batch: {choices: [4, 32]}}}\n"
+    )
+    assert sweep.main([str(path), "--ledger", on_seaweed, "--concurrency", "1"]) == 2
+    out = capfd.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("tune/00") and "contracts_per_s" not in line]
+    failed = [line for line in lines if "fresh_per_batch must be at most batch_size 16, got 32" in line]
+    assert len(lines) == 3
+    assert 0 < len(failed) < 3
+    assert f"{3 - len(failed)} of 3 experiments done, {len(failed)} failed" in out
+    assert "best loss: " in out
