@@ -54,7 +54,10 @@ class Experiment(BaseModel):
         return GbmCVNNPricerConfig(cfg=self.simulation, domain_bounds=resolve_domain(self.domain), cvnn=model)
 
     def difference(self, trained: CheckpointMetadata) -> str | None:
-        """The first setting that is another than a checkpoint was trained with, in words; None if there is none."""
+        """The first setting that is another than a checkpoint was trained with, in words; None if there is none.
+
+        That it was trained further since, to its end, is no other setting.
+        """
         ours = {
             "simulation": self.simulation.model_dump(),
             "domain": {name: bound.model_dump() for name, bound in resolve_domain(self.domain).items()},
@@ -67,10 +70,12 @@ class Experiment(BaseModel):
             "network": trained.network.model_dump() if trained.network is not None else ours["network"],
             "training": trained.plan.config.model_dump() if trained.plan is not None else ours["training"],
         }
-        was = _flat(theirs)
+        was, plan = _flat(theirs), trained.plan
+        ignored = {"simulation.sim_params.skip"}  # how far into its random streams a run is belongs to its state
+        if plan is not None and trained.global_step >= max(plan.end, self.training.num_batches):
+            ignored.add("training.num_batches")
         for name, value in _flat(ours).items():
-            # How far into its random streams a run is belongs to its state.
-            if name != "simulation.sim_params.skip" and value != was.get(name):
+            if name not in ignored and value != was.get(name):
                 return f"{name} is {value!r}, and was {was.get(name)!r}"
         return None
 

@@ -276,6 +276,18 @@ async def test_an_experiment_whose_settings_changed_is_another_one(changed: dict
             await check_settings(store, make_experiment("a", changed, recipe="tiny"), version)
 
 
+async def test_an_experiment_that_was_extended_is_still_the_same() -> None:
+    store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
+    pricer = GbmCVNNPricer(EXPERIMENT.fresh())
+    pricer.train(EXPERIMENT.training)
+    pricer.train(EXPERIMENT.training.model_copy(update={"num_batches": 25}))
+    async with store:
+        await check_settings(store, EXPERIMENT, await commit_snapshot(store, pricer.snapshot(), "m", experiment="a"))
+        longer = make_experiment("a", {"training": {"num_batches": 100}}, recipe="tiny")
+        with pytest.raises(ConfigError, match="num_batches is 100, and was 25"):
+            await check_settings(store, longer, (await store.list_versions())[-1])
+
+
 async def test_who_is_told_to_stop_in_some_seconds_does_not_wait_for_a_ledger_that_hangs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
