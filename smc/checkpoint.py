@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata as packages
@@ -40,6 +40,7 @@ __all__ = [
     "decode",
     "decode_parts",
     "encode",
+    "first_difference",
     "metadata_fields",
     "metadata_of",
     "read_metadata",
@@ -227,18 +228,25 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def _check_same(metadata: CheckpointMetadata, template: GbmCVNNPricerConfig) -> None:
-    def flat(config: BlackScholesConfig) -> dict[str, Any]:
-        values = config.model_dump(mode="json")
-        simulation = values.pop("sim_params")
-        return {**values, **{f"sim_params.{name}": value for name, value in simulation.items()}}
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], ignored: Collection[str] = (), above: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first of nested settings, by its dotted name, that differs, with both values; None if there is none."""
+    for name, value in ours.items():
+        path, other = above + name, theirs.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            if (found := first_difference(value, other, ignored, f"{path}.")) is not None:
+                return found
+        elif path not in ignored and value != other:
+            return path, value, other
+    return None
 
-    ours, theirs = flat(template.cfg), flat(metadata.simulation)
-    for name in ours:
-        if name != "sim_params.skip" and ours[name] != theirs[name]:
-            raise ConfigError(
-                f"config_template.cfg.{name} is {ours[name]!r}, the checkpoint was trained with {theirs[name]!r}"
-            )
+
+def _check_same(metadata: CheckpointMetadata, template: GbmCVNNPricerConfig) -> None:
+    ours, theirs = (config.model_dump(mode="json") for config in (template.cfg, metadata.simulation))
+    if (found := first_difference(ours, theirs, {"sim_params.skip"})) is not None:
+        name, value, other = found
+        raise ConfigError(f"config_template.cfg.{name} is {value!r}, the checkpoint was trained with {other!r}")
     if template.domain_bounds and dict(template.domain_bounds) != metadata.domain:
         raise ConfigError("config_template.domain_bounds differ from those the checkpoint was trained with")
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from smc.checkpoint import CheckpointMetadata
+from smc.checkpoint import CheckpointMetadata, first_difference
 from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
@@ -70,25 +67,15 @@ class Experiment(BaseModel):
             "network": trained.network.model_dump() if trained.network is not None else ours["network"],
             "training": trained.plan.config.model_dump() if trained.plan is not None else ours["training"],
         }
-        was, plan = _flat(theirs), trained.plan
         ignored = {"simulation.sim_params.skip"}  # how far into its random streams a run is belongs to its state
+        plan = trained.plan
         if plan is not None and trained.global_step >= max(plan.end, self.training.num_batches):
             ignored.add("training.num_batches")
-        for name, value in _flat(ours).items():
-            if name not in ignored and value != was.get(name):
-                return f"{name} is {value!r}, and was {was.get(name)!r}"
-        return None
+        found = first_difference(ours, theirs, ignored)
+        return None if found is None else "{} is {!r}, and was {!r}".format(*found)
 
     def remaining(self, state: GbmCVNNPricerConfig) -> int:
         """Batches still to train of the plan that a checkpoint of this experiment belongs to."""
         if state.plan is None:
             return self.training.num_batches
         return max(0, state.plan.end - state.global_step)
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {above + name: value}
-    return found

@@ -513,7 +513,9 @@ def test_a_sweep_of_two_experiments_on_half_a_gpu_each_commits_to_one_ledger(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(shutil.which(CONTROL) is None, reason="needs NVIDIA's MPS")
+# Nothing this project can install: the control program is a part of NVIDIA's driver, and containers and drivers without
+# it exist. There jobs.node refuses --mps; tests/test_jobs/test_mps.py has that, and the rest with a played program.
+@pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"the NVIDIA driver here comes without {CONTROL}")
 def test_actors_of_a_node_with_mps_are_its_clients_together(tmp_path: Path) -> None:
     import ray
 

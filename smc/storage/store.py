@@ -204,20 +204,14 @@ class AsyncBlockchainModelStore:
         In ranged reads, where the entry has their hash; the whole checkpoint, where it has not. Raises: Corrupt,
         NotFound if it was collected.
         """
-        key = blob_key(version.content_hash)
         if version.model_hash is None:
             whole = memoryview(await self.load_checkpoint(version))
             header = parse_header(whole, len(whole))
             return header, {name: whole[p.start : p.stop] for name, p in header.for_inference().items()}
-        try:
+        async with self._checkpoint_of(version) as key:
             header, parts, digest = await self._model_parts(key, version.size)
-        except NotFound:
-            raise await self._missing(version) from None
-        except Corrupt as error:
-            raise Corrupt(f"{key}: {error}", ((key, str(error)),)) from None
-        if digest != version.model_hash:
-            reason = f"the model of {version.version_id} does not have the hash in its entry"
-            raise Corrupt(f"{key}: {reason}", ((key, reason),))
+            if digest != version.model_hash:
+                raise Corrupt(f"the model of {version.version_id} does not have the hash in its entry")
         return header, parts
 
     async def _model_parts(self, key: str, size: int) -> tuple[TensorHeader, dict[str, memoryview], str]:
@@ -240,9 +234,16 @@ class AsyncBlockchainModelStore:
 
         Raises: Corrupt, NotFound if it was collected.
         """
+        async with self._checkpoint_of(version) as key:
+            header, _ = await self._header(key, version.size)
+        return header
+
+    @asynccontextmanager
+    async def _checkpoint_of(self, version: ModelVersion) -> AsyncIterator[str]:
+        """The key to read it at; what goes wrong is told with the key, or why it is not there."""
         key = blob_key(version.content_hash)
         try:
-            return (await self._header(key, version.size))[0]
+            yield key
         except NotFound:
             raise await self._missing(version) from None
         except Corrupt as error:
