@@ -60,6 +60,8 @@ _FEWEST, _MOST = 2, 8
 _SHARE: Final = 0.1
 _BURST: Final = 0.1
 _LONGEST_DELAY: Final = 2.0
+# To look whether it may go on takes processor time as well.
+_SHORTEST_DELAY: Final = 0.02
 # Seconds beyond the deadline that closing the connection may take.
 _HANG_UP_LIMIT: Final = 1.0
 # Seconds between two lines that say how many snapshots were replaced.
@@ -345,13 +347,14 @@ class BackgroundCommits:
         while True:
             self._wake.clear()
             with self._lock:
-                delay = 0.0 if self._closing else self._pace.delay(self._loop.time())
-                if self._waiting and len(self._running) < self._most_started and not delay:
+                pause = 0.0 if self._closing else self._pace.delay(self._loop.time())
+                may_start = bool(self._waiting) and len(self._running) < self._most_started
+                if may_start and not pause:
                     return self._waiting.popleft()
                 if self._closing and not self._waiting and not self._running:
                     return None
             with suppress(TimeoutError):
-                async with asyncio.timeout(delay or None):
+                async with asyncio.timeout(max(pause, _SHORTEST_DELAY) if may_start else None):
                     await self._wake.wait()
 
     def _ended(self, task: asyncio.Task[None]) -> None:

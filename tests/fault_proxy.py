@@ -18,10 +18,11 @@ class FaultProxy:
     """Runs in a thread of its own. Headers pass untouched, so that signatures hold.
 
     `rate` is the share of requests that fail, evenly by status 500 and 503, a reset before and after the
-    request was applied, or after its head, a hang, and an answer cut short. `latency` is added to every request.
+    request was applied, or after its head, a hang, a byte altered on its way, and an answer cut short. `latency` is
+    added to every request.
     """
 
-    KINDS = ("500", "503", "reset-before", "reset-after", "head-only", "hang", "truncate")
+    KINDS = ("500", "503", "reset-before", "reset-after", "head-only", "hang", "alter", "truncate")
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class FaultProxy:
         self._random = random.Random(seed)
         self.faults: Counter[str] = Counter()
         self.requests = 0
+        self.asked_first = 0  # requests that waited for leave to send their body, a round trip more
         self.url = ""
         self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -72,6 +74,7 @@ class FaultProxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
+        self.asked_first += "Expect" in request.headers
         body = await request.read()
         if self.latency:
             await asyncio.sleep(self.latency)
@@ -86,6 +89,8 @@ class FaultProxy:
             await self._send_head(request)
         if fault in ("reset-before", "hang", "head-only"):
             return self._reset(request)
+        if fault == "alter" and body:
+            body = body[:-1] + bytes([body[-1] ^ 1])
         url = self._target + request.raw_path
         async with self._session.request(
             request.method, url, data=body, headers=request.headers, allow_redirects=False, skip_auto_headers={"Accept"}

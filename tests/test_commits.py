@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from smc.checkpoint import Snapshot, encode, metadata_of, tensors_of
-from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, check_entry, check_template, slots_for
+from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, _Pace, check_entry, check_template, slots_for
 from smc.errors import Busy, ConfigError, Corrupt, Unavailable
 from smc.spool import CommitRecord, Spool
 from tests.conftest import small_config
@@ -394,6 +394,36 @@ def test_submitting_after_close_is_a_mistake() -> None:
     commits.close()
     with pytest.raises(RuntimeError, match="after close"):
         submit(commits, 1)
+
+
+def test_commits_that_took_their_share_of_the_processor_pause_without_taking_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Costly(SlowLedger):
+        async def upload(self, data: memoryview) -> tuple[str, int]:
+            busy_until = time.thread_time() + 0.15
+            while time.thread_time() < busy_until:
+                pass
+            uploads.append(time.monotonic())
+            return await super().upload(data)
+
+    def delay(pace: _Pace, now: float) -> float:
+        looks.append(time.monotonic())
+        return measured(pace, now)
+
+    uploads: list[float] = []
+    looks: list[float] = []
+    measured = _Pace.delay
+    monkeypatch.setattr(_Pace, "delay", delay)
+    commits = commits_to(Costly())
+    for step in (1, 2):
+        submit(commits, step)
+        while len(uploads) < step:
+            time.sleep(0.01)
+    commits.close()
+    began = uploads[1] - 0.15
+    assert began - uploads[0] > 0.25  # (0.15 - 0.1) / 0.1 seconds, less the clock's precision
+    assert len([look for look in looks if uploads[0] < look < began]) < 10
 
 
 def test_closing_leaves_no_thread_behind() -> None:

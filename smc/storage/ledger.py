@@ -47,7 +47,7 @@ _READS_AT_ONCE = 48
 _PROBES_AT_ONCE = 16
 _MAX_BLOCK_ENTRIES = 256
 _MAX_QUEUE = 4096
-_HINT_INTERVAL = 0.2  # seconds
+_HINT_INTERVAL = 1.0  # seconds: a hint for every block would be a third of the requests
 
 logger = logging.getLogger("smc.storage")
 
@@ -82,7 +82,7 @@ class Ledger:
         self._published = -2
         self._tail_lock = asyncio.Lock()
         self._proved = False
-        self._closing = asyncio.Event()
+        self._at_once = asyncio.Event()  # hints do not wait
         self._block_seconds = 0.05
 
     # --- reading --------------------------------------------------------------------------------------
@@ -310,11 +310,18 @@ class Ledger:
         """Finish what was submitted, and leave the newest hint behind."""
         if self._sequencer is not None:
             await asyncio.wait({self._sequencer})
-        self._closing.set()
-        if self._publisher is not None:
+        await self.publish()
+
+    async def publish(self) -> None:
+        """Leave the newest hint behind, if this instance has written to the ledger."""
+        if self._publisher is None:
+            return
+        self._at_once.set()
+        try:
             await asyncio.wait({self._publisher})
             await self._write_derived()  # what failed a moment ago may succeed now
-        self._closing.clear()
+        finally:
+            self._at_once.clear()
 
     async def _sequence(self) -> None:
         while self._queue:
@@ -434,7 +441,7 @@ class Ledger:
                     self._published = block
                 await self._write_indexes((block + 1) // SEGMENT)
                 with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
-                    await asyncio.wait_for(self._closing.wait(), _HINT_INTERVAL)
+                    await asyncio.wait_for(self._at_once.wait(), _HINT_INTERVAL)
                 # Of two writers' hints the older may arrive last. Whoever wrote last looks again, so the one
                 # that stays is the newest.
                 if self._tail is not None and self._tail.block - 1 == block and await self._probe(block + 1):

@@ -51,6 +51,8 @@ _DENIED = {
     "Unauthorized",
     "Forbidden",
 }
+# Answers of status 400 that another try may not get: to bytes that were altered or lost on their way among others.
+_PASSING = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown"}
 
 
 def parse_uri(uri: str) -> tuple[str, str]:
@@ -91,6 +93,8 @@ class S3ObjectStore:
             parameter_validation=False,
             user_agent="spectralmc",
             retries={"total_max_attempts": 1, "mode": "standard"},
+            # What is stored has its MD5 in a signed header; without this it would be hashed again, on the event loop.
+            s3={"payload_signing_enabled": False},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -154,11 +158,8 @@ class S3ObjectStore:
             self._translate(error, key)
 
     async def _put_whole(self, key: str, data: Body, **how: str) -> None:
-        # When a connection ends between a request's head and its body, SeaweedFS 4 stores an empty object, and an
-        # empty block is the end of a ledger. With an MD5 to compare it does not; and S3 then refuses altered bytes.
-        digest = await asyncio.to_thread(_digest, data) if len(data) > _CHUNK else _digest(data)
         await self._client.put_object(
-            Bucket=self._bucket, Key=self._prefix + key, Body=_sendable(data), ContentMD5=digest, **how
+            Bucket=self._bucket, Key=self._prefix + key, Body=_sendable(data), ContentMD5=await _digest(data), **how
         )
 
     async def _get_in_ranges(self, key: str, size: int, on_bytes: Callable[[memoryview], None] | None) -> bytearray:
@@ -215,7 +216,9 @@ class S3ObjectStore:
         async def send(start: int) -> None:
             number = start // size + 1
             part = memoryview(data)[start : start + size]
-            response = await self._client.upload_part(**where, UploadId=upload, PartNumber=number, Body=part)
+            response = await self._client.upload_part(
+                **where, UploadId=upload, PartNumber=number, Body=part, ContentMD5=await _digest(part)
+            )
             etags[number] = response["ETag"]
 
         try:
@@ -303,7 +306,7 @@ class S3ObjectStore:
                 raise Conflict(f"{where} exists already") from None
             if code in _DENIED or status in (401, 403):
                 raise AccessDenied(f"{where}: access denied by {self._endpoint()} ({code}: {detail})") from None
-            if status in (408, 409, 429) or status >= 500 or code in ("SlowDown", "RequestTimeout"):
+            if status in (408, 409, 429) or status >= 500 or code in _PASSING:
                 raise Unavailable(f"{where}: {code} ({detail})") from None
             raise ConfigError(f"{where}: {self._endpoint()} refused the request ({code}: {detail})") from None
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
@@ -334,16 +337,31 @@ async def _side_by_side(work: Callable[[int], Awaitable[None]], starts: Iterable
         raise failures.exceptions[0] from None
 
 
-def _sendable(data: Body) -> bytes | bytearray:
-    """What botocore can send twice, after a redirection: not a view. Copied without Python's lock."""
-    if not isinstance(data, memoryview):
+def _sendable(data: Body) -> bytearray:
+    """What botocore can send twice, after a redirection, which a view is not. Copied without Python's lock.
+
+    Not bytes either: of those botocore makes a file, and asks with `Expect: 100-continue` before it sends one. A block
+    would take two round trips.
+    """
+    if isinstance(data, bytearray):
         return data
     copy = bytearray(len(data))
     np.copyto(np.frombuffer(copy, dtype=np.uint8), np.frombuffer(data, dtype=np.uint8))
     return copy
 
 
-def _digest(data: Body) -> str:
+async def _digest(data: Body) -> str:
+    """For Content-MD5, with which a server refuses altered bytes.
+
+    SeaweedFS 4 compares nothing else. When a connection ends between a request's head and its body it stores an empty
+    object, and an empty block is the end of a ledger.
+    """
+    if len(data) > _CHUNK:
+        return await asyncio.to_thread(_md5_of, data)
+    return _md5_of(data)
+
+
+def _md5_of(data: Body) -> str:
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 

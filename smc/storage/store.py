@@ -354,6 +354,7 @@ class AsyncBlockchainModelStore:
 
     async def verify(self, *, blobs: bool = False, full: bool = False) -> Verification:
         """Check the whole ledger; see `smc.storage.verify`."""
+        await self.ledger.publish()
         return await verify_ledger(self.objects, blobs=blobs, full=full)
 
 

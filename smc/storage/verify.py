@@ -104,8 +104,8 @@ async def _head(objects: ObjectStore) -> tuple[int, str, int] | None:
 
 
 async def _settled_head(objects: ObjectStore, last: int) -> tuple[int, str, int] | None:
-    """The head hint, given a moment to catch up: a writer writes it after the block."""
-    for delay in (0.2, 0.8, 0.0):
+    """The head hint, given a moment to catch up: a writer writes it after the block, once a second."""
+    for delay in (0.2, 0.8, 1.0, 0.0):
         head = await _head(objects)
         if head is not None and head[0] >= last:
             break

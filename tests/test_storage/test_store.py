@@ -375,6 +375,38 @@ async def test_a_connection_that_ends_before_the_body_leaves_no_object(seaweed: 
             await store.objects.stat("log/0000000000.jsonl")
 
 
+async def test_bytes_altered_on_their_way_are_refused_and_sent_again(
+    seaweed: DevServer, on_seaweed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("smc.storage.s3._PART", 5 * 2**20)
+    monkeypatch.setattr("smc.storage.s3._SMALLEST_PART", 5 * 2**20)
+    bodies = {"small": b"a block", "large": random.Random(1).randbytes(12 * 2**20)}
+    with FaultProxy(seaweed.endpoint_url, rate=1.0, kinds=("alter",)) as proxy:
+        async with AsyncBlockchainModelStore(on_seaweed, endpoint_url=proxy.url) as store:
+            for name, body in bodies.items():
+                with pytest.raises(Unavailable, match="BadDigest"):
+                    await store.objects.put(f"log/{name}", body)
+                with pytest.raises(NotFound):
+                    await store.objects.stat(f"log/{name}")
+            proxy.rate = 0.0
+            for name, body in bodies.items():
+                await store.objects.put(f"log/{name}", body)
+                assert await store.objects.get(f"log/{name}") == body
+
+
+async def test_a_commit_is_two_requests_of_one_round_trip_each(seaweed: DevServer, on_seaweed: str) -> None:
+    with FaultProxy(seaweed.endpoint_url) as proxy:
+        async with AsyncBlockchainModelStore(on_seaweed, endpoint_url=proxy.url) as store:
+            await commit(store, 0)
+            await store.ledger.publish()
+            before, started = proxy.requests, time.monotonic()
+            for step in range(1, 21):
+                await commit(store, step)
+            hints = 1 + int(time.monotonic() - started)
+            assert 40 <= proxy.requests - before <= 40 + 2 * hints
+        assert proxy.asked_first == 0
+
+
 async def test_a_checkpoint_whose_bytes_changed_is_not_loaded(make_store: Opener) -> None:
     async with make_store() as store:
         version = await commit(store, 1)
