@@ -24,6 +24,7 @@ from jobs.node import spot_notice
 from jobs.recipes import make_experiment, read_sweep
 from smc.gbm_trainer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
+from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore
 from smc.training import StepReport
 from tests.conftest import versions_of, wait_for_versions
@@ -60,14 +61,18 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def cluster(on_seaweed: str) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def cluster(seaweed: DevServer) -> Iterator[Any]:
     """A head that holds the ledger, and three nodes that may be killed. This process does not join it."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "resources": {"ledger": 1}})
-    for _ in range(3):
-        cluster.add_node(num_cpus=1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in seaweed.environment.items():
+            patch.setenv(name, value)
+        head = {"num_cpus": 0, "resources": {"ledger": 1}, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(3):
+            cluster.add_node(num_cpus=1)
     yield cluster
     for worker in list(cluster.worker_nodes):
         cluster.remove_node(worker)
@@ -194,7 +199,7 @@ def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_else
     file.write_text(
         "recipe: tiny\ndefaults: {training: {num_batches: 100000000}, commit_interval: 500}\nexperiments: {a: }\n"
     )
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     ray = str(Path(sys.executable).parent / "ray")
     start = [ray, "start", f"--address={cluster.address}", "--num-cpus=1", "--block"]
     spot = started(cluster, "-m", "jobs.node", "--", *start, SMC_LOG_JSON="1")
