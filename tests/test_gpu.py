@@ -513,9 +513,12 @@ def test_a_sweep_of_two_experiments_on_half_a_gpu_each_commits_to_one_ledger(
 
 
 @pytest.mark.timeout(300)
-# Nothing this project can install: the control program is a part of NVIDIA's driver, and containers and drivers without
-# it exist. There jobs.node refuses --mps; tests/test_jobs/test_mps.py has that, and the rest with a played program.
-@pytest.mark.skipif(shutil.which(CONTROL) is None, reason=f"the NVIDIA driver here comes without {CONTROL}")
+# Real MPS is begun by nvidia-cuda-mps-control, which comes with NVIDIA's driver and in no package that `make` could
+# install. Where a GPU's driver has it, as the H100's that this is run on, nothing is skipped. Where it is missing there
+# is no MPS to be a client of: `jobs.node --mps` refuses, and tests/test_jobs/test_mps.py tests that on every machine.
+@pytest.mark.skipif(
+    shutil.which(CONTROL) is None, reason=f"needs real MPS, whose {CONTROL} only NVIDIA's driver brings: not on PATH"
+)
 def test_actors_of_a_node_with_mps_are_its_clients_together(tmp_path: Path) -> None:
     import ray
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -66,9 +67,7 @@ def cluster(seaweed: DevServer) -> Iterator[Any]:
     """A head that holds the ledger, and three nodes that may be killed. This process does not join it."""
     from ray.cluster_utils import Cluster
 
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in seaweed.environment.items():
-            patch.setenv(name, value)
+    with patch.dict(os.environ, seaweed.environment):
         head = {"num_cpus": 0, "resources": {"ledger": 1}, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(3):
