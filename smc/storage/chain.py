@@ -10,16 +10,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from smc.errors import ConfigError, Corrupt
+from smc.storage.elapsed import Elapsed
 
 __all__ = [
     "FORMAT",
     "GENESIS_PARENT",
+    "LARGEST_BLOCK",
+    "LARGEST_ENTRY",
+    "UNKNOWN",
     "AliasMove",
     "Announcements",
     "Draft",
@@ -40,11 +44,27 @@ __all__ = [
 FORMAT: Final = 1
 GENESIS_PARENT: Final = "0" * 64
 BLOCK_DIGITS: Final = 10
+# An entry stays for ever and every reader reads it, so what is submitted is limited. In bytes, newlines included.
+LARGEST_ENTRY: Final = 64_000
+LARGEST_BLOCK: Final = 1_000_000
+# A reader that began in the middle of a log of earlier versions cannot tell where its newest collection is.
+UNKNOWN: Final = -2
+# Readers of JSON differ in how deep they go: the one used here 1,024 levels, the one of Python's library fewer.
+_DEEPEST: Final = 64
 
 _HASH = re.compile(r"^[0-9a-f]{64}\Z")
 _HASH_PREFIX = re.compile(r"^[0-9a-f]{8,64}\Z")
 _VERSION = re.compile(r"^v([0-9]{10})\Z")
 _ALIAS = re.compile(r"^[A-Za-z][A-Za-z0-9._-]{0,63}\Z")
+_TIMESTAMP = re.compile(
+    r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})\Z"
+)
+
+# What JSON says is read as it stands: true is not 1, and "3" is not 3.
+WholeNumber = Annotated[int, Field(strict=True, ge=0)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Text = Annotated[str, Field(strict=True)]
+Hash = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -54,23 +74,23 @@ class ModelVersion(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    counter: int = Field(ge=0)
-    content_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-    experiment: str
-    step: int
-    loss: float | None
-    metrics: dict[str, float]
-    commit_message: str = Field(alias="message")
-    resumed_from: str | None
-    model_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    counter: WholeNumber
+    content_hash: Hash
+    size: WholeNumber
+    experiment: Text
+    step: Annotated[int, Field(strict=True)]
+    loss: Number | None
+    metrics: dict[str, Number]
+    commit_message: Text = Field(alias="message")
+    resumed_from: Text | None
+    model_hash: Hash | None = None
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
-    commit_id: str
+    commit_id: Text
     timestamp: datetime
-    index: int
-    parent_hash: str
-    entry_hash: str
-    block: int
+    index: WholeNumber
+    parent_hash: Hash
+    entry_hash: Hash
+    block: WholeNumber
 
     @property
     def version_id(self) -> str:
@@ -83,12 +103,12 @@ class AliasMove(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    alias: str
-    counter: int | None = Field(ge=0)
-    content_hash: str | None = Field(pattern=r"^[0-9a-f]{64}$")
-    message: str
+    alias: Text
+    counter: WholeNumber | None
+    content_hash: Hash | None
+    message: Text
     timestamp: datetime
-    index: int
+    index: WholeNumber
 
     @model_validator(mode="after")
     def _names_a_version_or_none(self) -> AliasMove:
@@ -120,6 +140,26 @@ class Entry:
         return str(self.fields["commit_id"])
 
     @property
+    def counter(self) -> int | None:
+        """The number of the version, for an entry that commits one."""
+        return int(self.fields["counter"]) if self.kind == "commit" else None
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it stands in the block that it says. What earlier versions wrote does not say it."""
+        return self.fields.get("block", self.block) == self.block
+
+    @property
+    def time(self) -> datetime:
+        """When the entry was written, by its writer's clock."""
+        return datetime.fromisoformat(self.fields["timestamp"])
+
+    @property
+    def last_collect(self) -> int:
+        """The newest block before this one that has a `collect`; -1 for none, `UNKNOWN` if the entry does not say."""
+        return int(self.fields.get("last_collect", UNKNOWN))
+
+    @property
     def version(self) -> ModelVersion | None:
         """The model version, for an entry that commits one.
 
@@ -143,7 +183,7 @@ class Entry:
         if self.kind != "spare":
             return (), -1
         through = self.fields.get("through")
-        if not isinstance(through, int) or not -1 <= through < self.index:
+        if type(through) is not int or not -1 <= through < self.index:
             raise self._corrupt("through is not the index of an entry before it")
         return self._hashes(), through
 
@@ -186,6 +226,11 @@ class Announcements:
             if left:
                 self._at[content_hash] = left
 
+    def apply_earlier(self, entry: Entry) -> None:
+        """Take in a `collect` that stands before all that was taken in. Raises: Corrupt."""
+        for content_hash in entry.collected:
+            self._at.setdefault(content_hash, []).insert(0, entry.index)
+
     def of(self, content_hash: str) -> Sequence[int]:
         """Entries that announced a checkpoint's deletion, since it was last committed or spared."""
         return self._at.get(content_hash, ())
@@ -198,30 +243,48 @@ class Announcements:
 class Draft:
     """An entry before it has a place: what its submitter says, and an identity kept through retries.
 
-    `vetted`: the checkpoint it names is there for certain, whatever was announced of its deletion.
+    `vetted` is set where the deletion of the checkpoint that it names was announced: the time since somebody saw that
+    the checkpoint is there all the same, and young. `fresh` says that the identity was made after the ledger was opened
+    by whoever appends, so that no entry from before can have it.
     """
 
     kind: str
     commit_id: str
     payload: Mapping[str, Any] = field(default_factory=dict)
-    vetted: bool = False
+    vetted: Elapsed | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
 class Tail:
-    """Where the next entry goes: what follows from everything before it."""
+    """Where the next entry goes: what follows from everything before it.
+
+    `last_collect` is the newest block that has a `collect`, -1 if there is none, `UNKNOWN` if that is not known.
+    """
 
     block: int = 0
     index: int = 0
     counter: int = 0
     parent_hash: str = GENESIS_PARENT
+    last_collect: int = -1
+
+    @classmethod
+    def before(cls, entry: Entry, counter: int) -> Tail:
+        """The tail in front of the first entry of a block, given how many versions there are before it."""
+        return cls(entry.block, entry.index, counter, str(entry.fields["parent_hash"]), entry.last_collect)
 
     def after(self, entries: Sequence[Entry]) -> Tail:
         """The tail once one more block holds these entries."""
-        commits = [e for e in entries if e.kind == "commit"]
         last = entries[-1]
-        counter = int(commits[-1].fields["counter"]) + 1 if commits else self.counter
-        return Tail(last.block + 1, last.index + 1, counter, last.hash)
+        counters = [e.counter for e in entries if e.counter is not None]
+        counter = counters[-1] + 1 if counters else self.counter
+        return Tail(last.block + 1, last.index + 1, counter, last.hash, self._last_collect_after(entries))
+
+    def _last_collect_after(self, entries: Sequence[Entry]) -> int:
+        if any(entry.kind == "collect" for entry in entries):
+            return entries[0].block
+        # Whoever began in the middle of the log learns it from the first entry that says it.
+        return entries[-1].last_collect if self.last_collect == UNKNOWN else self.last_collect
 
 
 def block_key(number: int) -> str:
@@ -282,6 +345,9 @@ def build_block(tail: Tail, drafts: Sequence[Draft], now: datetime | None = None
         if draft.kind == "commit":
             fields["counter"] = counter
             counter += 1
+        fields["block"] = tail.block
+        if tail.last_collect != UNKNOWN:
+            fields["last_collect"] = tail.last_collect
         # Copied: what orjson returns lies in a buffer of kilobytes, and thousands of lines are remembered.
         line = bytes(memoryview(orjson.dumps({**fields, **draft.payload}, option=orjson.OPT_APPEND_NEWLINE)))
         parent = hashlib.sha256(line).hexdigest()
@@ -309,6 +375,8 @@ def parse_block(number: int, data: bytes) -> list[Entry]:
         except orjson.JSONDecodeError as error:
             raise _corrupt(key, f"line {at + 1} is not JSON ({error})") from None
         reason = _wrong_field(fields)
+        if reason is None and line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(fields) > _DEEPEST:
+            reason = f"it is nested more than {_DEEPEST} levels deep"
         if reason:
             raise _corrupt(key, f"line {at + 1}: {reason}")
         entries.append(Entry(number, line, fields, hashlib.sha256(line).hexdigest()))
@@ -331,6 +399,11 @@ def check_after(tail: Tail, entries: Sequence[Entry]) -> Tail:
             )
         if entry.index != index:
             raise _corrupt(key, f"entry {entry.index} stands where entry {index} should")
+        if not entry.is_in_place:
+            raise _corrupt(key, f"entry {index} says that it stands in block {entry.fields['block']}")
+        told = entry.last_collect
+        if UNKNOWN not in (told, tail.last_collect) and told != tail.last_collect:
+            raise _corrupt(key, f"entry {index}: last_collect is {told}, should be {tail.last_collect}")
         if entry.kind == "commit":
             version = entry.version
             assert version is not None
@@ -338,26 +411,42 @@ def check_after(tail: Tail, entries: Sequence[Entry]) -> Tail:
                 raise _corrupt(key, f"entry {index}: counter is {version.counter}, should be {counter}")
             counter += 1
         index, parent = index + 1, entry.hash
-    return Tail(entries[0].block + 1, index, counter, parent)
+    return tail.after(entries)
 
 
 def _wrong_field(fields: object) -> str | None:
     if not isinstance(fields, dict):
         return "not a JSON object"
-    if fields.get("format") != FORMAT:
+    if type(fields.get("format")) is not int or fields["format"] != FORMAT:
         return f"format is {fields.get('format')!r}, this version reads {FORMAT}"
     for name, kind in (("index", int), ("kind", str), ("parent_hash", str), ("timestamp", str), ("commit_id", str)):
-        if not isinstance(fields.get(name), kind) or isinstance(fields.get(name), bool):
+        if type(fields.get(name)) is not kind:
             return f"{name} is missing or not a {kind.__name__}"
+    if fields["index"] < 0:
+        return "index is below 0"
     if not _HASH.match(fields["parent_hash"]):
         return "parent_hash is not 64 hexadecimal digits"
     try:
+        if not _TIMESTAMP.match(fields["timestamp"]):
+            raise ValueError
         datetime.fromisoformat(fields["timestamp"])
     except ValueError:
-        return f"timestamp {fields['timestamp']!r} is not ISO 8601"
-    if fields["kind"] == "commit" and not isinstance(fields.get("counter"), int):
-        return "counter is missing from a commit"
+        return f"timestamp {fields['timestamp']!r} is not ISO 8601 with a zone"
+    if fields["kind"] == "commit" and (type(fields.get("counter")) is not int or fields["counter"] < 0):
+        return "counter is missing from a commit, or not a whole number"
+    for name, least in (("block", 0), ("last_collect", -1)):
+        if name in fields and (type(fields[name]) is not int or fields[name] < least):
+            return f"{name} is not the number of a block"
     return None
+
+
+def _depth(value: object) -> int:
+    """How deep lists and objects are nested. Not recursive: it is asked about what may be too deep for that."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def _corrupt(key: str, reason: str) -> Corrupt:

@@ -290,7 +290,7 @@ async def import_(store: Store, options: Options) -> int:
         experiment=options.experiment,
         model_hash=model_hash(data),
     )
-    version = await store.commit(data, record)
+    version = await store.commit(data, record, fresh=True)
     if options.json:
         print_json(as_json(version))
     else:

@@ -15,18 +15,22 @@ from datetime import UTC, datetime, timedelta
 from smc.errors import ConfigError, NotFound
 from smc.spool import new_commit_id
 from smc.storage.catalog import Catalog
-from smc.storage.chain import Draft, ModelVersion, blob_key, is_content_hash, version_id
+from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, is_content_hash, version_id
+from smc.storage.elapsed import Elapsed
 from smc.storage.objects import ObjectInfo
+from smc.storage.reader import LONGEST_COLLECTION
 from smc.storage.requests import retried
 from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["CollectionPlan", "CollectionResult", "RetentionPolicy", "collect", "plan_collection"]
 
 _AT_ONCE = 16
-# Hashes in one entry: an entry is read whole by everybody.
-_MOST_HASHES = 1000
-# A collector that announced something longer ago than this is not at work any more.
-_LONGEST_COLLECTION = timedelta(days=1)
+# Hashes in one entry, which has 64,000 bytes at most.
+_MOST_HASHES = 900
+# Others take a collector that announced something a day ago for one that is not at work any more.
+_LONGEST_WORK = LONGEST_COLLECTION.total_seconds() / 4
+# How often a checkpoint is looked at before it is left for another collection, because each look took too long.
+_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -131,34 +135,94 @@ async def collect(
 ) -> CollectionResult:
     """Announce in the log what is to go, then delete it; safe beside commits, tags and other collectors.
 
-    `plan`: what somebody has seen and agreed to; nothing else is deleted. Raises: Unavailable, Corrupt.
+    `plan`: what somebody has seen and agreed to; nothing else is deleted. What cannot be deleted in six hours is left
+    for another collection. Raises: Unavailable, Corrupt.
     """
     plan = plan or await plan_collection(store, policy)
     await store.ledger.prepare()  # which also renews what a killed writer left stale
     # Also what an earlier collector announced and did not come to: writers know the recent announcements.
     message = f"keeping {len(plan.kept)} versions"
-    ours = []
-    for hashes in _parts(sorted(plan.blobs)):
-        draft = Draft("collect", new_commit_id(), {"content_hashes": hashes, "message": message})
-        ours.append((await store.ledger.append(draft)).index)
-    catalog = await store.catalog()
-    wanted = {catalog.versions[counter].content_hash for counter in policy.reasons(catalog)}
+    drafts = [
+        Draft("collect", new_commit_id(), {"content_hashes": hashes, "message": message}, fresh=True)
+        for hashes in _parts(sorted(plan.blobs))
+    ]
+    announced = [await store.ledger.append(draft) for draft in drafts]
+    collector = _Collector(store, policy)
+    if announced:
+        await collector.begin(announced[-1])
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def one(content_hash: str) -> int | None:
-        """The bytes freed; None if it was spared."""
-        if content_hash in wanted or catalog.collected_at(content_hash) is None:
-            return None
         async with gate:
-            # Each try looks first: the store's uploads rely on a deletion that follows a look within one request.
-            return await retried(lambda: _delete_unless_young(store, blob_key(content_hash), policy.min_age))
+            return await retried(lambda: collector.delete(content_hash))
 
     results = await asyncio.gather(*(one(content_hash) for content_hash in plan.blobs))
     freed = dict(zip(plan.blobs, results, strict=True))
     spared = {content_hash for content_hash, size in freed.items() if size is None}
-    await _revoke(store, catalog, spared | wanted, ours)
+    catalog = await collector.read()
+    await _revoke(store, catalog, spared | collector.wanted, [entry.index for entry in announced])
     deleted = [size for size in freed.values() if size]
     return CollectionResult(len(deleted), sum(deleted), len(spared))
+
+
+class _Collector:
+    """Deletes one checkpoint after the other, and only on what it has just seen.
+
+    A commit that this collector does not know of is a danger for as long as it does not know of it: somebody may upload
+    an equal checkpoint again, see that it is young, and enter it in the ledger. So neither the log nor the checkpoint
+    may have been looked at longer ago than one request takes when the next request deletes it, however long this
+    process, its machine or its server slept. Writers that were told of the announcement wait for longer than that.
+    """
+
+    def __init__(self, store: AsyncBlockchainModelStore, policy: RetentionPolicy) -> None:
+        self._store, self._policy = store, policy
+        self._reading = asyncio.Lock()
+        self._begun = self._read_at = Elapsed()
+        self._started = datetime.now(UTC)
+        self._catalog = Catalog()
+        self.wanted: set[str] = set()
+
+    async def begin(self, announced: Entry) -> None:
+        """Take the server's time from the block that announces this collection, and read the log."""
+        self._begun = Elapsed()
+        # Ages are by the clock that dates the checkpoints: the one of this machine may be wrong.
+        info = await retried(lambda: self._store.objects.stat(block_key(announced.block)))
+        self._started = info.modified
+        await self.read()
+
+    async def read(self) -> Catalog:
+        """Read what was appended since, and what is wanted now."""
+        async with self._reading:
+            read_at = Elapsed()
+            self._catalog = await self._store.catalog()
+            self.wanted = {self._catalog.versions[c].content_hash for c in self._policy.reasons(self._catalog)}
+            self._read_at = read_at
+            return self._catalog
+
+    async def delete(self, content_hash: str) -> int | None:
+        """The bytes freed, 0 if another collector was faster; None if it is wanted, young, or not to be decided."""
+        key = blob_key(content_hash)
+        for _ in range(_LOOKS):
+            looked = Elapsed()
+            try:
+                info = await self._store.objects.stat(key)
+            except NotFound:
+                return 0
+            if self._is_old_news(self._read_at):
+                await self.read()
+            unwanted = content_hash not in self.wanted and self._catalog.collected_at(content_hash) is not None
+            if not unwanted or self._age(info) < self._policy.min_age or self._begun.seconds > _LONGEST_WORK:
+                return None
+            if not self._is_old_news(looked) and not self._is_old_news(self._read_at):
+                await self._store.objects.delete(key)
+                return info.size
+        return None
+
+    def _is_old_news(self, looked: Elapsed) -> bool:
+        return looked.seconds > self._store.timeout
+
+    def _age(self, info: ObjectInfo) -> timedelta:
+        return self._started + timedelta(seconds=self._begun.seconds) - info.modified
 
 
 async def _revoke(store: AsyncBlockchainModelStore, catalog: Catalog, left: set[str], ours: Sequence[int]) -> None:
@@ -166,7 +230,7 @@ async def _revoke(store: AsyncBlockchainModelStore, catalog: Catalog, left: set[
     now = datetime.now(UTC)
 
     def is_over(index: int, at: datetime) -> bool:
-        return index in ours or now - at > _LONGEST_COLLECTION
+        return index in ours or now - at > LONGEST_COLLECTION
 
     candidates = [
         content_hash
@@ -181,20 +245,8 @@ async def _revoke(store: AsyncBlockchainModelStore, catalog: Catalog, left: set[
             there.append(content_hash)
     for hashes in _parts(there):
         payload = {"content_hashes": hashes, "through": catalog.tail.index - 1}
-        await store.ledger.append(Draft("spare", new_commit_id(), payload))
+        await store.ledger.append(Draft("spare", new_commit_id(), payload, fresh=True))
 
 
 def _parts(hashes: Sequence[str]) -> list[Sequence[str]]:
     return [hashes[start : start + _MOST_HASHES] for start in range(0, len(hashes), _MOST_HASHES)]
-
-
-async def _delete_unless_young(store: AsyncBlockchainModelStore, key: str, min_age: timedelta) -> int | None:
-    """The bytes freed, 0 if another collector was faster; None if somebody wrote it again meanwhile."""
-    try:
-        info = await store.objects.stat(key)
-    except NotFound:
-        return 0
-    if datetime.now(UTC) - info.modified < min_age:
-        return None
-    await store.objects.delete(key)
-    return info.size

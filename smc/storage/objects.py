@@ -54,7 +54,7 @@ class ObjectStore(Protocol):
         ...
 
     async def create(self, key: str, data: Body) -> None:
-        """Write only if there is nothing (`If-None-Match: *`). Raises: Conflict if there is."""
+        """Write only if there is nothing (`If-None-Match: *`), large bodies as `put`. Raises: Conflict if there is."""
         ...
 
     async def stat(self, key: str) -> ObjectInfo:

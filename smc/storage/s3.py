@@ -201,7 +201,7 @@ class S3ObjectStore:
             following.cancel()
         return buffer
 
-    async def _put_in_parts(self, key: str, data: Body) -> None:
+    async def _put_in_parts(self, key: str, data: Body, **how: str) -> None:
         """A multipart upload, a few parts at a time; abandoned parts are removed.
 
         A part is a view, copied by the transport alone: with eight on their way, a 48th of the whole each, that is a
@@ -224,7 +224,9 @@ class S3ObjectStore:
         try:
             await _side_by_side(send, range(0, len(data), size))
             parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
-            await self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
+            await self._client.complete_multipart_upload(
+                **where, UploadId=upload, MultipartUpload={"Parts": parts}, **how
+            )
         except BaseException:
             # Whoever ends this may have no time to lose.
             with contextlib.suppress(*_FAILURES):
@@ -234,7 +236,10 @@ class S3ObjectStore:
 
     async def create(self, key: str, data: Body) -> None:
         try:
-            await self._put_whole(key, data, IfNoneMatch="*")
+            if len(data) > 2 * _PART:
+                await self._put_in_parts(key, data, IfNoneMatch="*")
+            else:
+                await self._put_whole(key, data, IfNoneMatch="*")
         except _FAILURES as error:
             await self._denied_or_missing(error)
             self._translate(error, key)

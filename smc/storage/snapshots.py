@@ -39,7 +39,7 @@ async def commit_snapshot(
         resumed_from=snapshot.resumed_from,
         model_hash=model_hash(data),
     )
-    return await store.commit(data, record)
+    return await store.commit(data, record, fresh=True)
 
 
 async def load_snapshot_from_checkpoint(

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
-from smc.errors import ConfigError, Conflict, Corrupt, NotFound
+from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool, new_commit_id
 from smc.storage.budget import UploadBudget
 from smc.storage.catalog import Catalog
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, check_alias, parse_version_id
+from smc.storage.elapsed import Elapsed
 from smc.storage.ledger import Ledger
 from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
@@ -31,6 +33,10 @@ _SMALL = 8 * 2**20
 # Most headers are smaller; what is read beyond one belongs to the model.
 _HEADER_GUESS = 4096
 _YOUNG = timedelta(minutes=10)
+# Checkpoints that are known to be there without asking, because they were just uploaded.
+_MOST_UPLOADED = 4096
+# How often a checkpoint that is being collected is looked at before its commit is given back to the caller.
+_LOOKS = 3
 
 
 class AsyncBlockchainModelStore:
@@ -58,6 +64,8 @@ class AsyncBlockchainModelStore:
         self._exit: AsyncExitStack | None = None
         self._objects: ObjectStore | None = None
         self._ledger: Ledger | None = None
+        self._order = _Order()
+        self._uploaded: OrderedDict[str, tuple[int, Elapsed]] = OrderedDict()
         self._catalog = Catalog()
         self._catalog_lock = asyncio.Lock()
 
@@ -75,7 +83,7 @@ class AsyncBlockchainModelStore:
                 S3ObjectStore(self._bucket, self._prefix, endpoint_url=self._endpoint_url)
             )
             self._objects = TimedObjects(connection, self._timeout)
-        self._ledger = Ledger(self._objects, retry_delays=self._retry_delays)
+        self._ledger = Ledger(self._objects, retry_delays=self._retry_delays, vetted_seconds=self._timeout)
         return self
 
     async def __aexit__(
@@ -111,6 +119,11 @@ class AsyncBlockchainModelStore:
         if self._ledger is None:
             raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
         return self._ledger
+
+    @property
+    def timeout(self) -> float:
+        """The seconds after which a request of this store has ended, apart from what a large body takes."""
+        return self._timeout
 
     @property
     def objects(self) -> ObjectStore:
@@ -196,7 +209,7 @@ class AsyncBlockchainModelStore:
             "content_hash": version.content_hash if version else None,
             "message": message,
         }
-        return await self.ledger.append(Draft("tag", new_commit_id(), payload))
+        return await self.ledger.append(Draft("tag", new_commit_id(), payload, fresh=True))
 
     async def load_model(self, version: ModelVersion) -> tuple[TensorHeader, dict[str, memoryview]]:
         """What inference needs of a checkpoint, verified: its header, and the bytes of the tensors it names.
@@ -293,7 +306,15 @@ class AsyncBlockchainModelStore:
         async with self._budget.share(len(data)):
             digest = await _sha256(data)
             await retried(lambda: self._put_once(blob_key(digest), data), self._retry_delays)
+        self.note_uploaded(digest, len(data))
         return digest, len(data)
+
+    def note_uploaded(self, content_hash: str, size: int) -> None:
+        """Remember that a checkpoint is there as of now: it is not asked for before it is committed."""
+        self._uploaded[content_hash] = size, Elapsed()
+        self._uploaded.move_to_end(content_hash)
+        while len(self._uploaded) > _MOST_UPLOADED:
+            self._uploaded.popitem(last=False)
 
     async def _put_once(self, key: str, data: Body) -> None:
         if len(data) <= _SMALL:  # one round trip; a large body is not sent before asking
@@ -302,17 +323,31 @@ class AsyncBlockchainModelStore:
                 return
             except Conflict:
                 pass
-        with suppress(NotFound):
+        try:
             there = await self.objects.stat(key)
-            # An old one is written again: a collector leaves alone what is young, and this is about to be committed.
-            if there.size == len(data) and datetime.now(UTC) - there.modified < _YOUNG:
-                return
-        await self.objects.put(key, data)
+        except NotFound:
+            with suppress(Conflict):  # somebody else was faster
+                await self.objects.create(key, data)
+            return
+        # An old one is written again: a collector leaves alone what is young, and this is about to be committed.
+        if there.size == len(data) and datetime.now(UTC) - there.modified < _YOUNG:
+            return
+        try:
+            await self.objects.put(key, data)
+        except AccessDenied:
+            # A bucket may allow nobody to overwrite a checkpoint. What is there will do, unless it is being collected,
+            # and whoever enters it in the ledger finds that out.
+            if there.size != len(data):
+                raise
 
-    async def append_commit(self, record: CommitRecord, content_hash: str, size: int) -> ModelVersion:
+    async def append_commit(
+        self, record: CommitRecord, content_hash: str, size: int, *, fresh: bool = False
+    ) -> ModelVersion:
         """Enter an uploaded checkpoint in the ledger. A commit_id that is there already is not entered again.
 
-        Raises: Conflict if the checkpoint was collected after its upload: upload it again.
+        `fresh`: the record was made after this store was opened, and nobody else submits it. Raises: Conflict if the
+        checkpoint is not there, because it was never uploaded or was collected since: upload it again; ConfigError if
+        its size is another, if the entry would be too large, or if the commit_id names another checkpoint.
         """
         payload: Mapping[str, object] = {
             "content_hash": content_hash,
@@ -321,21 +356,57 @@ class AsyncBlockchainModelStore:
         }
         optional = {"model_hash": record.model_hash, "parameters": record.parameters}
         payload = {**payload, **{name: value for name, value in optional.items() if value}}
-        draft = Draft("commit", record.commit_id, payload)
-        try:
-            entry = await self.ledger.append(draft)
-        except Conflict:
-            # An equal one is being collected. A collector that looked before this upload deletes what it saw within
-            # its next request; one that looks later sees that it is young.
-            await asyncio.sleep(2 * self._timeout)
-            if not await self._is_young(blob_key(content_hash)):
-                reason = "was collected between its upload and its entry, or may still be: upload it again"
-                raise Conflict(f"{self.uri}: {blob_key(content_hash)} {reason}") from None
-            entry = await self.ledger.append(replace(draft, vetted=True))
+        draft = Draft("commit", record.commit_id, payload, fresh=fresh)
+        with self._order.place() as place:
+            there = await self._is_there(content_hash, size)
+            await place.reached()
+        entry = None if there else await self.ledger.find(record.commit_id)
+        if entry is None and not there:
+            reason = "was never uploaded, or was collected between its upload and its entry: upload it again"
+            raise Conflict(f"{self.uri}: {blob_key(content_hash)} {reason}")
+        entry = entry or await self._entered(draft, blob_key(content_hash))
         version = entry.version
         if version is None:
             raise ConfigError(f"commit_id {record.commit_id!r} belongs to a {entry.kind} entry")
+        if version.content_hash != content_hash:
+            raise ConfigError(
+                f"commit_id {record.commit_id!r} belongs to {version.version_id}, which names "
+                f"{blob_key(version.content_hash)} and not {blob_key(content_hash)}: an id is for one checkpoint"
+            )
         return version
+
+    async def _entered(self, draft: Draft, key: str) -> Entry:
+        try:
+            return await self.ledger.append(draft)
+        except Conflict:
+            pass
+        # An equal one is being collected. A collector that has not seen this entry deletes only what it has looked at
+        # within the time of one request, by the next request; one that looks later sees that it is young.
+        await asyncio.sleep(3 * self._timeout)
+        for _ in range(_LOOKS):
+            vetted = Elapsed()
+            if not await self._is_young(key):
+                break
+            try:
+                return await self.ledger.append(replace(draft, vetted=vetted))
+            except Conflict:  # the append had to wait for longer than the look is worth
+                continue
+        reason = "was collected between its upload and its entry, or may still be: upload it again"
+        raise Conflict(f"{self.uri}: {key} {reason}")
+
+    async def _is_there(self, content_hash: str, size: int) -> bool:
+        """Whether the checkpoint is there. Raises: ConfigError if it has another size."""
+        known, since = self._uploaded.get(content_hash, (size, None))
+        if since is None or since.seconds > _YOUNG.total_seconds():
+            try:
+                known = (await retried(lambda: self.objects.stat(blob_key(content_hash)), self._retry_delays)).size
+            except NotFound:
+                self._uploaded.pop(content_hash, None)
+                return False
+            self.note_uploaded(content_hash, known)
+        if known != size:
+            raise ConfigError(f"{self.uri}: {blob_key(content_hash)} has {known} bytes, the commit says {size}")
+        return True
 
     async def _is_young(self, key: str) -> bool:
         """Whether the object is there, and no collector that looks at it now deletes it."""
@@ -345,17 +416,50 @@ class AsyncBlockchainModelStore:
             return False
         return datetime.now(UTC) - info.modified < _YOUNG
 
-    async def commit(self, data: Body, record: CommitRecord) -> ModelVersion:
-        """Upload a checkpoint and enter it in the ledger."""
+    async def commit(self, data: Body, record: CommitRecord, *, fresh: bool = False) -> ModelVersion:
+        """Upload a checkpoint and enter it in the ledger. Arguments and errors as for `append_commit`."""
         try:
-            return await self.append_commit(record, *await self.upload(data))
+            return await self.append_commit(record, *await self.upload(data), fresh=fresh)
         except Conflict:
-            return await self.append_commit(record, *await self.upload(data))
+            return await self.append_commit(record, *await self.upload(data), fresh=fresh)
 
-    async def verify(self, *, blobs: bool = False, full: bool = False) -> Verification:
+    async def verify(
+        self, *, blobs: bool = False, full: bool = False, since: tuple[int, str] | None = None
+    ) -> Verification:
         """Check the whole ledger; see `smc.storage.verify`."""
         await self.ledger.publish()
-        return await verify_ledger(self.objects, blobs=blobs, full=full)
+        return await verify_ledger(self.objects, blobs=blobs, full=full, since=since)
+
+
+class _Place:
+    def __init__(self, before: asyncio.Event | None) -> None:
+        self._before, self.left = before, asyncio.Event()
+
+    async def reached(self) -> None:
+        """Wait until everybody in front has left."""
+        if self._before is not None:
+            await self._before.wait()
+
+
+class _Order:
+    """Lets calls go on in the order in which they came, whatever each of them had to ask first.
+
+    Whoever leaves its place goes on before the next one does, up to its next pause.
+    """
+
+    def __init__(self) -> None:
+        self._last: asyncio.Event | None = None
+
+    @contextmanager
+    def place(self) -> Iterator[_Place]:
+        place = _Place(self._last)
+        self._last = place.left
+        try:
+            yield place
+        finally:
+            place.left.set()
+            if self._last is place.left:
+                self._last = None
 
 
 class StoreCommitter:
@@ -372,7 +476,8 @@ class StoreCommitter:
         return await self._store.upload(data)
 
     async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
-        return (await self._store.append_commit(record, content_hash, size)).version_id
+        # A record comes here from the process that made it, while it has this store open.
+        return (await self._store.append_commit(record, content_hash, size, fresh=True)).version_id
 
     def settled(self, outcome: object, experiment: str) -> None:
         """Nobody watches a store in process: the TrainingResult says it."""
@@ -381,6 +486,7 @@ class StoreCommitter:
 async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:
     """Commit what the spool keeps for this ledger, each once, and remove it when it is in.
 
+    What turns out to be in the ledger already, because its acknowledgement came too late, is not uploaded again.
     Raises: Corrupt, after all the others are in, if a checkpoint is not what was kept; it stays where it is.
     """
     versions, corrupt = [], None
@@ -392,7 +498,9 @@ async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelV
         except Corrupt as error:
             corrupt = corrupt or error
             continue
-        versions.append(await store.commit(data, record))
+        entry = await store.ledger.find(record.commit_id)
+        version = entry.version if entry is not None else None
+        versions.append(version or await store.commit(data, record))
         spool.remove(record)
     if corrupt is not None:
         raise corrupt

@@ -13,6 +13,7 @@ import orjson
 
 from smc.errors import Corrupt, NotFound
 from smc.storage.chain import (
+    UNKNOWN,
     Announcements,
     Entry,
     ModelVersion,
@@ -34,6 +35,8 @@ _AT_ONCE = 48
 _BLOCK_KEY = re.compile(r"^log/[0-9]{10}\.jsonl$")
 _SIGNATURE_KEY = re.compile(r"^log/[0-9]{10}\.sig$")
 _INDEX_KEY = re.compile(r"^index/[0-9]{10}\.json$")
+# Blocks that may be missing one after the other in a log. What stands further behind was never part of it.
+_LONGEST_GAP = 256
 
 
 @dataclass
@@ -60,13 +63,19 @@ class Verification:
 
 
 async def verify_ledger(
-    objects: ObjectStore, *, blobs: bool = False, full: bool = False, progress: Callable[[int], None] | None = None
+    objects: ObjectStore,
+    *,
+    blobs: bool = False,
+    full: bool = False,
+    since: tuple[int, str] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Verification:
     """Check the whole log, and with `blobs` the bytes of every checkpoint too.
 
     Without `blobs`, checkpoints are checked to be there with their sizes. A block whose bytes an index
-    repeats is not read again if the server states the same size and MD5 for it, unless `full`. Never
-    raises Corrupt: every problem is in the result. Raises: Unavailable, ConfigError.
+    repeats is not read again if the server states the same size and MD5 for it, unless `full`. `since` is the index and
+    the hash of an entry that was there before, like (41, "3f..."): the log has to go on from it. Never raises Corrupt:
+    every problem is in the result. Raises: Unavailable, ConfigError.
     """
     report = Verification()
     seen = await _head(objects)  # before the log, which may grow meanwhile
@@ -75,7 +84,10 @@ async def verify_ledger(
     for key in sorted(listed):
         if not (_BLOCK_KEY.match(key) or _SIGNATURE_KEY.match(key)):
             report.problems.append((key, "not an object of this format"))
-    last = max(numbers, default=-1)
+    last = _end_of(sorted(numbers)) - 1
+    for number in sorted(number for number in numbers if number > last):
+        reason = f"not a block of this log, which ends at block {last}: more than {_LONGEST_GAP} before it are missing"
+        report.problems.append((block_key(number), reason))
     indexes = await _indexes(objects, (last + 1) // SEGMENT)
     blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
     if seen is not None and seen[0] > last:
@@ -85,9 +97,33 @@ async def verify_ledger(
     said = _check_chain(blocks, head_hash, report)
     if last >= 0:
         _check_head(head, blocks, report)
+    if since is not None:
+        _check_since(since, blocks, report)
     await _check_indexes(objects, indexes, blocks, report)
     await _check_blobs(objects, said, report, contents=blobs, progress=progress)
     return report
+
+
+def _end_of(numbers: Sequence[int]) -> int:
+    """How many blocks a log with these has, missing ones included; what a long gap separates from it does not count."""
+    end = 0
+    for number in numbers:
+        if number - end > _LONGEST_GAP:
+            break
+        end = number + 1
+    return end
+
+
+def _check_since(since: tuple[int, str], blocks: Sequence[list[Entry] | None], report: Verification) -> None:
+    index, digest = since
+    entries = {entry.index: entry for block in blocks for entry in block or ()}
+    found = entries.get(index)
+    if found is None:
+        end = max(entries, default=-1)
+        report.problems.append((HEAD_KEY, f"entry {index}, which was there, is not: the log ends at entry {end}"))
+    elif found.hash != digest:
+        reason = f"entry {index} has hash {found.hash[:12]}..., and the one that was there had {digest[:12]}..."
+        report.problems.append((block_key(found.block), reason))
 
 
 async def _head(objects: ObjectStore) -> tuple[int, str, int] | None:
@@ -95,7 +131,9 @@ async def _head(objects: ObjectStore) -> tuple[int, str, int] | None:
     try:
         data = bytes(await retried(lambda: objects.get(HEAD_KEY)))
         fields = orjson.loads(data)
-        block, index, digest = int(fields["block"]), int(fields["index"]), str(fields["hash"])
+        block, index, digest = fields["block"], fields["index"], fields["hash"]
+        if type(block) is not int or type(index) is not int or type(digest) is not str:
+            return None
         if orjson.dumps({"block": block, "index": index, "hash": digest}) == data:
             return block, digest, index
     except (NotFound, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
@@ -265,10 +303,11 @@ def _check_chain(blocks: Sequence[list[Entry] | None], head_hash: str | None, re
     said = _Said()
     seen: dict[str, int] = {}
     tail: Tail | None = Tail()
+    last_collect = -1
     for number, entries in enumerate(blocks):
         report.blocks += 1
         if entries is None:
-            tail = None
+            tail, last_collect = None, UNKNOWN  # it may have announced a collection
             continue
         if tail is not None:
             try:
@@ -285,7 +324,9 @@ def _check_chain(blocks: Sequence[list[Entry] | None], head_hash: str | None, re
                 report.problems.append((block_key(number), wrong.removeprefix(f"{block_key(number)}: ")))
         # After a problem the chain is followed from what is there, so that one fault is one report.
         counter = said.versions[-1].counter + 1 if said.versions else 0
-        tail = Tail(number + 1, entries[-1].index + 1, counter, entries[-1].hash)
+        if any(entry.kind == "collect" for entry in entries):
+            last_collect = number
+        tail = Tail(number + 1, entries[-1].index + 1, counter, entries[-1].hash, last_collect)
     report.versions = len(said.versions)
     return said
 

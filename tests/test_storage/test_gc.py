@@ -313,7 +313,9 @@ async def test_a_commit_whose_equal_was_collected_under_it_uploads_again() -> No
         await collector.ledger.append(Draft("collect", "d", {"content_hashes": [old.content_hash]}))
         await store.objects.delete(blob_key(old.content_hash))
         with pytest.raises(Conflict, match="was collected between its upload and its entry"):
-            await store.append_commit(CommitRecord(ledger="x", message="m", step=1, loss=None), old.content_hash, 14)
+            await store.append_commit(
+                CommitRecord(ledger="x", message="m", step=1, loss=None), old.content_hash, len(content("same"))
+            )
 
 
 class Scene:

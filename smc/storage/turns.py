@@ -1,0 +1,91 @@
+"""Turns between writers: one that is always overtaken asks for room, one without a pause leaves some.
+
+Whoever has just created a block is the first to know where the next one goes, so a writer that never pauses wins every
+race. `waiting.json` says that another one waits. It is a hint like head.json: only how long one waits depends on it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from typing import Final
+
+import orjson
+
+from smc.errors import ConfigError, NotFound, StorageError
+from smc.storage.objects import ObjectStore
+
+__all__ = ["WAITING_KEY", "Turns"]
+
+WAITING_KEY: Final = "waiting.json"
+# A writer without a pause looks so often whether somebody waits, in seconds, and then lets so many of its own round
+# trips go by: one to read what is new, one to append, and as much again for a slower writer.
+_LOOK_INTERVAL = 0.5
+_ROOM_ROUND_TRIPS = 6
+_SHORTEST_ROOM, _LONGEST_ROOM = 0.1, 2.0
+# A writer that was overtaken so often asks for room, and again after so many seconds.
+_PATIENCE = 2
+_ASK_INTERVAL = 0.4
+
+logger = logging.getLogger("smc.storage")
+
+
+class Turns:
+    """One writer's part in taking turns."""
+
+    def __init__(self, objects: ObjectStore) -> None:
+        self._objects = objects
+        self._name = uuid.uuid4().hex
+        self._asked_at = self._looked_at = self._appended_at = float("-inf")
+        self._etag: str | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._room_wanted = False
+
+    async def overtaken(self, times: int) -> None:
+        """Another writer was faster, so many times in a row: ask it to leave room, if that goes on."""
+        if times < _PATIENCE or time.monotonic() - self._asked_at < _ASK_INTERVAL:
+            return
+        self._asked_at = time.monotonic()
+        request = orjson.dumps({"writer": self._name, "request": uuid.uuid4().hex})
+        try:
+            await self._objects.put(WAITING_KEY, request)
+        except (StorageError, ConfigError) as error:  # who may not write it tries on without
+            logger.info("%s not written, other writers do not know that one waits: %s", WAITING_KEY, error)
+
+    def appended(self) -> None:
+        """A block was appended: if that goes on without a pause, look beside it whether another writer waits."""
+        now, before = time.monotonic(), self._appended_at
+        self._appended_at = now
+        busy = now - before < _LOOK_INTERVAL and now - self._looked_at >= _LOOK_INTERVAL
+        if busy and (self._looking is None or self._looking.done()):
+            self._looked_at = now
+            self._looking = asyncio.create_task(self._look())
+
+    async def leave_room(self, round_trip: float) -> bool:
+        """Wait if another writer has asked for it; -> whether it may have appended something meanwhile.
+
+        `round_trip` is how long a request takes, in seconds.
+        """
+        if not self._room_wanted:
+            return False
+        self._room_wanted = False
+        await asyncio.sleep(min(max(_ROOM_ROUND_TRIPS * round_trip, _SHORTEST_ROOM), _LONGEST_ROOM))
+        return True
+
+    def close(self) -> None:
+        """End a look that is under way."""
+        if self._looking is not None:
+            self._looking.cancel()
+
+    async def _look(self) -> None:
+        try:
+            changed = await self._objects.get_if_changed(WAITING_KEY, self._etag)
+            if changed is not None:
+                self._etag = changed[1]
+                self._room_wanted = orjson.loads(changed[0]).get("writer") != self._name
+        except NotFound:
+            pass
+        except (StorageError, ConfigError, orjson.JSONDecodeError, AttributeError) as error:
+            logger.info("%s not read: %s", WAITING_KEY, error)
