@@ -7,12 +7,14 @@ read back from S3, so it may be killed at any moment; every call is idempotent a
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import hashlib
+import importlib.util
 import os
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -26,12 +28,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.metrics import observe, observe_ledger
 from smc.errors import AccessDenied, Busy, ConfigError, Conflict, SpectralMCError, Unavailable
 from smc.spool import CommitRecord
+from smc.storage.s3 import endpoint_of
 from smc.storage.store import AsyncBlockchainModelStore
 
 if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
     from smc.commits import CommitOutcome
 
-__all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "code_version", "ledger_actor"]
+__all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "address", "code_version", "ledger_actor"]
 
 T = TypeVar("T")
 
@@ -142,12 +145,41 @@ class UploadActor:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger."""
-    import smc
+    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger.
 
-    files = [Path(__file__), *sorted(Path(smc.__file__).parent.glob("storage/*.py"))]
-    files += [Path(smc.__file__).parent / name for name in ("errors.py", "spool.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    That is this file and what it imports of this project, directly or not, apart from imports for types alone.
+    """
+    found: dict[str, bytes] = {}
+    waiting = [__name__]
+    while waiting:
+        name = waiting.pop()
+        spec = importlib.util.find_spec(name) if name not in found else None
+        if spec is None or spec.origin is None:
+            continue
+        found[name] = Path(spec.origin).read_bytes()
+        waiting += _imports(ast.parse(found[name]))
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Modules of this project that a module imports, with the packages they are in."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] in ("smc", "actors", "jobs"):
+                yield from (".".join(parts[: n + 1]) for n in range(len(parts)) if _is_module(parts[: n + 1]))
+        yield from _imports(node)
+
+
+def _is_module(parts: Sequence[str]) -> bool:
+    with suppress(ImportError):
+        return importlib.util.find_spec(".".join(parts)) is not None
+    return False
 
 
 class LedgerActor:
@@ -190,6 +222,8 @@ class LedgerActor:
         self._bytes += size
         try:
             result: tuple[str, int] = await _unwrapped(uploader.upload.remote(boxed))
+            if self._connection.store is not None:
+                self._connection.store.note_uploaded(*result)
             return result
         except (ActorDiedError, ActorUnavailableError) as error:
             self._failed += 1
@@ -409,10 +443,19 @@ def ledger_actor(uri: str, *, endpoint_url: str | None = None) -> Any:
             time.sleep(0.1)
 
 
+def address(uri: str, endpoint_url: str | None = None) -> str:
+    """A ledger's name in those of actors: its address, and the server's, for one address on two servers is two ledgers.
+
+    Raises: ConfigError if the server's cannot be found out.
+    """
+    endpoint = endpoint_of(endpoint_url)
+    return uri if endpoint is None else f"{uri}@{endpoint}"
+
+
 def _get_or_start(uri: str, endpoint_url: str | None) -> Any:
     placed = {"ledger": 0.01} if ray.cluster_resources().get("ledger") else {}
     return RemoteLedgerActor.options(
-        name=f"ledger:{uri}",
+        name=f"ledger:{address(uri, endpoint_url)}",
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
@@ -421,7 +464,7 @@ def _get_or_start(uri: str, endpoint_url: str | None) -> Any:
         max_concurrency=_MAX_CALLS + 100,  # so that it answers, and says that it is busy
         num_cpus=0,
         resources=placed,
-    ).remote(uri, endpoint_url=endpoint_url)
+    ).remote(uri, endpoint_url=endpoint_of(endpoint_url))  # that of its node's environment may be another
 
 
 async def _unwrapped(ref: Awaitable[Any]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from tqdm import tqdm
 
+from actors.ledger import address
 from jobs.search import PRUNED
 from smc.checkpoint import read_metadata
 from smc.commits import CommitOutcome
@@ -316,7 +317,7 @@ class Runner:
         while True:
             try:
                 return RemoteTrainerActor.options(
-                    name=f"trainer:{self._store.uri}:{experiment.name}",
+                    name=f"trainer:{address(self._store.uri)}:{experiment.name}",
                     namespace=NAMESPACE,
                     num_cpus=experiment.num_cpus,
                     num_gpus=experiment.num_gpus,

@@ -37,6 +37,7 @@ from smc.training import TrainingPlan
 __all__ = [
     "CheckpointMetadata",
     "Snapshot",
+    "check_described",
     "decode",
     "decode_parts",
     "encode",
@@ -174,20 +175,27 @@ def restore(
 
     `model_template` gives the architecture and the device; it is not changed. Without it the network is
     built from the checkpoint, on the CPU. `config_template` must describe the same simulation and domain.
-    Raises: ConfigError naming the first thing that does not fit.
+    Raises: ConfigError naming the first thing that does not fit; Corrupt if the checkpoint contradicts itself.
     """
     metadata, tensors = snapshot.metadata, snapshot.tensors
-    model = _model(metadata, model_template)
-    _load(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    state = _named(tensors, "model.", torch.device("cpu"))
+    if model_template is not None:
+        model = copy.deepcopy(model_template)
+        _check_fits(model, state, "model_template does not fit the checkpoint", ConfigError)
+    else:
+        model = _described(snapshot).to_empty(device="cpu")
+    model.load_state_dict(state)
     if config_template is not None:
         _check_same(metadata, config_template)
     device = next(model.parameters()).device
-    scaling = _named(tensors, "scaling.", device)
+    scaling = _scaling(snapshot, device)
     optimizer = None
     if metadata.optimizer is not None:
         moments = _named(tensors, "optimizer.", device)
         optimizer = OptimizerState(metadata.optimizer, metadata.optimizer_step, moments)
-    cuda_states = sorted((n for n in tensors if n.startswith("rng.cuda.")), key=lambda n: int(n[9:]))
+    cuda_states = [f"rng.cuda.{i}" for i in range(sum(name.startswith("rng.cuda.") for name in tensors))]
+    if missing := [name for name in cuda_states if name not in tensors]:
+        raise Corrupt(f"the checkpoint contradicts itself: it has no {missing[0]!r}, and other states of CUDA devices")
     return GbmCVNNPricerConfig(
         cfg=metadata.simulation,
         domain_bounds=metadata.domain,
@@ -197,35 +205,69 @@ def restore(
         sobol_skip=metadata.sobol_skip,
         torch_cpu_rng_state=_tensor_bytes(tensors["rng.cpu"]) if "rng.cpu" in tensors else None,
         torch_cuda_rng_states=[_tensor_bytes(tensors[name]) for name in cuda_states],
-        scaling=Scaling(**scaling) if scaling else None,
+        scaling=scaling,
         plan=metadata.plan,
     )
 
 
-def _model(metadata: CheckpointMetadata, template: nn.Module | None) -> nn.Module:
-    if template is not None:
-        return copy.deepcopy(template)
+def _scaling(snapshot: Snapshot, device: torch.device) -> Scaling | None:
+    bins = snapshot.metadata.simulation.sim_params.bins
+    found = _named(snapshot.tensors, "scaling.", device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    # What a prediction allocates for each contract follows from the number of bins.
+    if found and shapes != {"mean": (bins, 2), "spread": (bins,)}:
+        raise Corrupt(f"the checkpoint contradicts itself: its spectrum has {bins} bins, its scaling is {shapes}")
+    return Scaling(**found) if found else None
+
+
+def check_described(snapshot: Snapshot) -> None:
+    """Check that a checkpoint's tensors are those of the network that it describes, where it describes one.
+
+    Raises: Corrupt naming the first that is not.
+    """
+    if snapshot.metadata.network is not None:
+        _described(snapshot)
+
+
+def _described(snapshot: Snapshot) -> nn.Module:
+    """The network that a checkpoint describes, without memory for its parameters.
+
+    The description is a few bytes and may ask for any size, so it is compared with the tensors that are there before
+    anything is allocated on its word. Raises: Corrupt if they differ, ConfigError if it describes none.
+    """
+    metadata, shapes = snapshot.metadata, snapshot.tensors
     if metadata.network is None:
         raise ConfigError(
             f"the checkpoint's model is a {metadata.model_class}, which build_cvnn did not make: "
             "pass one as model_template"
         )
-    return build_cvnn(metadata.simulation.sim_params, metadata.network)
+    state = {name.removeprefix("model."): tensor for name, tensor in shapes.items() if name.startswith("model.")}
+    if len(metadata.network.hidden) >= len(state):
+        raise Corrupt(
+            f"the checkpoint contradicts itself: its network has {len(metadata.network.hidden)} hidden layers, "
+            f"its model {len(state)} tensors"
+        )
+    with torch.device("meta"):
+        model = build_cvnn(metadata.simulation.sim_params, metadata.network)
+    _check_fits(model, state, "the checkpoint contradicts itself", Corrupt)
+    return model
 
 
-def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _check_fits(
+    model: nn.Module, state: Mapping[str, Tensor], what: str, error: type[ConfigError] | type[Corrupt]
+) -> None:
+    """Compare names, shapes and types of a model's state with those in a checkpoint. Raises: `error`."""
     own = model.state_dict()
+    whose, short = ("model_template", "template") if error is ConfigError else ("its description", "description")
     for name in sorted(set(own) | set(state)):
         here, there = own.get(name), state.get(name)
         if here is None or there is None:
-            where = "the checkpoint" if here is None else "model_template"
-            raise ConfigError(f"model_template does not fit the checkpoint: {name!r} is only in {where}")
+            raise error(f"{what}: {name!r} is only in {'the checkpoint' if here is None else whose}")
         if here.shape != there.shape or here.dtype != there.dtype:
-            raise ConfigError(
-                f"model_template does not fit the checkpoint: {name!r} is {tuple(here.shape)} {here.dtype} "
-                f"in the template and {tuple(there.shape)} {there.dtype} in the checkpoint"
+            raise error(
+                f"{what}: {name!r} is {tuple(here.shape)} {here.dtype} in the {short} and {tuple(there.shape)} "
+                f"{there.dtype} in the checkpoint"
             )
-    model.load_state_dict(state)
 
 
 def first_difference(

@@ -118,7 +118,8 @@ class Spool:
 def _write(path: Path, data: bytes | bytearray | memoryview) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "wb") as file:
+        # A checkpoint is nobody else's business, also where the directory was made by somebody who lets others in.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

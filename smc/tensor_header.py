@@ -96,7 +96,9 @@ def parse_header(data: bytes | bytearray | memoryview, file_size: int) -> Tensor
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise Corrupt("safetensors header: __metadata__ is not an object of strings")
-    places = sorted(((name, _place(name, field, size)) for name, field in fields.items()), key=lambda p: p[1].start)
+    # An empty tensor begins where its neighbour does, and stands before it.
+    found = ((name, _place(name, field, size)) for name, field in fields.items())
+    places = sorted(found, key=lambda place: (place[1].start, place[1].stop))
     ends = [size, *(place.stop for _, place in places)]
     for (name, place), end in zip(places, ends, strict=False):
         if place.start != end:

@@ -22,12 +22,13 @@ from botocore.exceptions import ClientError
 from botocore.validate import ParamValidator
 
 from jobs import node, sweep, train
-from smc.errors import AccessDenied
+from smc.errors import AccessDenied, Conflict
 from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.gc import RetentionPolicy, collect
 
 ROOT = Path(__file__).parent.parent
+IN_BUCKET = ROOT / "docs" / "iam" / "bucket"
 POLICIES = sorted((ROOT / "docs" / "iam").glob("*.json"))
 BUCKET = "arn:aws:s3:::BUCKET"
 
@@ -106,13 +107,23 @@ def allowed(policy: dict[str, Any], action: str, resource: str, **context: str) 
     return "Deny" not in effects and "Allow" in effects
 
 
+def denied(policy: dict[str, Any], action: str, resource: str, **context: str) -> bool:
+    """Whether a bucket's policy, which allows nothing by itself, denies an action."""
+    anybody = {"Effect": "Allow", "Action": "*", "Resource": "*"}
+    return not allowed({"Statement": [*policy["Statement"], anybody]}, action, resource, **context)
+
+
 CASES = [
     # action, object, with If-None-Match; who may
     ("s3:GetObject", "log/0000000000.jsonl", False, {"reader", "trainer", "ledger", "collector"}),
     ("s3:GetObject", "blobs/00.safetensors", False, {"reader", "trainer", "ledger", "collector"}),
     ("s3:PutObject", "log/0000000000.jsonl", True, {"ledger", "collector"}),
     ("s3:PutObject", "log/0000000000.jsonl", False, set()),
-    ("s3:PutObject", "blobs/00.safetensors", False, {"trainer", "ledger"}),
+    ("s3:PutObject", "blobs/00.safetensors", True, {"trainer", "ledger"}),
+    ("s3:PutObject", "blobs/00.safetensors", False, set()),
+    ("s3:PutObject", "waiting.json", False, {"ledger", "collector"}),
+    ("s3:GetObject", "waiting.json", False, {"ledger", "collector"}),
+    ("s3:DeleteObject", "waiting.json", False, set()),
     ("s3:PutObject", "head.json", False, {"ledger", "collector"}),
     ("s3:PutObject", "index/0000000000.json", False, {"ledger", "collector"}),
     ("s3:DeleteObject", "blobs/00.safetensors", False, {"collector"}),
@@ -126,6 +137,7 @@ CASES = [
 @pytest.mark.parametrize(("action", "key", "if_none_match", "who"), CASES)
 def test_each_role_may_do_what_it_needs_and_no_more(action: str, key: str, if_none_match: bool, who: set[str]) -> None:
     found, context = set(), {"if_none_match": "*"} if if_none_match else {}
+    context["ObjectCreationOperation"] = "true"
     for path in POLICIES:
         policy = json.loads(path.read_text())
         if allowed(policy, action, f"{BUCKET}/PREFIX/{key}", **context):
@@ -133,6 +145,50 @@ def test_each_role_may_do_what_it_needs_and_no_more(action: str, key: str, if_no
         assert not allowed(policy, action, f"{BUCKET}/PREFIX/{key}", SecureTransport="false", **context)
         assert not allowed(policy, action, f"arn:aws:s3:::another/{key}", **context)
     assert found == who
+
+
+HISTORY = [
+    # action, object, with If-None-Match; whether the bucket's policy denies it to everybody, whatever their role says
+    ("s3:PutObject", "log/0000000000.jsonl", True, False),
+    ("s3:PutObject", "log/0000000000.jsonl", False, True),
+    ("s3:PutObject", "blobs/00.safetensors", True, False),
+    ("s3:PutObject", "blobs/00.safetensors", False, True),
+    ("s3:PutObject", "head.json", False, False),
+    ("s3:DeleteObject", "log/0000000000.jsonl", False, True),
+    ("s3:DeleteObject", "blobs/00.safetensors", False, False),
+    ("s3:DeleteObjectVersion", "blobs/00.safetensors", False, True),
+    ("s3:DeleteObjectVersion", "head.json", False, True),
+    ("s3:BypassGovernanceRetention", "log/0000000000.jsonl", False, True),
+]
+
+
+@pytest.mark.parametrize(("action", "key", "if_none_match", "is_denied"), HISTORY)
+def test_a_bucket_keeps_its_history_from_everybody(action: str, key: str, if_none_match: bool, is_denied: bool) -> None:
+    context = {"if_none_match": "*"} if if_none_match else {}
+    context["ObjectCreationOperation"] = "true"
+    policy = json.loads((IN_BUCKET / "policy.json").read_text())
+    assert denied(policy, action, f"{BUCKET}/PREFIX/{key}", **context) is is_denied
+    assert denied(policy, action, f"{BUCKET}/PREFIX/{key}", SecureTransport="false", **context)
+    assert not denied(policy, action, f"{BUCKET}/another/{key}", **context)
+
+
+def test_what_a_bucket_is_set_to_is_what_s3_takes() -> None:
+    s3 = botocore.session.get_session().get_service_model("s3")
+    settings = (
+        ("policy", "PutBucketPolicy", "Policy"),
+        ("versioning", "PutBucketVersioning", "VersioningConfiguration"),
+        ("object-lock", "PutObjectLockConfiguration", "ObjectLockConfiguration"),
+        ("lifecycle", "PutBucketLifecycleConfiguration", "LifecycleConfiguration"),
+    )
+    assert {name for name, *_ in settings} == {path.stem for path in IN_BUCKET.glob("*.json")}
+    for name, operation, argument in settings:
+        text = (IN_BUCKET / f"{name}.json").read_text()
+        value = text if name == "policy" else json.loads(text)
+        shape = s3.operation_model(operation).input_shape
+        found = ParamValidator().validate({"Bucket": "bucket", argument: value}, shape)
+        assert not found.has_errors(), found.generate_report()
+        unknown = set(value) - set(shape.members[argument].members) if isinstance(value, dict) else set()
+        assert not unknown
 
 
 _ACTIONS = {
@@ -144,17 +200,23 @@ _ACTIONS = {
 
 @contextmanager
 def acting_as(role: str, uri: str) -> Iterator[None]:
-    """S3 refuses what the role's policy does not allow, with the answers of AWS."""
+    """S3 refuses what the role's policy does not allow, or the bucket's denies, with the answers of AWS."""
     bucket, prefix = uri.removeprefix("s3://").split("/")
-    text = (ROOT / "docs" / "iam" / f"{role}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", prefix)
-    policy, call = json.loads(text), AioBaseClient._make_api_call
+    policy, of_bucket = (
+        json.loads(path.read_text().replace("BUCKET", bucket).replace("PREFIX", prefix))
+        for path in (ROOT / "docs" / "iam" / f"{role}.json", IN_BUCKET / "policy.json")
+    )
+    call = AioBaseClient._make_api_call
 
     async def judged(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
         action, key = _ACTIONS.get(operation, f"s3:{operation}"), arguments.get("Key")
         context = {"if_none_match": "*"} if "IfNoneMatch" in arguments else {}
         if operation == "ListObjectsV2":
             context["prefix"] = arguments["Prefix"]
-        if not allowed(policy, action, f"arn:aws:s3:::{bucket}" + (f"/{key}" if key else ""), **context):
+        if action == "s3:PutObject":
+            context["ObjectCreationOperation"] = str(operation in ("PutObject", "CompleteMultipartUpload")).lower()
+        resource = f"arn:aws:s3:::{bucket}" + (f"/{key}" if key else "")
+        if not allowed(policy, action, resource, **context) or denied(of_bucket, action, resource, **context):
             code = "403" if operation.startswith("Head") else "AccessDenied"
             answer = {"Error": {"Code": code, "Message": role}, "ResponseMetadata": {"HTTPStatusCode": 403}}
             raise ClientError(answer, operation)
@@ -165,13 +227,18 @@ def acting_as(role: str, uri: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("size", [1000, 20 * 2**20])
+@pytest.mark.parametrize("size", [1000, 20 * 2**20, 40 * 2**20])
 async def test_each_role_can_do_its_work_with_its_policy(on_seaweed: str, size: int) -> None:
     checkpoint = os.urandom(size)
     record = CommitRecord(ledger=on_seaweed, message="m", step=1, loss=None)
     with acting_as("trainer", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:
             content_hash, _ = await store.upload(checkpoint)
+            key = f"blobs/{content_hash}.safetensors"
+            with pytest.raises(AccessDenied):
+                await store.objects.put(key, b"x" * size)
+            with pytest.raises(Conflict):
+                await store.objects.create(key, b"x" * size)
             with pytest.raises(AccessDenied):
                 await store.append_commit(record, content_hash, size)
     with acting_as("ledger", on_seaweed):
@@ -188,6 +255,11 @@ async def test_each_role_can_do_its_work_with_its_policy(on_seaweed: str, size: 
             assert (await store.verify(blobs=True)).ok
             with pytest.raises(AccessDenied):
                 await store.upload(b"x" * size)
+    with acting_as("trainer", on_seaweed):
+        async with AsyncBlockchainModelStore(on_seaweed) as store:  # what is there and old cannot be written again
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("smc.storage.store._YOUNG", timedelta(0))
+                assert await store.upload(checkpoint) == (content_hash, size)
     with acting_as("collector", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:
             assert (await collect(store, RetentionPolicy(keep_last=1, min_age=timedelta(0)))).deleted == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from smc.storage.chain import ModelVersion
@@ -22,7 +23,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Only these two need torch, whose import takes longer than most commands and every append.
     if name in ("commit_snapshot", "load_snapshot_from_checkpoint"):
-        from smc.storage import snapshots
-
-        return getattr(snapshots, name)
+        return getattr(import_module("smc.storage.snapshots"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

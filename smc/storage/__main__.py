@@ -19,6 +19,7 @@ from pathlib import Path
 from smc.command_line import exit_status
 from smc.storage import commands
 from smc.storage.dev_server import DevServer
+from smc.storage.memory import parse_seen
 from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["main"]
@@ -57,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = on_ledger("verify", commands.verify)
     sub.add_argument("--blobs", action="store_true", help="the bytes of every checkpoint too")
     sub.add_argument("--full", action="store_true", help="read every block, whatever the server says of it")
+    sub.add_argument(
+        "--since",
+        type=parse_seen,
+        metavar="INDEX:HASH",
+        help="an entry that was there, as an earlier call printed it: the log has to go on from it",
+    )
+    sub.add_argument("--memory", type=Path, metavar="FILE", help="a file that keeps that entry from call to call")
     on_ledger("find-corruption", commands.find_corruption)
 
     sub = on_ledger("list-versions", commands.list_versions, only_prints=True)

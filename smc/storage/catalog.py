@@ -21,7 +21,7 @@ class Catalog:
         self.tail = Tail()
         self.versions: list[ModelVersion] = []
         self.moves: list[AliasMove] = []
-        self.ends: list[str] = []  # the hash of each block's last entry
+        self._hashes = bytearray()  # of all entries, 32 bytes each
         self._aliases: dict[str, int] = {}
         self._announcements = Announcements()
         self._collect_times: dict[int, datetime] = {}
@@ -48,8 +48,8 @@ class Catalog:
                     raise Corrupt(f"{block_key(entry.block)}: {reason}", ((block_key(entry.block), reason),))
         self.tail = tail
         self.versions += new
-        self.ends.append(entries[-1].hash)
         for entry in entries:
+            self._hashes += bytes.fromhex(entry.hash)
             self._announcements.apply(entry)
             if entry.kind == "collect":
                 self._collect_times[entry.index] = datetime.fromisoformat(entry.fields["timestamp"])
@@ -59,6 +59,16 @@ class Catalog:
                 self._aliases.pop(move.alias, None)
             else:
                 self._aliases[move.alias] = move.counter
+
+    def has(self, index: int | None, entry_hash: str) -> bool:
+        """Whether the log has an entry with this hash, at this index where one is given."""
+        digest = bytes.fromhex(entry_hash)
+        if index is not None:
+            return self._hashes[32 * index : 32 * (index + 1)] == digest
+        at = self._hashes.find(digest)
+        while at % 32 and at >= 0:
+            at = self._hashes.find(digest, at + 1)
+        return at >= 0
 
     @property
     def head(self) -> ModelVersion | None:
@@ -142,6 +152,12 @@ class Catalog:
             f"{reference!r} is no version here: give v0000000042 or 42, head, head:EXPERIMENT, {_SHORTEST_HASH} or "
             f"more digits of a hash, or an alias (there are: {aliases}){hint}"
         )
+
+    def is_hash(self, reference: str) -> bool:
+        """Whether a reference that means a version is the beginning of its hash: it asks for bytes, not for a place."""
+        if len(reference) < _SHORTEST_HASH or reference in self._aliases:
+            return False
+        return self.resolve(reference).content_hash.startswith(reference)
 
     def _by_hash(self, prefix: str) -> ModelVersion:
         found = [version for version in self.versions if version.content_hash.startswith(prefix)]

@@ -18,6 +18,7 @@ from smc.storage.catalog import Catalog
 from smc.storage.chain import ModelVersion, blob_key
 from smc.storage.gc import CollectionPlan, RetentionPolicy, collect, plan_collection
 from smc.storage.history import difference, lineage_lines, runs_of
+from smc.storage.memory import Seen, read_memory, write_memory
 from smc.storage.store import AsyncBlockchainModelStore, recover
 from smc.storage.verify import Verification
 
@@ -30,7 +31,14 @@ Options = argparse.Namespace
 
 async def verify(store: Store, options: Options) -> int:
     """Recompute every hash of the ledger."""
-    report = await store.verify(blobs=options.blobs, full=options.full)
+    seen = read_memory(options.memory, store.uri)
+    if seen is not None and options.since is not None:
+        raise ConfigError(f"{options.memory} remembers an entry already: leave out --since")
+    since = (seen.index, seen.hash) if seen is not None else options.since
+    report = await store.verify(blobs=options.blobs, full=options.full, since=since)
+    if report.ok and options.memory is not None and report.last is not None:
+        index, digest = report.last
+        write_memory(options.memory, Seen(store.uri, report.blocks - 1, digest, index))
     if options.json:
         print_json({**vars(report), "ok": report.ok})
     else:
@@ -42,6 +50,8 @@ async def verify(store: Store, options: Options) -> int:
             f"{report.blocks} blocks, {report.blobs} checkpoints ({checked}), {report.collected} collected, "
             f"{len(report.problems)} problems"
         )
+        if report.ok and report.last is not None:
+            print(f"newest entry {report.last[0]}:{report.last[1]}")
     return 0 if report.ok else 1
 
 
@@ -150,7 +160,8 @@ async def inspect(store: Store, options: Options) -> int:
 async def diff(store: Store, options: Options) -> int:
     """What differs between two versions: entry, settings, parameters."""
     catalog = await store.catalog()
-    found = await difference(store, catalog.resolve(options.a), catalog.resolve(options.b))
+    a, b = catalog.resolve(options.a), catalog.resolve(options.b)
+    found = await difference(store, a, b, whole=catalog.is_hash(options.a) or catalog.is_hash(options.b))
     if options.json:
         tensors = [{**asdict(t), "relative": t.relative} for t in found.tensors]
         said = {"fields": found.fields, "settings": found.settings, "tensors": tensors}
@@ -274,18 +285,19 @@ async def export(store: Store, options: Options) -> int:
 
 async def import_(store: Store, options: Options) -> int:
     """Commit a checkpoint file as a new version."""
-    from smc.checkpoint import decode
+    from smc.checkpoint import check_described, decode
     from smc.tensor_header import model_hash
 
     data = options.file.read_bytes()
     try:
-        metadata = decode(data).metadata
+        snapshot = decode(data)
+        check_described(snapshot)
     except Corrupt as error:  # the file, not the ledger
         raise ConfigError(f"{options.file}: {error}") from None
     record = CommitRecord(
         ledger=store.uri,
         message=options.message or f"imported from {options.file.name}",
-        step=metadata.global_step,
+        step=snapshot.metadata.global_step,
         loss=None,
         experiment=options.experiment,
         model_hash=model_hash(data),

@@ -29,6 +29,12 @@ __all__ = ["DevServer"]
 
 _PR_SET_PDEATHSIG = 1
 _PARTS = ("master", "volume", "filer", "s3")
+_KEYS = (
+    "WEED_JWT_SIGNING_KEY",
+    "WEED_JWT_SIGNING_READ_KEY",
+    "WEED_JWT_FILER_SIGNING_KEY",
+    "WEED_JWT_FILER_SIGNING_READ_KEY",
+)
 # Others may take a port between its choice and the server's start.
 _ATTEMPTS = 3
 
@@ -100,13 +106,28 @@ class DevServer:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false"]
-        command += ["-webdav=false", "-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        # Its other parts would let anybody on this machine read and write over HTTP, and a web page that is open here
+        # delete everything with one GET. What is left to them is gRPC, without credentials as SeaweedFS has it.
+        command += [
+            "-disableHttp",
+            "-webdav=false",
+            "-master.telemetry=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+        ]
         command += [f"-s3.config={config}"]
         for part in _PARTS:
             command += [f"-{part}.port={ports[part]}", f"-{part}.port.grpc={ports[part + '.grpc']}"]
+        # The part that keeps the bytes takes only what is signed with keys of this start.
+        keys = {name: secrets.token_urlsafe(32) for name in _KEYS}
         with open(self.directory / "weed.log", "ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
+                env={**os.environ, **keys},
             )
         return self._process
 

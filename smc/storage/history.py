@@ -115,9 +115,15 @@ class Difference:
     tensors: Sequence[TensorDifference]
 
 
-async def difference(store: AsyncBlockchainModelStore, a: ModelVersion, b: ModelVersion) -> Difference:
-    """Entries, settings and parameters of two versions, compared. Raises: Corrupt, NotFound if one was collected."""
-    (header_a, parts_a), (header_b, parts_b) = await store.load_model(a), await store.load_model(b)
+async def difference(
+    store: AsyncBlockchainModelStore, a: ModelVersion, b: ModelVersion, *, whole: bool = False
+) -> Difference:
+    """Entries, settings and parameters of two versions, compared.
+
+    `whole` as for `load_model`. Raises: Corrupt, NotFound if one was collected.
+    """
+    header_a, parts_a = await store.load_model(a, whole=whole)
+    header_b, parts_b = await store.load_model(b, whole=whole)
     said_a, said_b = (_flat(v.model_dump(mode="json", include=_SAID)) for v in (a, b))
     names = [*parts_a, *(name for name in parts_b if name not in parts_a)]
     tensors = [

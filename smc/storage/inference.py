@@ -6,14 +6,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 import sys
 import threading
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -37,7 +33,8 @@ from smc.prediction import Outside, Predictor
 from smc.spectrum import PayoffDistribution
 from smc.storage.catalog import Catalog
 from smc.storage.chain import ModelVersion, block_key
-from smc.storage.ledger import HEAD_KEY
+from smc.storage.log import HEAD_KEY
+from smc.storage.memory import Seen, read_memory, write_memory
 from smc.storage.store import AsyncBlockchainModelStore
 from smc.tensor_header import TensorHeader
 
@@ -114,14 +111,20 @@ async def load_predictor(
     *,
     device: torch.device | str = "cpu",
     model_template: nn.Module | None = None,
+    whole: bool = False,
 ) -> Predictor:
-    """A version's predictor, verified: its model's tensors are read, not the optimiser's.
+    """A version's predictor, verified: its model's tensors are read, not the optimiser's, unless `whole`.
 
     Raises: Corrupt, NotFound, Unavailable; ConfigError if a template is needed or does not fit, or if nothing was
     trained yet; NumericsError if it does not predict.
     """
-    header, parts = await store.load_model(version)
+    header, parts = await store.load_model(version, whole=whole)
     return await asyncio.to_thread(lambda: _built(version, header, parts, torch.device(device), model_template))
+
+
+def _same_bytes(a: ModelVersion, b: ModelVersion) -> bool:
+    """Whether what a prediction reads of two versions is the same, by all that their entries say of it."""
+    return (a.content_hash, a.model_hash) == (b.content_hash, b.model_hash)
 
 
 def _built(
@@ -167,11 +170,12 @@ class ModelFollower:
         self._store, self._reference, self._track = store, reference, track
         self._device, self._template = require_device(device), model_template
         self._memory = memory
-        self._remembered = _read_memory(memory, store.uri)
+        self._remembered = read_memory(memory, store.uri)
         self._etag: str | None = None
         self._end_etag: str | None = None
         self._end = -1  # the last block known to be there
         self._wanted: ModelVersion | None = None
+        self._whole = False  # the reference is a hash, so that every byte is to be verified
         self._suspect = False  # the ledger was not what it should be when last looked at
         self._failures, self._retry_at = 0, 0.0
         self._load_error: Exception | None = None
@@ -276,6 +280,8 @@ class ModelFollower:
         self._check_memory(catalog)
         self._remember(catalog)
         version = catalog.resolve(self._reference)
+        # Whoever asks for a hash gets those bytes: the hash of the model alone, in the entry, is its committer's word.
+        self._whole = catalog.is_hash(self._reference)
         moves = self._reference.startswith("head") or self._reference in catalog.aliases
         if self._track and not moves:
             raise ConfigError(f"{self._reference} never moves: there is nothing to track")
@@ -285,9 +291,12 @@ class ModelFollower:
         self._etag, self._suspect = etag, False
 
     async def _loaded(self, version: ModelVersion) -> Predictor:
-        if self.served is not None and self.served.version.content_hash == version.content_hash:
+        served = self.served.version if self.served is not None else None
+        if self.served is not None and served is not None and _same_bytes(served, version):
             return self.served.predictor
-        return await load_predictor(self._store, version, device=self._device, model_template=self._template)
+        return await load_predictor(
+            self._store, version, device=self._device, model_template=self._template, whole=self._whole
+        )
 
     async def _exists(self, key: str) -> bool:
         try:
@@ -316,21 +325,19 @@ class ModelFollower:
         known = self._remembered
         if known is None:
             return
-        key = block_key(known.block)
-        if known.block >= len(catalog.ends):
-            reason = f"the block, which was there, is missing: the log ends at block {len(catalog.ends) - 1}"
-        elif catalog.ends[known.block] != known.hash:
-            reason = (
-                "its last entry is another than the one that was there: this is not the ledger that was served before"
-            )
-        else:
-            return
-        raise Corrupt(f"{key}: {reason}", ((key, reason),))
+        if not catalog.has(known.index, known.hash):
+            key = block_key(known.block)
+            if catalog.tail.block <= known.block:
+                reason = f"the block, which was there, is missing: the log ends at block {catalog.tail.block - 1}"
+            else:
+                reason = "its last entry is not the one that was there: this is not the ledger that was served before"
+            raise Corrupt(f"{key}: {reason}", ((key, reason),))
 
     def _remember(self, catalog: Catalog) -> None:
-        if not catalog.ends:
+        tail = catalog.tail
+        if tail.block == 0:
             return
-        seen = _Seen(self._store.uri, len(catalog.ends) - 1, catalog.ends[-1])
+        seen = Seen(self._store.uri, tail.block - 1, tail.parent_hash, tail.index - 1)
         if self._end != seen.block:
             self._end, self._end_etag = seen.block, None
         if seen == self._remembered and self._memory_error is None:
@@ -338,10 +345,8 @@ class ModelFollower:
         self._remembered, self._memory_error = seen, None
         if self._memory is not None:
             # What cannot be remembered is no reason not to serve; it is a problem all the same.
-            part = self._memory.with_name(f"{self._memory.name}.{uuid.uuid4().hex}.part")
             try:
-                part.write_text(json.dumps(vars(seen)))
-                os.replace(part, self._memory)
+                write_memory(self._memory, seen)
             except OSError as error:
                 self._memory_error = error
 
@@ -353,32 +358,6 @@ class ModelFollower:
             logger.warning("%s: %s%s", self._reference, self._problem, kept)
         elif error is None and before is not None:
             logger.info("%s: all is well again", self._reference)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The end of a ledger: its last block, and the hash of that block's last entry."""
-
-    ledger: str
-    block: int
-    hash: str
-
-    def ends(self, block: bytes) -> bool:
-        lines = block.splitlines(keepends=True)
-        return bool(lines) and hashlib.sha256(lines[-1]).hexdigest() == self.hash
-
-
-def _read_memory(path: Path | None, ledger: str) -> _Seen | None:
-    if path is None or not path.exists():
-        return None
-    try:
-        fields = json.loads(path.read_text())
-        seen = _Seen(str(fields["ledger"]), int(fields["block"]), str(fields["hash"]))
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} does not say where a ledger ended: remove it to trust the ledger as it is") from None
-    if seen.ledger != ledger:
-        raise ConfigError(f"{path} is about {seen.ledger}, not {ledger}: give each ledger a file of its own")
-    return seen
 
 
 class InferenceClient(_Predicting):

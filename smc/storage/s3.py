@@ -6,12 +6,18 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import ipaddress
+import logging
+import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import aiohttp
+import botocore.session
 import numpy as np
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
@@ -29,7 +35,7 @@ from botocore.exceptions import (
 from smc.errors import AccessDenied, ConfigError, Conflict, NotFound, Unavailable
 from smc.storage.objects import Body, ObjectInfo
 
-__all__ = ["S3ObjectStore", "parse_uri"]
+__all__ = ["S3ObjectStore", "endpoint_of", "parse_uri"]
 
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 # Parts of large objects: the size, and how many travel at a time.
@@ -37,6 +43,8 @@ _PART = 16 * 2**20
 _PARALLEL = 8
 _SMALLEST_PART = 8 * 2**20
 _CHUNK = 2**20
+# Names that a ledger gives to what lies under its prefix: another ledger there would be taken for a part of it.
+_TAKEN = {"log", "blobs", "index", "head.json", "waiting.json"}
 _ABORT_SECONDS = 2.0
 _DENIED = {
     "AccessDenied",
@@ -54,6 +62,8 @@ _DENIED = {
 # Answers of status 400 that another try may not get: to bytes that were altered or lost on their way among others.
 _PASSING = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown"}
 
+logger = logging.getLogger("smc.storage")
+
 
 def parse_uri(uri: str) -> tuple[str, str]:
     """Bucket and prefix of `bucket`, `s3://bucket` or `s3://bucket/some/prefix`.
@@ -65,9 +75,52 @@ def parse_uri(uri: str) -> tuple[str, str]:
     if (prefix and path == uri) or not _BUCKET.match(bucket):
         raise ConfigError(f"{uri!r} is neither a bucket's name nor s3://bucket/prefix")
     prefix = prefix.strip("/")
+    if taken := [part for part in prefix.split("/") if part in _TAKEN]:
+        raise ConfigError(
+            f"{uri!r}: a ledger in s3://{bucket} would take {taken[0]!r} for a part of its own; a prefix has no part "
+            f"named {', '.join(sorted(_TAKEN))}"
+        )
     if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
         raise ConfigError(f"{uri!r}: a prefix is made of names separated by single slashes")
     return bucket, f"{prefix}/" if prefix else ""
+
+
+def endpoint_of(endpoint_url: str | None = None) -> str | None:
+    """The server that botocore's environment and profiles name where `endpoint_url` does not; None for AWS itself.
+
+    A bucket of AWS is the same one from every region. Raises: ConfigError.
+    """
+    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") and "KEY" not in k))
+    return _endpoint_of(endpoint_url, settings)
+
+
+@lru_cache
+def _endpoint_of(endpoint_url: str | None, settings: tuple[tuple[str, str], ...]) -> str | None:
+    try:
+        session = botocore.session.get_session()
+        region = session.get_config_variable("region") or "us-east-1"
+        client = session.create_client("s3", endpoint_url=endpoint_url, region_name=region)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"S3 endpoint: {error}") from None
+    found = str(client.meta.endpoint_url).rstrip("/")
+    host = urlsplit(found).hostname or ""
+    return None if host.endswith((".amazonaws.com", ".amazonaws.com.cn")) else found
+
+
+def _is_open(endpoint: str) -> bool:
+    """Whether others on the way to a server can read and change what is sent to it."""
+    parts = urlsplit(endpoint)
+    host = parts.hostname or ""
+    with contextlib.suppress(ValueError):
+        return parts.scheme == "http" and not ipaddress.ip_address(host).is_loopback
+    return parts.scheme == "http" and host != "localhost" and not host.endswith(".localhost")
+
+
+@lru_cache
+def _warn_of(endpoint: str) -> None:
+    logger.warning(
+        "%s is not encrypted: checkpoints can be read, and the ledger held up, on the way to it; use https", endpoint
+    )
 
 
 class S3ObjectStore:
@@ -101,6 +154,10 @@ class S3ObjectStore:
         try:
             self._context = get_session().create_client("s3", endpoint_url=self._endpoint_url, config=config)
             self._client = await self._context.__aenter__()
+            if _is_open(self._endpoint()):
+                _warn_of(self._endpoint())
+                # Without TLS only a signature over the body tells the server that it was altered.
+                self._client.meta.config.s3["payload_signing_enabled"] = True
         except (BotoCoreError, ValueError) as error:
             raise ConfigError(f"S3 client for bucket {self._bucket}: {error}") from None
         return self

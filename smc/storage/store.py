@@ -25,7 +25,7 @@ from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.verify import Verification, verify_ledger
-from smc.tensor_header import TensorHeader, header_size, merged, parse_header
+from smc.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
 
@@ -211,16 +211,21 @@ class AsyncBlockchainModelStore:
         }
         return await self.ledger.append(Draft("tag", new_commit_id(), payload, fresh=True))
 
-    async def load_model(self, version: ModelVersion) -> tuple[TensorHeader, dict[str, memoryview]]:
+    async def load_model(
+        self, version: ModelVersion, *, whole: bool = False
+    ) -> tuple[TensorHeader, dict[str, memoryview]]:
         """What inference needs of a checkpoint, verified: its header, and the bytes of the tensors it names.
 
-        In ranged reads, where the entry has their hash; the whole checkpoint, where it has not. Raises: Corrupt,
-        NotFound if it was collected.
+        They come in ranged reads where the entry has their hash, which is the word of whoever committed it. With
+        `whole`, and where the entry has none, all bytes are read and have the SHA-256 in the checkpoint's name.
+        Raises: Corrupt, NotFound if it was collected.
         """
-        if version.model_hash is None:
-            whole = memoryview(await self.load_checkpoint(version))
-            header = parse_header(whole, len(whole))
-            return header, {name: whole[p.start : p.stop] for name, p in header.for_inference().items()}
+        if whole or version.model_hash is None:
+            file = memoryview(await self.load_checkpoint(version))
+            header = parse_header(file, len(file))
+            if version.model_hash not in (None, model_hash(file)):
+                raise Corrupt(f"the entry of {version.version_id} does not have the hash of its checkpoint's model")
+            return header, {name: file[p.start : p.stop] for name, p in header.for_inference().items()}
         async with self._checkpoint_of(version) as key:
             header, parts, digest = await self._model_parts(key, version.size)
             if digest != version.model_hash:
@@ -424,7 +429,7 @@ class AsyncBlockchainModelStore:
             return await self.append_commit(record, *await self.upload(data), fresh=fresh)
 
     async def verify(
-        self, *, blobs: bool = False, full: bool = False, since: tuple[int, str] | None = None
+        self, *, blobs: bool = False, full: bool = False, since: tuple[int | None, str] | None = None
     ) -> Verification:
         """Check the whole ledger; see `smc.storage.verify`."""
         await self.ledger.publish()

@@ -49,6 +49,7 @@ class Verification:
     versions: int = 0
     blobs: int = 0
     collected: int = 0
+    last: tuple[int, str] | None = None  # index and hash of the last entry
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     @property
@@ -67,7 +68,7 @@ async def verify_ledger(
     *,
     blobs: bool = False,
     full: bool = False,
-    since: tuple[int, str] | None = None,
+    since: tuple[int | None, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
     """Check the whole log, and with `blobs` the bytes of every checkpoint too.
@@ -114,14 +115,19 @@ def _end_of(numbers: Sequence[int]) -> int:
     return end
 
 
-def _check_since(since: tuple[int, str], blocks: Sequence[list[Entry] | None], report: Verification) -> None:
+def _check_since(since: tuple[int | None, str], blocks: Sequence[list[Entry] | None], report: Verification) -> None:
     index, digest = since
-    entries = {entry.index: entry for block in blocks for entry in block or ()}
-    found = entries.get(index)
+    entries = [entry for block in blocks for entry in block or ()]
+    found = next((entry for entry in entries if index in (entry.index, None) and entry.hash == digest), None)
+    if found is not None:
+        return
+    found = next((entry for entry in entries if entry.index == index), None)
     if found is None:
-        end = max(entries, default=-1)
-        report.problems.append((HEAD_KEY, f"entry {index}, which was there, is not: the log ends at entry {end}"))
-    elif found.hash != digest:
+        name = "the entry" if index is None else f"entry {index}"
+        end = entries[-1].index if entries else -1
+        reason = f"{name} with hash {digest[:12]}..., which was there, is not: the log ends with entry {end}"
+        report.problems.append((HEAD_KEY, reason))
+    else:
         reason = f"entry {index} has hash {found.hash[:12]}..., and the one that was there had {digest[:12]}..."
         report.problems.append((block_key(found.block), reason))
 
@@ -327,6 +333,7 @@ def _check_chain(blocks: Sequence[list[Entry] | None], head_hash: str | None, re
         if any(entry.kind == "collect" for entry in entries):
             last_collect = number
         tail = Tail(number + 1, entries[-1].index + 1, counter, entries[-1].hash, last_collect)
+        report.last = entries[-1].index, entries[-1].hash
     report.versions = len(said.versions)
     return said
 

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from actors.ledger import address
 from jobs import node
 from jobs.node import spot_notice
 from jobs.recipes import make_experiment, read_sweep
@@ -130,10 +131,10 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     helper = started(cluster, "-c", HELPER)  # joins in good time: seconds later there would be other things to kill
     driver = started(cluster, *sweep)
     wait_for_versions(on_seaweed, driver, lambda versions: any(v.experiment == "long" for v in versions))
-    its_node = ask(f"trainer:{on_seaweed}:long")
+    its_node = ask(f"trainer:{address(on_seaweed)}:long")
     (node,) = (node for node in cluster.worker_nodes if node.node_id == its_node)
     cluster.remove_node(node, allow_graceful=False)
-    assert ask(f"ledger:{on_seaweed}") == "killed"
+    assert ask(f"ledger:{address(on_seaweed)}") == "killed"
     wait_until_it_says("long: its trainer was lost")
     wait_until_it_says("long: step=")
     driver.kill()

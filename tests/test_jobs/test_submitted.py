@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import yaml
 
+from actors.ledger import address
 from smc.storage.dev_server import DevServer
 from tests.conftest import free_port, versions_of
 
@@ -181,8 +182,8 @@ def test_a_running_job_is_watched_stopped_and_keeps_no_secret(head: Head, on_sea
 
     actors = head.get("/logical/actors")["data"]["actors"].values()
     alive = {actor["reprName"]: actor["name"] for actor in actors if actor["state"] == "ALIVE"}
-    assert alive.get("Trainer(long)") == f"trainer:{on_seaweed}:long"
-    assert alive.get(f"Ledger({on_seaweed})") == f"ledger:{on_seaweed}"
+    assert alive.get("Trainer(long)") == f"trainer:{address(on_seaweed)}:long"
+    assert alive.get(f"Ledger({on_seaweed})") == f"ledger:{address(on_seaweed)}"
 
     check_panels(head, tmp_path)
 
