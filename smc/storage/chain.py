@@ -51,6 +51,8 @@ LARGEST_BLOCK: Final = 1_000_000
 UNKNOWN: Final = -2
 # Readers of JSON differ in how deep they go: the one used here 1,024 levels, the one of Python's library fewer.
 _DEEPEST: Final = 64
+# No collector's request may take longer, whatever one says: others wait for it.
+_LONGEST_REQUEST: Final = 120.0
 
 _HASH = re.compile(r"^[0-9a-f]{64}\Z")
 _HASH_PREFIX = re.compile(r"^[0-9a-f]{8,64}\Z")
@@ -213,10 +215,12 @@ class Announcements:
 
     def __init__(self) -> None:
         self._at: dict[str, list[int]] = {}
+        self.request_seconds = 0.0  # how long a request of a collector may take, by what they said
 
     def apply(self, entry: Entry) -> None:
         """Take in the next entry. Raises: Corrupt, before anything is changed."""
         collected, (spared, through) = entry.collected, entry.spared
+        self._note_seconds(entry)
         if entry.kind == "commit":
             self._at.pop(str(entry.fields.get("content_hash")), None)
         for content_hash in collected:
@@ -230,13 +234,19 @@ class Announcements:
         """Take in a `collect` that stands before all that was taken in. Raises: Corrupt."""
         for content_hash in entry.collected:
             self._at.setdefault(content_hash, []).insert(0, entry.index)
+        self._note_seconds(entry)
+
+    def _note_seconds(self, entry: Entry) -> None:
+        told = entry.fields.get("request_seconds") if entry.kind == "collect" else None
+        if isinstance(told, int | float):
+            self.request_seconds = max(self.request_seconds, min(float(told), _LONGEST_REQUEST))
 
     def of(self, content_hash: str) -> Sequence[int]:
         """Entries that announced a checkpoint's deletion, since it was last committed or spared."""
         return self._at.get(content_hash, ())
 
     def __contains__(self, content_hash: object) -> bool:
-        return content_hash in self._at
+        return isinstance(content_hash, str) and content_hash in self._at
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,9 @@ async def collect(
     await store.ledger.prepare()  # which also renews what a killed writer left stale
     # Also what an earlier collector announced and did not come to: writers know the recent announcements.
     message = f"keeping {len(plan.kept)} versions"
+    told = {"message": message, "request_seconds": store.timeout}
     drafts = [
-        Draft("collect", new_commit_id(), {"content_hashes": hashes, "message": message}, fresh=True)
+        Draft("collect", new_commit_id(), {"content_hashes": hashes, **told}, fresh=True)
         for hashes in _parts(sorted(plan.blobs))
     ]
     announced = [await store.ledger.append(draft) for draft in drafts]

@@ -174,6 +174,11 @@ class Ledger:
         return None if counter is None else version_id(counter)
 
     @property
+    def collector_seconds(self) -> float:
+        """How long a request of a collector whose announcement this instance has read may take."""
+        return self._reader.announcements.request_seconds
+
+    @property
     def queue_depth(self) -> int:
         """Entries waiting for a block."""
         return len(self._queue)

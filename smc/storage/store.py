@@ -387,7 +387,7 @@ class AsyncBlockchainModelStore:
             pass
         # An equal one is being collected. A collector that has not seen this entry deletes only what it has looked at
         # within the time of one request, by the next request; one that looks later sees that it is young.
-        await asyncio.sleep(3 * self._timeout)
+        await asyncio.sleep(3 * max(self._timeout, self.ledger.collector_seconds))
         for _ in range(_LOOKS):
             vetted = Elapsed()
             if not await self._is_young(key):

@@ -27,9 +27,11 @@ from tests.faults import FAULTS, FaultStore
 
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indexes of four blocks, so that short histories write and read them."""
+    """Indexes of four blocks and a memory of eight entries, so that short histories are longer than either."""
     for module in ("index", "ledger", "verify"):
         monkeypatch.setattr(f"smc.storage.{module}.SEGMENT", 4)
+    monkeypatch.setattr("smc.storage.reader._REMEMBERED", 8)
+    monkeypatch.setattr("smc.storage.identities._FEWEST_SORTED_IN", 4)
 
 
 def opened(objects: ObjectStore) -> AsyncBlockchainModelStore:
@@ -141,6 +143,8 @@ def test_every_fault_at_every_request_of_a_history_loses_and_doubles_nothing(tmp
 class LedgerMachine(RuleBasedStateMachine):
     """Two writers, crashes and faults, against a list. A failure is replayed by its printed seed."""
 
+    longest_behind = submitted_again = forgotten = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
@@ -206,11 +210,28 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(writer=st.sampled_from([0, 1]), data=st.data())
     def submit_again(self, writer: int, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.order))
+        LedgerMachine.submitted_again += 1
+        LedgerMachine.forgotten += self.order.index(name) < len(self.order) - 8
         store = self.stores[writer]
         assert store is not None
         with contextlib.suppress(Unavailable):
             entry = self.run(store.ledger.append(tag_draft(name)))
             assert entry.index == self.order.index(name)
+
+    @rule(blocks=st.integers(1, 60), kind=st.sampled_from(["commit", "tag", "collect"]))
+    def somebody_else_writes(self, blocks: int, kind: str) -> None:
+        """Both writers are so many blocks behind, and have forgotten what they read before."""
+        drafts = [self.draft(kind) for _ in range(blocks)]
+
+        async def write() -> None:
+            async with opened(self.inner) as store:
+                for draft in drafts:
+                    await store.ledger.append(draft)
+
+        self.faults, waiting = [], self.faults
+        self.run(write())
+        self.faults = waiting
+        LedgerMachine.longest_behind = max(LedgerMachine.longest_behind, blocks)
 
     @rule(writer=st.sampled_from([0, 1]))
     def crash_and_reopen(self, writer: int) -> None:
@@ -265,6 +286,15 @@ LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=
 
 class TestLedgerMachine(LedgerMachine.TestCase):  # type: ignore[name-defined,misc]
     """The machine above, with short segments."""
+
+
+def test_the_machine_went_past_what_is_remembered() -> None:
+    print(
+        f"\n{LedgerMachine.submitted_again} entries submitted again, {LedgerMachine.forgotten} of them older than what "
+        f"is remembered; at most {LedgerMachine.longest_behind} blocks behind"
+    )
+    assert LedgerMachine.forgotten > 5
+    assert LedgerMachine.longest_behind > 30
 
 
 async def _small_ledger() -> MemoryObjectStore:
