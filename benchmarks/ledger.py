@@ -1,6 +1,6 @@
-"""The ledger against what its server allows: group commit, overhead, long ledgers, large checkpoints.
+"""The ledger against what its server allows: group commit, overhead, long ledgers, large checkpoints, other writers.
 
-.venv/bin/python -m benchmarks.ledger [--json FILE] [--only abcd] [--mebibytes 1024]
+.venv/bin/python -m benchmarks.ledger [--json FILE] [--only abcdef] [--mebibytes 1024]
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Latency:
     ) -> bytes | bytearray:
         await asyncio.sleep(self._seconds)
         return await self._inner.get(key, size, on_bytes)
+
+    async def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        await asyncio.sleep(self._seconds)
+        return await self._inner.get_if_changed(key, etag)
 
     async def put(self, key: str, data: bytes | bytearray) -> None:
         await asyncio.sleep(self._seconds)
@@ -198,6 +202,74 @@ async def long_ledger(report: Report) -> None:
                 report.add(f"(c) 10,000 versions, {name}, 20 ms: {what}", median, "s", at_most=bar)
 
 
+async def catching_up(report: Report) -> None:
+    """A writer that was open while another one wrote: from its call to its acknowledgement."""
+    blocks, latency = 10_000, 0.02
+    seconds = []
+    for turn in range(3):
+        async with (
+            S3ObjectStore("spectralmc", f"{uuid.uuid4().hex}/") as objects,
+            store_on(Latency(objects, latency), "s3://spectralmc/e") as behind,
+        ):
+            # It only read so far: one that has written looks by itself whether its hint is still the newest.
+            tail = await behind.ledger.refresh()
+            writes = []
+            for number in range(blocks):
+                data = build_block(tail, [tag("theirs", f"theirs {turn} {number}")])
+                writes.append((block_key(tail.block), data))
+                tail = tail.after(parse_block(tail.block, data))
+            for start in range(0, len(writes), 64):
+                await asyncio.gather(*(objects.put(key, data) for key, data in writes[start : start + 64]))
+            async with store_on(objects, "s3://spectralmc/e") as ahead:  # it leaves head and indexes
+                await ahead.ledger.prepare()
+            started = time.perf_counter()
+            await behind.ledger.append(tag("mine", f"mine too {turn}"))
+            seconds.append(time.perf_counter() - started)
+    report.add("(e) append behind 10,000 foreign blocks, 20 ms", statistics.median(seconds), "s", at_most=3.0)
+
+
+def tag(alias: str, commit_id: str) -> Draft:
+    return Draft("tag", commit_id, {"alias": alias, "counter": None, "content_hash": None, "message": ""}, fresh=True)
+
+
+async def busy_child() -> None:
+    """A writer that appends without a pause, until it is told to end."""
+    async with AsyncBlockchainModelStore("s3://spectralmc/busy") as store:
+        await store.ledger.prepare()
+        print("ready", flush=True)
+        ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+        count = 0
+        while not ended.done():
+            await store.ledger.append(tag("busy", uuid.uuid4().hex))
+            count += 1
+    print(count)
+
+
+async def beside_a_busy_writer(report: Report) -> None:
+    """`tag` in this process while another one appends without a pause."""
+    command = [sys.executable, "-m", "benchmarks.ledger", "--child", "busy", "", "0"]
+    pipe = asyncio.subprocess.PIPE
+    busy = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    assert busy.stdout is not None
+    await busy.stdout.readline()
+    seconds = []
+    async with AsyncBlockchainModelStore("s3://spectralmc/busy") as store:
+        version = await store.commit(b"tagged", record(0))
+        began = time.perf_counter()
+        for number in range(100):
+            await asyncio.sleep(0.2)
+            started = time.perf_counter()
+            await store.tag(f"alias{number}", version)
+            seconds.append(time.perf_counter() - started)
+        took = time.perf_counter() - began
+        out, _ = await busy.communicate(b"")
+        verification = await store.verify()
+        assert verification.ok, verification.problems
+    report.add("(f) tag beside a writer without a pause: median", statistics.median(seconds), "s")
+    report.add("(f) tag beside a writer without a pause: p99", _p99(seconds), "s", at_most=2.0)
+    report.add("(f) entries of that writer meanwhile", int(out.split()[-1]) / took, "a second")
+
+
 async def child(direction: str, key: str, size: int) -> None:
     """One transfer in a process of its own: seconds ours, seconds raw, peak memory over the checkpoint's size."""
     async with AsyncBlockchainModelStore("s3://spectralmc/large") as store:
@@ -259,17 +331,22 @@ def measure(report: Report, options: argparse.Namespace) -> None:
             asyncio.run(overhead(report))
         if "c" in options.only:
             asyncio.run(long_ledger(report))
+        if "e" in options.only:
+            asyncio.run(catching_up(report))
+        if "f" in options.only:
+            asyncio.run(beside_a_busy_writer(report))
         if "d" in options.only:
             asyncio.run(large(report, options.mebibytes))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        asyncio.run(child(sys.argv[2], sys.argv[3], int(sys.argv[4])))
+        of_child = busy_child() if sys.argv[2] == "busy" else child(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        asyncio.run(of_child)
     else:
         run(
             "The ledger on SeaweedFS on this machine",
             measure,
-            ("--only", {"default": "abcd", "help": "which parts"}),
+            ("--only", {"default": "abcdef", "help": "which parts"}),
             ("--mebibytes", {"type": int, "default": 1024}),
         )

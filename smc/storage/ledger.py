@@ -125,8 +125,12 @@ class Ledger:
         return await self._log.read_block(number)
 
     async def read_blocks(self, start: int, stop: int, *, end_hash: str | None = None) -> list[list[Entry]]:
-        """As `Log.read_blocks`."""
-        return await self._log.read_blocks(start, stop, end_hash=end_hash)
+        """As `Log.read_blocks`; the newest blocks, which this instance has just read, are not read again."""
+        recent = self._reader.recent_blocks(start, stop)
+        if not recent or (end_hash is not None and recent[-1][-1].hash != end_hash):
+            return await self._log.read_blocks(start, stop, end_hash=end_hash)
+        before = str(recent[0][0].fields["parent_hash"])
+        return await self._log.read_blocks(start, stop - len(recent), end_hash=before) + recent
 
     # --- appending ------------------------------------------------------------------------------------
 

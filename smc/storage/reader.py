@@ -12,7 +12,7 @@ from typing import Final
 
 from smc.errors import Corrupt
 from smc.storage import index
-from smc.storage.chain import UNKNOWN, Announcements, Entry, Tail, block_key, check_after
+from smc.storage.chain import UNKNOWN, Announcements, Entry, Tail, block_key, check_after, parse_block
 from smc.storage.identities import CommitIds
 from smc.storage.log import Log
 from smc.storage.objects import ObjectStore
@@ -155,6 +155,13 @@ class LogReader:
                 remembered.popitem(last=False)
         if number % index.SEGMENT == 0:  # a writer that needs more than the last two segments reads them again
             self.raw = {n: raw for n, raw in self.raw.items() if n >= number - index.SEGMENT}
+
+    def recent_blocks(self, start: int, stop: int) -> list[list[Entry]]:
+        """Those of blocks start ... stop - 1 at their end that are remembered; none if the last is not."""
+        first = stop
+        while first > start and first - 1 in self.raw:
+            first -= 1
+        return [parse_block(number, self.raw[number]) for number in range(first, stop)]
 
     async def known(self, commit_id: str) -> Entry | None:
         """The entry with this id, as far as ids are known."""

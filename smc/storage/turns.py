@@ -22,12 +22,12 @@ __all__ = ["WAITING_KEY", "Turns"]
 WAITING_KEY: Final = "waiting.json"
 # A writer without a pause looks so often whether somebody waits, in seconds, and then lets so many of its own round
 # trips go by: one to read what is new, one to append, and as much again for a slower writer.
-_LOOK_INTERVAL = 0.5
+_LOOK_INTERVAL = 0.25
 _ROOM_ROUND_TRIPS = 6
 _SHORTEST_ROOM, _LONGEST_ROOM = 0.1, 2.0
 # A writer that was overtaken so often asks for room, and again after so many seconds.
 _PATIENCE = 2
-_ASK_INTERVAL = 0.4
+_ASK_INTERVAL = 0.2
 
 logger = logging.getLogger("smc.storage")
 
