@@ -145,20 +145,25 @@ class UploadActor:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger.
+    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger."""
+    files = sources()
+    return hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files))).hexdigest()[:16]
 
-    That is this file and what it imports of this project, directly or not, apart from imports for types alone.
+
+def sources() -> dict[str, Path]:
+    """The files that a LedgerActor runs, by module: this one and what it imports of this project, directly or not.
+
+    Imports for types alone do not count.
     """
-    found: dict[str, bytes] = {}
+    found: dict[str, Path] = {}
     waiting = [__name__]
     while waiting:
         name = waiting.pop()
         spec = importlib.util.find_spec(name) if name not in found else None
-        if spec is None or spec.origin is None:
-            continue
-        found[name] = Path(spec.origin).read_bytes()
-        waiting += _imports(ast.parse(found[name]))
-    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:16]
+        if spec is not None and spec.origin is not None:
+            found[name] = Path(spec.origin)
+            waiting += _imports(ast.parse(found[name].read_bytes()))
+    return found
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:

@@ -5,6 +5,8 @@ import gc
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,15 @@ import ray
 import torch
 from ray.exceptions import TaskCancelledError
 
-from actors.ledger import LedgerActor, LedgerHandle, UploadActor, _ActorCommitter, ledger_actor
+from actors.ledger import (
+    LedgerActor,
+    LedgerHandle,
+    UploadActor,
+    _ActorCommitter,
+    address,
+    ledger_actor,
+    sources,
+)
 from smc.checkpoint import metadata_of, tensors_of
 from smc.commits import BackgroundCommits, CommitRequest
 from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
@@ -300,6 +310,40 @@ def test_an_actor_with_older_code_is_drained_and_replaced(on_seaweed: str, monke
         return await committer.append(record(1), content_hash, size)
 
     assert asyncio.run(through_the_old_handle()) == "v0000000000"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_one_address_on_two_servers_is_two_ledgers(on_seaweed: str, seaweed: DevServer, moto_url: str) -> None:
+    endpoints = (seaweed.endpoint_url, moto_url)
+    actors = [ledger_actor(on_seaweed, endpoint_url=url) for url in endpoints]
+    assert len({ray.get(actor.status.remote())["pid"] for actor in actors}) == 2
+
+    async def commit(url: str, actor: Any) -> str:
+        async with LedgerHandle(on_seaweed, actor, endpoint_url=url).committer() as committer:
+            uploaded = await committer.upload(await committer.put(memoryview(url.encode())))
+            return await committer.append(record(1, message=url), *uploaded)
+
+    async def messages(url: str) -> list[str]:
+        async with AsyncBlockchainModelStore(on_seaweed, endpoint_url=url) as store:
+            return [version.commit_message for version in await store.list_versions()]
+
+    for url, actor in zip(endpoints, actors, strict=True):
+        assert asyncio.run(commit(url, actor)) == "v0000000000"
+    assert [asyncio.run(messages(url)) for url in endpoints] == [[url] for url in endpoints]
+    assert address(on_seaweed) == f"{on_seaweed}@{seaweed.endpoint_url}"  # what the environment names
+    for actor in actors:
+        ray.kill(actor)
+
+
+def test_the_version_of_an_actor_is_of_all_code_that_it_runs() -> None:
+    script = (
+        "import sys, actors.ledger, pathlib; print(*(name for name, module in sys.modules.items() "
+        "if name.split('.')[0] in ('smc', 'actors', 'jobs')))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= set(sources())
+    # Code of the trainer is no reason to replace the actor that other jobs use.
+    assert not {"smc.gbm", "smc.cvnn", "smc.checkpoint", "smc.gbm_trainer"} & set(sources())
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from smc.storage import AsyncBlockchainModelStore
 from smc.storage.__main__ import main
 from smc.storage.chain import blob_key, block_key
 from smc.storage.dev_server import DevServer
+from smc.storage.s3 import S3ObjectStore
 from tests.conftest import small_config, small_training, versions_of
 from tests.event_files import events
 
@@ -376,6 +378,62 @@ def test_the_dev_server_serves_keeps_its_data_and_its_secrets(
             monkeypatch.setenv(name, value)
         assert main(["verify", "one"]) == 0
         assert os.path.exists(f"/proc/{again.pid}")
+
+
+async def test_the_dev_servers_other_ports_take_nothing_without_credentials(tmp_path: Path) -> None:
+    with DevServer(tmp_path / "s3", buckets=("one",)) as server:
+        arguments = await asyncio.to_thread(Path(f"/proc/{server.pid}/cmdline").read_text)
+        ports = [
+            int(a.split("=")[1]) for a in arguments.split("\0") if re.fullmatch(r"-(master|volume|filer)\.port=\d+", a)
+        ]
+        assert len(ports) == 3
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment.items():
+                patch.setenv(name, value)
+            async with AsyncBlockchainModelStore("one") as store:
+                await store.commit(b"checkpoint", CommitRecord(ledger="one", message="m", step=1, loss=None))
+                for port in ports:
+                    for method, path in (
+                        ("PUT", "/buckets/one/log/0000000001.jsonl"),
+                        ("POST", "/buckets/one/log/"),
+                        ("DELETE", "/buckets/one/log/0000000000.jsonl"),
+                        ("GET", "/buckets/one/log/0000000000.jsonl"),
+                        ("GET", "/col/delete?collection=one"),
+                        ("GET", "/dir/assign"),
+                        ("POST", "/submit"),
+                    ):
+                        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method, data=b"x")
+                        with pytest.raises(urllib.error.HTTPError) as refused:
+                            await asyncio.to_thread(urllib.request.urlopen, request, timeout=10)
+                        assert refused.value.code >= 400
+                assert (await store.verify(blobs=True)).ok
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_open"),
+    [
+        ("http://10.0.0.7:9000", True),
+        ("http://minio:9000", True),
+        ("http://[2001:db8::1]:9000", True),
+        ("http://128.0.0.1", True),
+        ("http://localhost.example.com", True),
+        ("https://minio:9000", False),
+        ("http://127.0.0.1:8333", False),
+        ("http://127.1.2.3", False),
+        ("http://[::1]:9000", False),
+        ("http://localhost:9000", False),
+        ("http://s3.localhost:9000", False),
+    ],
+)
+async def test_plain_http_beyond_this_machine_is_said_and_signed(
+    endpoint: str, is_open: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    async with S3ObjectStore("bucket", endpoint_url=endpoint) as store:
+        assert (f"{endpoint} is not encrypted" in caplog.text) is is_open
+        assert store._client.meta.config.s3["payload_signing_enabled"] is is_open
 
 
 def test_a_port_that_others_take_before_the_server_has_it_is_replaced(
