@@ -147,7 +147,7 @@ class CommandLine:
         alias = f"alias{self._draw.randrange(5)}"
         done = self._run("tag", LEDGER, alias, self._draw.choice(["head", "0", "1"]), "--json")
         if done is not None and done.returncode == 0:
-            self._notes.write(alias=alias, **json.loads(done.stdout))
+            self._notes.write(**json.loads(done.stdout))
 
     def _untag(self) -> None:
         self._run("untag", LEDGER, f"alias{self._draw.randrange(5)}")
