@@ -24,9 +24,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from smc.contracts import BoundSpec
-from smc.cvnn import CVNNConfig, build_cvnn
+from smc.cvnn import CVNN, CVNNConfig, RealNetwork, build_cvnn
 from smc.errors import ConfigError, Corrupt
 from smc.gbm import BlackScholesConfig
+from smc.modules import is_plain, unwrapped
 from smc.optimizer import OptimizerName, OptimizerState
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
@@ -85,7 +86,7 @@ class Snapshot:
 
 def tensors_of(config: GbmCVNNPricerConfig) -> dict[str, Tensor]:
     """A state's tensors by their names in a checkpoint, by reference: the next step changes them."""
-    tensors = {f"model.{name}": value for name, value in config.cvnn.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in unwrapped(config.cvnn).state_dict().items()}
     optimizer = config.optimizer_state
     if optimizer is not None:
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
@@ -100,13 +101,16 @@ def tensors_of(config: GbmCVNNPricerConfig) -> dict[str, Tensor]:
 
 def metadata_of(config: GbmCVNNPricerConfig) -> CheckpointMetadata:
     """What a state's checkpoint says beside the tensors."""
-    network = getattr(config.cvnn, "config", None)
+    model = unwrapped(config.cvnn)
+    # What a hook or a subclass does stands in no checkpoint, so only a network as build_cvnn made it is built again.
+    described = type(model) in (CVNN, RealNetwork) and is_plain(model)
+    network = model.config if described and isinstance(model, CVNN | RealNetwork) else None
     optimizer = config.optimizer_state
     return CheckpointMetadata(
         simulation=config.cfg,
         domain=dict(config.domain_bounds),
-        network=network if isinstance(network, CVNNConfig) else None,
-        model_class=f"{type(config.cvnn).__module__}.{type(config.cvnn).__qualname__}",
+        network=network,
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
         global_step=config.global_step,
         sobol_skip=config.sobol_skip,
         optimizer=optimizer.name if optimizer is not None else None,
@@ -177,10 +181,12 @@ def restore(
     built from the checkpoint, on the CPU. `config_template` must describe the same simulation and domain.
     Raises: ConfigError naming the first thing that does not fit; Corrupt if the checkpoint contradicts itself.
     """
+    snapshot = _without_wrapper(snapshot)
     metadata, tensors = snapshot.metadata, snapshot.tensors
     state = _named(tensors, "model.", torch.device("cpu"))
     if model_template is not None:
-        model = copy.deepcopy(model_template)
+        _check_class(metadata, unwrapped(model_template))
+        model = copy.deepcopy(unwrapped(model_template))
         _check_fits(model, state, "model_template does not fit the checkpoint", ConfigError)
     else:
         model = _described(snapshot).to_empty(device="cpu")
@@ -220,13 +226,32 @@ def _scaling(snapshot: Snapshot, device: torch.device) -> Scaling | None:
     return Scaling(**found) if found else None
 
 
+def _without_wrapper(snapshot: Snapshot) -> Snapshot:
+    """A snapshot as it would be without torch.compile, whose wrapper earlier versions left in the names."""
+    wrapper = "_orig_mod."
+    if not any(name.startswith(f"model.{wrapper}") for name in snapshot.tensors):
+        return snapshot
+    tensors = {name.replace(wrapper, "", 1): tensor for name, tensor in snapshot.tensors.items()}
+    return Snapshot(tensors, snapshot.metadata)
+
+
+def _check_class(metadata: CheckpointMetadata, template: nn.Module) -> None:
+    """Raises: ConfigError if the template is of another class than what was trained, whatever file it is in today."""
+    trained, given = metadata.model_class.rpartition(".")[2], type(template).__name__
+    if trained not in (given, "OptimizedModule"):
+        raise ConfigError(
+            f"model_template is a {given}, the checkpoint's model a {metadata.model_class}: another class may compute "
+            "something else from the same tensors"
+        )
+
+
 def check_described(snapshot: Snapshot) -> None:
     """Check that a checkpoint's tensors are those of the network that it describes, where it describes one.
 
     Raises: Corrupt naming the first that is not.
     """
     if snapshot.metadata.network is not None:
-        _described(snapshot)
+        _described(_without_wrapper(snapshot))
 
 
 def _described(snapshot: Snapshot) -> nn.Module:
@@ -237,10 +262,9 @@ def _described(snapshot: Snapshot) -> nn.Module:
     """
     metadata, shapes = snapshot.metadata, snapshot.tensors
     if metadata.network is None:
-        raise ConfigError(
-            f"the checkpoint's model is a {metadata.model_class}, which build_cvnn did not make: "
-            "pass one as model_template"
-        )
+        ours = metadata.model_class in {f"{kind.__module__}.{kind.__qualname__}" for kind in (CVNN, RealNetwork)}
+        why = "with hooks or parametrizations, which no checkpoint holds" if ours else "which build_cvnn did not make"
+        raise ConfigError(f"the checkpoint's model is a {metadata.model_class}, {why}: pass one as model_template")
     state = {name.removeprefix("model."): tensor for name, tensor in shapes.items() if name.startswith("model.")}
     if len(metadata.network.hidden) >= len(state):
         raise Corrupt(

@@ -24,6 +24,7 @@ from torch.nn import functional
 from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.gbm import SimulationParams
+from smc.modules import evaluating
 
 __all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "RealNetwork", "build_cvnn", "check_model"]
 
@@ -154,18 +155,20 @@ def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device
         raise ConfigError(f"the model's parameters are on several devices: {', '.join(devices)}; move it to one")
     device = require_device(devices[0])
     wrong = next((p.dtype for p in parameters if p.dtype != dtype), None)
+    if wrong is not None and wrong.is_complex:
+        raise ConfigError(
+            f"the model's parameters are {wrong}, which the optimisers do not take: hold real and imaginary parts in a "
+            "last dimension and use torch.view_as_complex, as smc.cvnn.ComplexLinear does"
+        )
     if wrong is not None:
         raise ConfigError(f"the model's parameters are {wrong}, the simulation is {dtype}: use one of them for both")
     probe = torch.zeros(2, FEATURES, dtype=dtype, device=device)
-    training = model.training
     try:
         inspect.signature(model.forward).bind(probe, probe)
-        with torch.no_grad():
-            out = model.eval()(probe, probe)
+        with torch.no_grad(), evaluating(model):
+            out = model(probe, probe)
     except (TypeError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{type(model).__name__} cannot serve ({str(error).splitlines()[0]}): {wanted}") from None
-    finally:
-        model.train(training)
     shapes = [tuple(part.shape) for part in out] if isinstance(out, tuple | list) else [tuple(out.shape)]
     if shapes != [(2, bins), (2, bins)]:
         raise ConfigError(f"{type(model).__name__} cannot serve (it returned {shapes} for a batch of 2): {wanted}")

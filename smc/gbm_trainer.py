@@ -34,10 +34,11 @@ from smc.commits import (
     check_template,
 )
 from smc.contracts import ContractsLike, resolve_domain
-from smc.cvnn import check_model
+from smc.cvnn import FEATURES, check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
+from smc.modules import check_trainable, training, unwrapped
 from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.prediction import Array, Outside, Predictor
 from smc.pricer_config import GbmCVNNPricerConfig
@@ -92,7 +93,7 @@ class GbmCVNNPricer:
         self._optimizer = make_optimizer("soap", self.model)
         self._optimizer_offset = -config.global_step  # from the global step to the optimiser's own
         if config.optimizer_state is not None:
-            self._optimizer = load_optimizer(self.model, config.optimizer_state)
+            self._optimizer = load_optimizer(unwrapped(self.model), config.optimizer_state)
             self._optimizer_offset += config.optimizer_state.step
         self._cpu_rng = config.torch_cpu_rng_state or _seeded_rng_state("cpu", self._params.mc_seed)
         self._cuda_rng = list(config.torch_cuda_rng_states)
@@ -143,7 +144,10 @@ class GbmCVNNPricer:
         if not flush_seconds >= 0:
             raise ConfigError(f"flush_seconds must be at least 0, got {flush_seconds}")
         at = self._position
+        probe = torch.zeros(2, FEATURES, dtype=self._params.dtype.torch, device=self.device)
         with self._training_thread(), self._own_rng(), _short_pauses(self.device), contextlib.ExitStack() as stack:
+            stack.enter_context(training(self.model))
+            check_trainable(self.model, probe, config.differential > 0)
             plan = self._enter_plan(config)
             first, end, simulated = at.step, at.step + config.num_batches, at.simulated
             train_one_batch = stack.enter_context(self._training_step(config, plan))
@@ -332,7 +336,7 @@ class GbmCVNNPricer:
         moments = state.optimizer_state
         if moments is not None:
             moments = replace(moments, tensors={n: t.detach().clone() for n, t in moments.tensors.items()})
-        return replace(state, cvnn=copy.deepcopy(self.model), optimizer_state=moments)
+        return replace(state, cvnn=copy.deepcopy(unwrapped(self.model)), optimizer_state=moments)
 
     def _state(self) -> GbmCVNNPricerConfig:
         """The state by reference: the next step changes what it points to."""
@@ -344,7 +348,7 @@ class GbmCVNNPricer:
             cfg=self._cfg.model_copy(update={"sim_params": params}),
             domain_bounds=self.domain,
             cvnn=self.model,
-            optimizer_state=optimizer_state(self._optimizer, self.model, at.step + self._optimizer_offset),
+            optimizer_state=optimizer_state(self._optimizer, unwrapped(self.model), at.step + self._optimizer_offset),
             global_step=at.step,
             sobol_skip=at.drawn,
             torch_cpu_rng_state=self._cpu_rng,
@@ -481,7 +485,7 @@ class _Commits:
         self._experiment, self._parameters = experiment, parameters
         state = pricer._state()
         if state.optimizer_state is None:  # it will be there after the first step
-            state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, pricer.model, 1))
+            state = replace(state, optimizer_state=optimizer_state(pricer._optimizer, unwrapped(pricer.model), 1))
         slots = 1 if only_final else None
         self._background = BackgroundCommits(target, tensors_of(state), metadata_of(state), slots=slots)
 

@@ -22,6 +22,7 @@ from smc.black_scholes import Greeks, OptionKind
 from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain
 from smc.cuda import NotCapturable, capture
 from smc.errors import ConfigError
+from smc.modules import evaluating
 from smc.scaling import Scaling, features, intrinsic, unit_of_price
 from smc.spectrum import PayoffDistribution, levels_from_spectrum, reflected_levels, valid_levels
 
@@ -97,7 +98,8 @@ class Predictor:
     def _spectrum(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Spectrum of the discounted put payoff. Shapes: (n, 6) float64 -> two of (n, bins) float64."""
         inputs = features(table, self.domain).to(self._scaling.spread.dtype)
-        real, imag = self._scaling.restore(*self._model(inputs, torch.zeros_like(inputs)))
+        with evaluating(self._model):
+            real, imag = self._scaling.restore(*self._model(inputs, torch.zeros_like(inputs)))
         unit = unit_of_price(table)[:, None]
         real, imag = real.double() * unit, imag.double() * unit
         price = real[:, :1] + intrinsic(table)[:, None] * unit
