@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
 
 from jobs.search import Random, Search, draws, grid, nested, search_prefix, trial_name
 from smc.errors import ConfigError
 from smc.experiment import Experiment
+from smc.numeric_fields import WholeNumber
 
 __all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep", "read_yaml"]
 
@@ -83,7 +86,7 @@ class Sweep(BaseModel):
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     random: Random | None = None
     search: Search | None = None
-    concurrency: int | None = Field(default=None, ge=1)
+    concurrency: WholeNumber | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _has_some(self) -> Sweep:
@@ -126,10 +129,10 @@ def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:
     Raises: ConfigError with the file, the key and what is allowed.
     """
     try:
-        content = read_yaml(path.read_text())
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no sweep file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping with the keys {', '.join(Sweep.model_fields)}")
@@ -159,27 +162,17 @@ def make_trial(sweep: Sweep, name: str, parameters: Mapping[str, Any], path: Pat
     return make_experiment(name, *settings, recipe=sweep.recipe, where=where, parameters=parameters)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: a key twice is a mistake, and 1e-3 is a number (PyYAML asks for a point in it)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def read_yaml(text: str) -> Any:
-    """The content of a YAML text. Raises: yaml.YAMLError."""
-    return yaml.load(text, _Loader)  # noqa: S506  a SafeLoader
+    """The content of a text in YAML 1.2, in which `yes` is a word and 0123 the number 123.
+
+    Raises: YAMLError; a key that stands twice is an error.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        key = re.match(r'found duplicate key "(.*?)" with', error.problem or "")
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise YAMLError(f"the key {key[1] if key else ''!r} twice, in line {line}") from None
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

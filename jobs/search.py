@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag
 
 from smc.errors import ConfigError
 from smc.evaluation import QUANTITIES
+from smc.numeric_fields import RealNumber, WholeNumber
 
 if TYPE_CHECKING:
     import optuna
@@ -67,8 +68,8 @@ class Range(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low: int | float
-    high: int | float
+    low: WholeNumber | RealNumber
+    high: WholeNumber | RealNumber
     log: bool = False
 
     @model_validator(mode="after")
@@ -113,8 +114,8 @@ class Random(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
+    count: WholeNumber = Field(ge=1)
+    seed: WholeNumber = Field(default=0, ge=0)
     parameters: dict[str, Space] = Field(min_length=1)
 
 
@@ -127,8 +128,8 @@ class Search(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    trials: int = Field(ge=1)
-    seed: int = Field(default=0, ge=0)
+    trials: WholeNumber = Field(ge=1)
+    seed: WholeNumber = Field(default=0, ge=0)
     objective: str = "price"
     prune: bool = True
     parameters: dict[str, Space] = Field(min_length=1)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from ruamel.yaml.error import YAMLError
 
 from jobs.recipes import RECIPES, make_experiment, read_yaml
 from jobs.session import run_job
@@ -50,7 +50,7 @@ def setting(text: str) -> dict[str, Any]:
         raise ConfigError(f"--set {text!r}: expected KEY=VALUE, like training.batch_size=64")
     try:
         setting: Any = read_yaml(value)
-    except yaml.YAMLError:
+    except YAMLError:
         raise ConfigError(f"--set {text!r}: {value!r} is not a YAML value") from None
     for key in reversed(path.split(".")):
         setting = {key: setting}

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc.errors import ConfigError
+from smc.numeric_fields import RealNumber
 
 __all__ = [
     "DEFAULT_DOMAIN",
@@ -37,12 +38,12 @@ class Contract(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    X0: float = Field(gt=0, description="spot")
-    K: float = Field(gt=0, description="strike")
-    T: float = Field(ge=0, description="time to expiry")
-    r: float = Field(description="interest rate")
-    d: float = Field(description="dividend yield")
-    v: float = Field(ge=0, description="volatility")
+    X0: RealNumber = Field(gt=0, description="spot")
+    K: RealNumber = Field(gt=0, description="strike")
+    T: RealNumber = Field(ge=0, description="time to expiry")
+    r: RealNumber = Field(description="interest rate")
+    d: RealNumber = Field(description="dividend yield")
+    v: RealNumber = Field(ge=0, description="volatility")
 
 
 class BoundSpec(BaseModel):
@@ -50,8 +51,8 @@ class BoundSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    lower: float
-    upper: float
+    lower: RealNumber
+    upper: RealNumber
 
     @model_validator(mode="after")
     def _ordered(self) -> BoundSpec:
@@ -69,7 +70,7 @@ DEFAULT_DOMAIN: Final[Mapping[str, BoundSpec]] = {
     "v": BoundSpec(lower=0.05, upper=0.6),
 }
 
-ContractsLike = Contract | Sequence[Contract] | npt.ArrayLike
+ContractsLike = Contract | Mapping[str, Any] | Sequence[Contract | Mapping[str, Any]] | npt.ArrayLike
 
 
 def resolve_domain(bounds: Mapping[str, BoundSpec | Mapping[str, float]]) -> dict[str, BoundSpec]:
@@ -98,25 +99,119 @@ def resolve_domain(bounds: Mapping[str, BoundSpec | Mapping[str, float]]) -> dic
 def contract_array(contracts: ContractsLike) -> npt.NDArray[np.float64]:
     """Any form of contracts as a float64 array.
 
-    Shapes: one Contract, a sequence of n Contracts, (6,) or (n, 6) -> (n, 6).
-    Raises: ConfigError naming the first contract and field that is wrong.
+    What has names is read by them, in any order: Contracts, mappings of the fields, a mapping of columns, a pandas or
+    polars table, a NumPy array of records. What has none, by position, in the order of `FIELDS`.
+    Shapes: one contract, a sequence or table of n, (6,) or (n, 6) -> (n, 6).
+    Raises: ConfigError naming the first contract and field that is wrong, or the fields that are missing or unknown.
     """
-    if isinstance(contracts, Contract):
+    if isinstance(contracts, Contract | Mapping) and not _has_columns(contracts):
         contracts = [contracts]
-    if isinstance(contracts, Sequence) and contracts and all(isinstance(c, Contract) for c in contracts):
-        return np.array([[getattr(c, f) for f in FIELDS] for c in contracts], dtype=np.float64)
+    if (columns := _columns(contracts)) is not None:
+        array = _joined(columns)
+    elif isinstance(contracts, Sequence) and contracts and all(isinstance(c, Contract) for c in contracts):
+        array = np.array([[getattr(c, f) for f in FIELDS] for c in contracts], dtype=np.float64)
+    elif isinstance(contracts, Sequence) and contracts and all(isinstance(c, Contract | Mapping) for c in contracts):
+        array = np.empty((len(contracts), len(FIELDS)))
+        for row, contract in enumerate(contracts):
+            given = {f: getattr(contract, f) for f in FIELDS} if isinstance(contract, Contract) else contract
+            _check_names(given, f"contracts[{row}]")
+            array[row] = [_number(given[field], row, field) for field in FIELDS]
+    else:
+        array = _by_position(contracts)
+    if array.size == 0:
+        return np.empty((0, len(FIELDS)))
+    _check_values(array)
+    return array
+
+
+def _has_columns(table: object) -> bool:
+    return isinstance(table, Mapping) and any(np.ndim(values) > 0 for values in table.values())
+
+
+def _columns(contracts: Any) -> Mapping[str, Any] | None:
+    """The columns of something that names them."""
+    if _has_columns(contracts):
+        _check_names(contracts, "contracts")
+        return {field: contracts[field] for field in FIELDS}
+    names = getattr(contracts, "columns", None)
+    if names is None and isinstance(contracts, np.ndarray):
+        names = contracts.dtype.names
+    if names is None or not hasattr(contracts, "__getitem__"):
+        return None
+    _check_names(list(names), "contracts")
+    return {field: contracts[field] for field in FIELDS}
+
+
+def _check_names(names: Iterable[Any], where: str) -> None:
+    given = list(names)
+    wrong = [repr(name) for name in given if name not in FIELDS]
+    missing = [field for field in FIELDS if field not in given]
+    twice = [field for field in FIELDS if given.count(field) > 1]
+    for what, found in (("unknown", wrong), ("missing", missing), ("there twice", twice)):
+        if found:
+            raise ConfigError(f"{where}: {', '.join(found)} {what}; the fields are {', '.join(FIELDS)}")
+
+
+def _joined(columns: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    read = [_column(values, field) for field, values in columns.items()]
+    lengths = {field: len(values) for field, values in zip(columns, read, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise ConfigError(f"contracts: the columns have different lengths: {lengths}")
+    return np.stack(read, axis=1)
+
+
+def _column(values: Any, field: str) -> npt.NDArray[np.float64]:
+    """Shapes: (n,) of anything -> (n,)."""
+    masked = np.ma.getmaskarray(values) if isinstance(values, np.ma.MaskedArray) else None
+    if masked is not None and masked.any():
+        raise ConfigError(f"contracts[{int(np.flatnonzero(masked)[0])}].{field} is masked: it has no value")
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ConfigError(f"contracts: the column {field} has shape {array.shape}, it must be (n,)")
+    if array.dtype.kind in "iuf":
+        return array.astype(np.float64)
+    return np.array([_number(value, row, field) for row, value in enumerate(array.tolist())], dtype=np.float64)
+
+
+def _by_position(contracts: Any) -> npt.NDArray[np.float64]:
+    """Shapes: (6,) or (n, 6) -> (n, 6)."""
     if hasattr(contracts, "detach"):  # a torch tensor, possibly on the GPU
         contracts = contracts.detach().cpu().numpy()
     try:
-        array = np.array(contracts, dtype=np.float64, ndmin=2)
+        array = np.ma.array(contracts) if isinstance(contracts, np.ma.MaskedArray) else np.array(contracts)
+        # NumPy makes text of numbers beside a text, and numbers of truth values beside a number.
+        if array.size and (array.dtype.kind not in "iuf" or _holds_truth(contracts)):
+            array = np.array(contracts, dtype=object)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"contracts: not an array of numbers ({error})") from None
     if array.size == 0:
         return np.empty((0, len(FIELDS)))
+    array = array[None] if array.ndim == 1 else array
     if array.ndim != 2 or array.shape[1] != len(FIELDS):
         raise ConfigError(f"contracts: expected shape (n, 6) with columns {', '.join(FIELDS)}, got {array.shape}")
-    _check_values(array)
-    return array
+    return _joined(dict(zip(FIELDS, array.T, strict=True)))
+
+
+def _holds_truth(rows: Any) -> bool:
+    if not isinstance(rows, list | tuple):
+        return False
+    items = (item for row in rows for item in (row if isinstance(row, list | tuple) else [row]))
+    return any(isinstance(item, bool | np.bool_) for item in items)
+
+
+def _number(value: Any, row: int, field: str) -> float:
+    """Raises: ConfigError for what is no number, or might be meant as something else."""
+    if value is None:
+        return np.nan
+    refused = bool | np.bool_ | str | bytes | complex | np.complexfloating
+    try:
+        if not isinstance(value, refused) and hasattr(value, "__float__"):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ConfigError(f"contracts: not an array of numbers: contracts[{row}].{field} is {value!r}")
 
 
 def outside_domain(contracts: npt.NDArray[np.float64], domain: Mapping[str, BoundSpec]) -> dict[str, int]:

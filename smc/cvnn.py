@@ -25,6 +25,7 @@ from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.gbm import SimulationParams
 from smc.modules import evaluating
+from smc.numeric_fields import WholeNumber
 
 __all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "RealNetwork", "build_cvnn", "check_model"]
 
@@ -42,10 +43,10 @@ class CVNNConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    hidden: tuple[int, ...] = Field(default=(64, 64, 64), min_length=1)
+    hidden: tuple[WholeNumber, ...] = Field(default=(64, 64, 64), min_length=1)
     activation: Activation = "split_silu"
     numbers: Literal["complex", "real"] = "complex"
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
+    seed: WholeNumber = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
 
     @model_validator(mode="after")
     def _real_activation(self) -> CVNNConfig:

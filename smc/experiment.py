@@ -9,6 +9,7 @@ from smc.commits import DEFAULT_MESSAGE, check_template
 from smc.contracts import BoundSpec, resolve_domain
 from smc.cvnn import CVNNConfig, build_cvnn
 from smc.gbm import BlackScholesConfig
+from smc.numeric_fields import RealNumber, WholeNumber
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.training import TrainingConfig
 
@@ -28,10 +29,10 @@ class Experiment(BaseModel):
     domain: dict[str, BoundSpec] = Field(default_factory=dict)
     network: CVNNConfig = CVNNConfig()
     training: TrainingConfig
-    commit_interval: int | None = Field(default=None, ge=1)
+    commit_interval: WholeNumber | None = Field(default=None, ge=1)
     commit_message_template: str = DEFAULT_MESSAGE
-    num_cpus: float = Field(default=1, gt=0)
-    num_gpus: float = Field(default=0, ge=0)
+    num_cpus: RealNumber = Field(default=1, gt=0)
+    num_gpus: RealNumber = Field(default=0, ge=0)
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="after")

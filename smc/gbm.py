@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc import gbm_cuda
 from smc.contracts import ContractsLike, contract_array
@@ -21,6 +21,7 @@ from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.normals import box_muller, bridge_increments, philox4x32, sobol_normals, sobol_points
+from smc.numeric_fields import WholeNumber
 
 __all__ = ["BlackScholes", "BlackScholesConfig", "SimulationParams"]
 
@@ -44,20 +45,15 @@ class SimulationParams(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    timesteps: int = Field(ge=1, le=16384)
-    network_size: int = Field(ge=2)
-    batches_per_mc_run: int = Field(ge=1)
-    threads_per_block: int = Field(default=256, ge=32, le=1024, multiple_of=32)
-    mc_seed: int = Field(ge=0, lt=2**64)
-    buffer_size: int = Field(default=10_000, ge=1)
-    skip: int = Field(default=0, ge=0)
+    timesteps: WholeNumber = Field(ge=1, le=16384)
+    network_size: WholeNumber = Field(ge=2)
+    batches_per_mc_run: WholeNumber = Field(ge=1)
+    threads_per_block: WholeNumber = Field(default=256, ge=32, le=1024, multiple_of=32)
+    mc_seed: WholeNumber = Field(ge=0, lt=2**64)
+    buffer_size: WholeNumber = Field(default=10_000, ge=1)
+    skip: WholeNumber = Field(default=0, ge=0)
     dtype: Precision = Precision.float32
     sampling: Literal["auto", "pseudorandom", "sobol"] = "auto"
-
-    @field_validator("mc_seed", mode="before")
-    @classmethod
-    def _plain_int(cls, value: object) -> object:
-        return int(value) if isinstance(value, np.integer) else value
 
     @model_validator(mode="after")
     def _paths_fit_the_counter(self) -> SimulationParams:

@@ -39,6 +39,7 @@ from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
 from smc.modules import check_trainable, training, unwrapped
+from smc.numeric_fields import is_whole
 from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.prediction import Array, Outside, Predictor
 from smc.pricer_config import GbmCVNNPricerConfig
@@ -524,7 +525,7 @@ def _check_commit_arguments(target: CommitTarget | None, auto_commit: bool, inte
         raise ConfigError("auto_commit or commit_interval requires blockchain_store")
     if interval is not None and not auto_commit:
         raise ConfigError("commit_interval requires auto_commit=True")
-    if interval is not None and (not isinstance(interval, int) or interval < 1):
+    if interval is not None and (not is_whole(interval) or interval < 1):
         raise ConfigError(f"commit_interval must be a whole number of batches, at least 1, got {interval!r}")
 
 

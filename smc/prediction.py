@@ -184,13 +184,14 @@ class Predictor:
         """The contracts on this device, checked, and where the answer belongs (None: to NumPy)."""
         if outside not in ("refuse", "warn"):
             raise ConfigError(f"outside must be 'refuse' or 'warn', got {outside!r}")
-        if isinstance(contracts, Tensor):
+        if isinstance(contracts, Tensor) and (contracts.is_floating_point() or len(contracts) == 0):
             table = contracts.detach().to(self._device, torch.float64)
             if not self._is_within(table):
                 table = torch.from_numpy(self._checked(contract_array(contracts), outside)).to(self._device)
             return table, contracts.device
         array = self._checked(contract_array(contracts), outside)
-        return torch.from_numpy(array).to(self._device), None
+        home = contracts.device if isinstance(contracts, Tensor) else None
+        return torch.from_numpy(array).to(self._device), home
 
     def _is_within(self, table: Tensor) -> bool:
         """Whether the device sees nothing to complain of: one number read back, however many contracts."""

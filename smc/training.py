@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from smc.numeric_fields import RealNumber, WholeNumber
 from smc.optimizer import OptimizerName
 
 if TYPE_CHECKING:  # a commit carries a checkpoint, and a checkpoint its plan
@@ -32,14 +33,14 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_batches: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    fresh_per_batch: int | None = Field(default=None, ge=1)
+    num_batches: WholeNumber = Field(ge=1)
+    batch_size: WholeNumber = Field(ge=1)
+    learning_rate: RealNumber = Field(gt=0, allow_inf_nan=False)
+    fresh_per_batch: WholeNumber | None = Field(default=None, ge=1)
     optimizer: OptimizerName = "soap"
-    differential: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    differential: RealNumber = Field(default=0.0, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = Field(default=100, ge=0)
+    warmup: WholeNumber = Field(default=100, ge=0)
 
     @model_validator(mode="after")
     def _fresh_fits_the_batch(self) -> TrainingConfig:
@@ -60,7 +61,7 @@ class TrainingPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     config: TrainingConfig
-    start: int = Field(ge=0)
+    start: WholeNumber = Field(ge=0)
 
     @property
     def end(self) -> int:
