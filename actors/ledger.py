@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import ray
@@ -454,7 +455,7 @@ def address(uri: str, endpoint_url: str | None = None) -> str:
     Raises: ConfigError if the server's cannot be found out.
     """
     endpoint = endpoint_of(endpoint_url)
-    return uri if endpoint is None else f"{uri}@{endpoint}"
+    return uri if endpoint is None else f"{uri}@{quote(endpoint, safe='')}"
 
 
 def _get_or_start(uri: str, endpoint_url: str | None) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -61,10 +62,17 @@ async def running() -> dict[str, dict[str, Any]]:
     trainers = [name.removeprefix("trainer:") for name in names_of_actors("trainer:")]
     statuses = await asyncio.gather(*(asked(f"ledger:{name}", "status") for name in ledgers))
     progress = await asyncio.gather(*(asked(f"trainer:{name}", "progress") for name in trainers))
+    said = [asdict(p) if p is not None else None for p in progress]
     return {
-        "ledgers": dict(zip(ledgers, statuses, strict=True)),
-        "experiments": {n: asdict(p) if p is not None else None for n, p in zip(trainers, progress, strict=True)},
+        "ledgers": dict(zip(_shortened(ledgers), statuses, strict=True)),
+        "experiments": dict(zip(_shortened(trainers), said, strict=True)),
     }
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Names without the address of their server, unless two differ in that alone."""
+    short = [re.sub(r"@https?%3A%2F%2F[^:/@]*", "", name) for name in names]
+    return [s if short.count(s) == 1 else name for s, name in zip(short, names, strict=True)]
 
 
 def _of_ledger(name: str, status: Mapping[str, Any] | None) -> tuple[str, ...]:

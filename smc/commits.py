@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import string
 import threading
 import time
@@ -19,8 +20,6 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol, TypeVar
 
-import orjson
-from pydantic import ValidationError
 from torch import Tensor
 
 from smc.checkpoint import CheckpointMetadata
@@ -64,6 +63,9 @@ _LONGEST_DELAY: Final = 2.0
 _SHORTEST_DELAY: Final = 0.02
 # Seconds beyond the deadline that closing the connection may take.
 _HANG_UP_LIMIT: Final = 1.0
+# Of a commit's message and of each number in it, in characters.
+_LONGEST_MESSAGE: Final = 2_000
+_WIDEST: Final = 100
 # Seconds between two lines that say how many snapshots were replaced.
 _REPLACED_INTERVAL: Final = 10.0
 
@@ -156,32 +158,28 @@ def check_template(template: str) -> None:
 
     Raises: ConfigError (a ValueError) naming what is wrong; {step}, {loss}, {batch} are allowed.
     """
+    where = f"commit_message_template {template!r}"
     try:
-        for _, name, _, _ in string.Formatter().parse(template):
+        for _, name, form, _ in string.Formatter().parse(template):
             if name is not None and name not in ("step", "loss", "batch"):
                 raise ConfigError(
                     f"commit_message_template: unknown variable {{{name}}}; allowed are {{step}}, {{loss}}, {{batch}}"
                 )
-        template.format(step=10**15, loss=0.5, batch=10**15)
+            if "{" in (form or "") or any(int(n) > _WIDEST for n in re.findall(r"[0-9]+", form or "")):
+                raise ConfigError(f"{where}: a format has a width of at most {_WIDEST}, and no variable in it")
+        message = template.format(step=10**15, loss=0.5, batch=10**15)
+        message.encode()
     except ConfigError:
         raise
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"commit_message_template {template!r}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
+    if len(message) > _LONGEST_MESSAGE:
+        raise ConfigError(f"{where}: the message has {len(message):,} characters, {_LONGEST_MESSAGE:,} are allowed")
 
 
 def check_entry(experiment: str, parameters: Mapping[str, Any]) -> None:
     """Refuse what an entry cannot hold. Raises: ConfigError."""
-    try:
-        record = CommitRecord(
-            ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters)
-        )
-        orjson.dumps(record.model_dump())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{where}: {first['msg']}; an entry holds what JSON does") from None
-    except TypeError as error:  # whole numbers beyond 64 bits, text that is not Unicode
-        raise ConfigError(f"experiment or parameters: {error}; an entry holds what JSON does") from None
+    CommitRecord.checked(ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters))
 
 
 class BackgroundCommits:

@@ -13,22 +13,35 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Any, Final
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from smc.errors import Corrupt
+from smc.errors import ConfigError, Corrupt
 
 __all__ = ["CommitRecord", "Spool", "SpooledCommit", "new_commit_id", "spool_directory"]
 
 # Snapshots, of as many trainers as a node may have: while S3 is away for long, older ones would leave no room for them.
 _ROOM_FOR: Final = 8
+# Bytes of an entry, which has 64,000, without its message, metrics and what the ledger adds.
+_LARGEST: Final = 48_000
 
 
 def new_commit_id() -> str:
     """An id that no other commit has."""
     return uuid.uuid4().hex
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} is a lone surrogate, which is no Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class CommitRecord(BaseModel):
@@ -42,14 +55,31 @@ class CommitRecord(BaseModel):
 
     ledger: str
     commit_id: str = Field(default_factory=new_commit_id, pattern=r"^[0-9A-Za-z._-]{1,128}$")
-    message: str
+    message: Text
     step: int
     loss: float | None
-    experiment: str = ""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    experiment: Text = ""
+    metrics: dict[Text, float] = Field(default_factory=dict)
     resumed_from: str | None = None
     model_hash: str | None = None
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @classmethod
+    def checked(cls, **fields: Any) -> CommitRecord:
+        """A record of what a user gave. Raises: ConfigError naming the field that no entry can hold."""
+        try:
+            record = cls(**fields)
+            size = len(orjson.dumps(record.model_dump(exclude={"message", "metrics"})))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            message = str(first["msg"]).removeprefix("Value error, ")
+            raise ConfigError(f"{where}: {message}; an entry holds what JSON does") from None
+        except TypeError as error:  # whole numbers beyond 64 bits, text that is not Unicode
+            raise ConfigError(f"experiment or parameters: {error}; an entry holds what JSON does") from None
+        if size > _LARGEST:
+            raise ConfigError(f"experiment and parameters have {size:,} bytes; an entry has room for {_LARGEST:,}")
+        return record
 
 
 class SpooledCommit(CommitRecord):
@@ -60,14 +90,24 @@ class SpooledCommit(CommitRecord):
 
 def spool_directory() -> Path:
     """`SMC_SPOOL_DIR`, or `~/.smc/spool`: outside the working directory, which Ray deletes after a job."""
-    return Path(os.environ.get("SMC_SPOOL_DIR") or Path.home() / ".smc" / "spool")
+    if named := os.environ.get("SMC_SPOOL_DIR"):
+        return Path(named)
+    try:
+        return Path.home() / ".smc" / "spool"
+    except RuntimeError:
+        raise OSError(errno.ENOENT, "this user has no home: set SMC_SPOOL_DIR to a folder for the spool") from None
 
 
 class Spool:
     """A directory of commits that wait for their ledger."""
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.directory = directory or spool_directory()
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        """Where it is. Raises: OSError if this user has no home, and none was named."""
+        return self._directory or spool_directory()
 
     def save(self, record: CommitRecord, data: bytes | bytearray | memoryview, *, final: bool = True) -> Path:
         """Keep one commit; -> the checkpoint's path. Raises: OSError when the disk does.
@@ -82,20 +122,35 @@ class Spool:
             _write(path, data)
             kept = SpooledCommit(**record.model_dump() | {"content_hash": hashlib.sha256(data).hexdigest()})
             _write(path.with_suffix(".json"), orjson.dumps(kept.model_dump(), option=orjson.OPT_INDENT_2))
-        except OSError:
+        except BaseException:
             path.unlink(missing_ok=True)  # a disk that is full should not stay so for what is of no use
             raise
         return path
 
     def records(self) -> Iterator[SpooledCommit]:
-        """Every whole commit, the earliest step first."""
-        found = []
-        for path in self.directory.glob("*.json"):
+        """Every whole commit, the earliest step first. Raises: Corrupt, after the last, naming what is no record."""
+        found, damaged = self.read()
+        yield from found
+        if damaged:
+            raise Corrupt(f"spool: {'; '.join(damaged)}")
+
+    def read(self) -> tuple[list[SpooledCommit], list[str]]:
+        """Every whole commit, the earliest step first, and what stands in the place of a record and is none."""
+        found: list[SpooledCommit] = []
+        damaged = []
+        for path in sorted(self.directory.glob("*.json")):
             try:
-                found.append(SpooledCommit.model_validate_json(path.read_bytes()))
+                record = SpooledCommit.model_validate_json(path.read_bytes())
             except ValidationError as error:
-                raise Corrupt(f"spool: {path} is not a commit record: {error.errors()[0]['msg']}") from None
-        yield from sorted(found, key=lambda r: (r.ledger, r.experiment, r.step))
+                damaged.append(f"{path} is not a commit record: {error.errors()[0]['msg']}")
+            except OSError as error:
+                damaged.append(f"{path} cannot be read: {error.strerror}")
+            else:
+                if record.commit_id == path.stem:
+                    found.append(record)
+                else:
+                    damaged.append(f"{path} is the record of {record.commit_id}: it has another file's name")
+        return sorted(found, key=lambda r: (r.ledger, r.experiment, r.step)), damaged
 
     def load(self, record: SpooledCommit) -> bytes:
         """The checkpoint of a record. Raises: Corrupt if it is not what was kept."""
@@ -104,6 +159,8 @@ class Spool:
             data = path.read_bytes()
         except FileNotFoundError:
             raise Corrupt(f"spool: {path} is gone, {path.with_suffix('.json')} is there") from None
+        except OSError as error:
+            raise Corrupt(f"spool: {path} cannot be read: {error.strerror}") from None
         if record.content_hash not in (None, hashlib.sha256(data).hexdigest()):
             raise Corrupt(f"spool: {path} is not what was kept: its SHA-256 is not {record.content_hash}")
         return data

@@ -36,6 +36,8 @@ async def verify(store: Store, options: Options) -> int:
         raise ConfigError(f"{options.memory} remembers an entry already: leave out --since")
     since = (seen.index, seen.hash) if seen is not None else options.since
     report = await store.verify(blobs=options.blobs, full=options.full, since=since)
+    if not report.found and since is None:
+        await store.require()
     if report.ok and options.memory is not None and report.last is not None:
         index, digest = report.last
         write_memory(options.memory, Seen(store.uri, report.blocks - 1, digest, index))
@@ -58,6 +60,8 @@ async def verify(store: Store, options: Options) -> int:
 async def find_corruption(store: Store, options: Options) -> int:
     """Read every byte; say what is damaged, which versions that concerns, and what is still whole."""
     report = await store.verify(blobs=True, full=True)
+    if not report.found:
+        await store.require()
     if report.ok:
         if options.json:
             print_json({"ok": True, "problems": [], "affected": [], "sound": []})
@@ -101,6 +105,8 @@ async def _affected(store: Store, report: Verification) -> tuple[list[ModelVersi
 async def list_versions(store: Store, options: Options) -> int:
     """The versions that all filters let through, oldest first."""
     catalog = await store.catalog()
+    if options.tag is None:
+        await store.require()
     if options.tag is not None and options.tag not in catalog.aliases:
         raise NotFound(f"there is no alias {options.tag!r}: there are {', '.join(catalog.aliases) or 'none'}")
     versions = [v for v in catalog.versions if _wanted(v, catalog, options)]
@@ -136,6 +142,7 @@ async def inspect(store: Store, options: Options) -> int:
     """One version: its entry, its aliases, its settings and its tensors, every byte verified."""
     catalog = await store.catalog()
     if catalog.head is None and options.version in (None, "head"):
+        await store.require()
         print_json(None) if options.json else print(f"{store.uri} is empty")
         return 0
     version = catalog.resolve(options.version or "head")
@@ -195,6 +202,7 @@ async def lineage(store: Store, options: Options) -> int:
         from smc.pictures import save_lineage
 
         save_lineage(options.out, runs, catalog.aliases)
+    await store.require()
     if options.json:
         print_json(
             [
@@ -312,13 +320,16 @@ async def import_(store: Store, options: Options) -> int:
 
 async def recover_spool(store: Store, options: Options) -> int:
     """Commit what the local spool keeps for this ledger."""
-    versions = await recover(store, Spool(options.spool))
-    if options.json:
-        print_json([as_json(v) for v in versions])
-        return 0
-    for v in versions:
-        print(f"{v.version_id}  step {v.step}  {v.content_hash[:8]}  {v.commit_message}")
-    print(f"{len(versions)} commits recovered into {store.uri}")
+    versions: list[ModelVersion] = []
+    try:
+        await recover(store, Spool(options.spool), told=versions.append)
+    finally:  # what was recovered is said, whatever could not be
+        if options.json:
+            print_json([as_json(v) for v in versions])
+        else:
+            for v in versions:
+                print(f"{v.version_id}  step {v.step}  {v.content_hash[:8]}  {v.commit_message}")
+            print(f"{len(versions)} commits recovered into {store.uri}")
     return 0
 
 
@@ -328,6 +339,7 @@ async def recover_spool(store: Store, options: Options) -> int:
 async def gc_preview(store: Store, options: Options) -> int:
     """What a collection would keep and delete, and how many bytes."""
     plan = await plan_collection(store, await _policy(store, options))
+    await store.require()
     if options.json:
         print_json(_plan_as_json(plan))
         return 0
@@ -342,12 +354,17 @@ async def gc_run(store: Store, options: Options) -> int:
     if not options.yes:
         print_json(_plan_as_json(plan)) if options.json else _print_plan(plan)
         raise ConfigError("nothing was deleted: add --yes to delete this")
+    await store.require()
     result = await collect(store, policy, plan)
     if options.json:
-        print_json(asdict(result))
+        kept = {} if result.freed else {"hidden": True}
+        print_json({"deleted": result.deleted, "bytes": result.bytes, "spared": result.spared, **kept})
         return 0
     spared = f", {result.spared} spared: they had been written or wanted again" if result.spared else ""
-    print(f"{result.deleted} checkpoints deleted, {_size(result.bytes)} freed{spared}; {len(plan.kept)} versions kept")
+    freed = "freed" if result.freed else "hidden: the bucket keeps earlier versions until its lifecycle removes them"
+    print(
+        f"{result.deleted} checkpoints deleted, {_size(result.bytes)} {freed}{spared}; {len(plan.kept)} versions kept"
+    )
     return 0
 
 
@@ -432,6 +449,7 @@ async def report(store: Store, options: Options) -> int:
     from smc.storage.report import report_page
 
     made = await report_page(store, contracts=options.contracts, blobs=options.blobs)
+    await store.require()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(made.html, encoding="utf-8")
     state = "ok" if made.ok else "CORRUPT"

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from smc.errors import ConfigError, Unavailable
+from smc.storage.s3 import parse_uri
 
 __all__ = ["DevServer"]
 
@@ -49,6 +50,9 @@ class DevServer:
     def __init__(self, directory: Path, *, buckets: Sequence[str] = ("spectralmc",), port: int | None = None) -> None:
         self.directory = Path(directory)
         self.buckets = tuple(buckets)
+        for bucket in self.buckets:
+            if "/" in bucket or not parse_uri(bucket)[0]:
+                raise ConfigError(f"{bucket!r} is no bucket's name")
         self._port = port
         self._process: subprocess.Popen[bytes] | None = None
         self.environment: dict[str, str] = {}
@@ -104,6 +108,7 @@ class DevServer:
             "AWS_ACCESS_KEY_ID": access,
             "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost"])),
         }
         command = [binary, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false"]
         # Its other parts would let anybody on this machine read and write over HTTP, and a web page that is open here
@@ -182,7 +187,9 @@ class DevServer:
             if process.poll() is not None:
                 return False
             with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(f"{self.endpoint_url}/healthz", timeout=2).close()
+                # Not by a proxy that the environment names for other addresses.
+                direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+                direct.open(f"{self.endpoint_url}/healthz", timeout=2).close()
                 if self._create_buckets():
                     return True
             time.sleep(0.1)
@@ -200,7 +207,7 @@ class DevServer:
             region_name="us-east-1",
             aws_access_key_id=self._administrator[0],
             aws_secret_access_key=self._administrator[1],
-            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10),
+            config=Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=10, proxies={}),
         )
         for bucket in self.buckets:
             try:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from smc.errors import ConfigError, NotFound
+from smc.errors import ConfigError, Corrupt, NotFound
 from smc.spool import new_commit_id
 from smc.storage.catalog import Catalog
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, is_content_hash, version_id
@@ -100,11 +100,16 @@ class CollectionPlan:
 
 @dataclass(frozen=True)
 class CollectionResult:
-    """What a collection did: checkpoints deleted, and those spared because they had become young or wanted again."""
+    """What a collection did: checkpoints deleted, and those spared because they had become young or wanted again.
+
+    `freed` is False where the bucket has versioning: what was deleted is hidden, and takes its space until the bucket's
+    lifecycle removes earlier versions.
+    """
 
     deleted: int
     bytes: int
     spared: int
+    freed: bool = True
 
 
 async def plan_collection(store: AsyncBlockchainModelStore, policy: RetentionPolicy) -> CollectionPlan:
@@ -126,6 +131,9 @@ async def plan_collection(store: AsyncBlockchainModelStore, policy: RetentionPol
         blobs[content_hash] = info
         if content_hash not in by_hash:
             orphans.append(info)
+    if blobs and not catalog.versions:
+        reason = f"there are {len(blobs)} checkpoints and no version: the log is gone, or another ledger's"
+        raise Corrupt(f"log/: {reason}; nothing is deleted", (("log/", reason),))
     versions = [version for version in catalog.versions if version.content_hash in blobs]
     return CollectionPlan(kept, versions, orphans, young, blobs)
 
@@ -163,7 +171,7 @@ async def collect(
     catalog = await collector.read()
     await _revoke(store, catalog, spared | collector.wanted, [entry.index for entry in announced])
     deleted = [size for size in freed.values() if size]
-    return CollectionResult(len(deleted), sum(deleted), len(spared))
+    return CollectionResult(len(deleted), sum(deleted), len(spared), collector.freed)
 
 
 class _Collector:
@@ -182,6 +190,7 @@ class _Collector:
         self._started = datetime.now(UTC)
         self._catalog = Catalog()
         self.wanted: set[str] = set()
+        self.freed = True
 
     async def begin(self, announced: Entry) -> None:
         """Take the server's time from the block that announces this collection, and read the log."""
@@ -215,7 +224,7 @@ class _Collector:
             if not unwanted or self._age(info) < self._policy.min_age or self._begun.seconds > _LONGEST_WORK:
                 return None
             if not self._is_old_news(looked) and not self._is_old_news(self._read_at):
-                await self._store.objects.delete(key)
+                self.freed &= await self._store.objects.delete(key) is not False
                 return info.size
         return None
 

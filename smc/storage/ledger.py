@@ -103,6 +103,11 @@ class Ledger:
         async with self._lock:
             return await self._reader.refresh()
 
+    async def is_there(self) -> bool:
+        """Whether anybody has written here, or prepared to."""
+        tail = await self.refresh()
+        return tail.block > 0 or self._reader.hinted is not None
+
     async def newest_version(self) -> Entry | None:
         """The last commit of the log, or None."""
         await self.refresh()
@@ -244,6 +249,7 @@ class Ledger:
         while True:
             batch = await self._settle_known(batch)
             if not batch:
+                self._publish()  # the writer of what was known already may have died before it did
                 return
             if await self._turns.leave_room(self._block_seconds):
                 await reader.refresh()
@@ -327,7 +333,7 @@ class Ledger:
 
     def _publish(self) -> None:
         """Bring head.json and the indexes up to date, beside the acknowledgements and never in their way."""
-        if self._publisher is None or self._publisher.done():
+        if self._derived_is_behind() and (self._publisher is None or self._publisher.done()):
             self._publisher = asyncio.create_task(self._write_derived())
 
     def _derived_is_behind(self) -> bool:

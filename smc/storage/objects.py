@@ -61,8 +61,8 @@ class ObjectStore(Protocol):
         """Size and time. Raises: NotFound."""
         ...
 
-    async def delete(self, key: str) -> None:
-        """Remove; no error if it is not there."""
+    async def delete(self, key: str) -> bool:
+        """Remove; no error if it is not there. -> False if the server only hid it and keeps its earlier versions."""
         ...
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
@@ -112,9 +112,10 @@ class MemoryObjectStore:
             raise NotFound(f"no object {key}")
         return self._info(key)
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str) -> bool:
         await asyncio.sleep(0)
         self.objects.pop(key, None)
+        return True
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         await asyncio.sleep(0)

@@ -62,8 +62,8 @@ class TimedObjects:
     async def stat(self, key: str) -> ObjectInfo:
         return await self._limited(self._inner.stat(key), key, 0)
 
-    async def delete(self, key: str) -> None:
-        await self._limited(self._inner.delete(key), key, 0)
+    async def delete(self, key: str) -> bool:
+        return await self._limited(self._inner.delete(key), key, 0)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         pages = self._inner.list(prefix)

@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from botocore.exceptions import (
 from botocore.exceptions import (
     ConnectionError as BotoConnectionError,
 )
+from botocore.parsers import ResponseParserError
 
 from smc.errors import AccessDenied, ConfigError, Conflict, NotFound, Unavailable
 from smc.storage.objects import Body, ObjectInfo
@@ -200,6 +201,7 @@ class S3ObjectStore:
             if isinstance(error, ClientError) and _status(error) in (304, 416):
                 raise _NothingThere from None
             self._translate(error, key)
+        self._check_answer(response, key, "ETag", "ContentLength")
         if len(data) != response["ContentLength"]:
             raise Unavailable(f"{self._where(key)}: {len(data)} of {response['ContentLength']} bytes arrived")
         return data, str(response["ETag"])
@@ -215,9 +217,10 @@ class S3ObjectStore:
             self._translate(error, key)
 
     async def _put_whole(self, key: str, data: Body, **how: str) -> None:
-        await self._client.put_object(
+        response = await self._client.put_object(
             Bucket=self._bucket, Key=self._prefix + key, Body=_sendable(data), ContentMD5=await _digest(data), **how
         )
+        self._check_answer(response, key, "ETag")
 
     async def _get_in_ranges(self, key: str, size: int, on_bytes: Callable[[memoryview], None] | None) -> bytearray:
         """One buffer of the whole size, filled by parallel ranged requests: no second copy."""
@@ -311,13 +314,15 @@ class S3ObjectStore:
                 with contextlib.suppress(AccessDenied):
                     await self.check_bucket()
             self._translate(error, key)
+        self._check_answer(response, key, "ETag", "ContentLength", "LastModified")
         return ObjectInfo(key, response["ContentLength"], response["LastModified"], _md5(response["ETag"]))
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str) -> bool:
         try:
-            await self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+            response = await self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
         except _FAILURES as error:
             self._translate(error, key)
+        return not response.get("DeleteMarker", False)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         token: dict[str, str] = {}
@@ -326,6 +331,8 @@ class S3ObjectStore:
                 page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **token)
             except _FAILURES as error:
                 self._translate(error, prefix)
+            # Of a server that is none, botocore reads an empty answer as an empty listing.
+            self._check_answer(page, prefix, "Name", "IsTruncated")
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self._prefix)
                 yield ObjectInfo(key, item["Size"], item["LastModified"], _md5(item["ETag"]))
@@ -349,6 +356,14 @@ class S3ObjectStore:
         if isinstance(error, ClientError) and _code(error) == "AccessDenied":
             await self.check_bucket()
 
+    def _check_answer(self, answer: Mapping[str, Any], key: str, *fields: str) -> None:
+        """Raises: ConfigError if an answer of status 200 is none that S3 gives."""
+        if missing := [field for field in fields if field not in answer]:
+            raise ConfigError(
+                f"{self._where(key)}: {self._endpoint()} does not answer like S3 (no {missing[0]}): is it the "
+                "address of an S3 server?"
+            )
+
     def _endpoint(self) -> str:
         return str(self._client.meta.endpoint_url)
 
@@ -360,6 +375,13 @@ class S3ObjectStore:
         if isinstance(error, ClientError):
             code, status = _code(error), _status(error)
             detail = error.response.get("Error", {}).get("Message") or code
+            if 300 <= status < 400:
+                headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+                to = headers.get("location") or headers.get("x-amz-bucket-region") or "nowhere"
+                raise ConfigError(
+                    f"{where}: {self._endpoint()} redirects to {to} (status {status}): give the address and the region "
+                    "of the bucket itself"
+                ) from None
             if code == "NoSuchBucket":
                 raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
             if code in ("NoSuchKey", "404", "NotFound") or status == 404:
@@ -376,11 +398,15 @@ class S3ObjectStore:
         if isinstance(error, _TRANSIENT):
             text = str(error).removeprefix("Connection was closed before we received a valid response from ")
             raise Unavailable(f"{where}: {text or type(error).__name__}") from None
-        raise ConfigError(f"{where}: {error}") from None
+        if isinstance(error, ResponseParserError):
+            raise ConfigError(
+                f"{where}: {self._endpoint()} does not answer like S3; is it the address of an S3 server?"
+            ) from None
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
 
 
 _TRANSIENT = (BotoConnectionError, HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
-_FAILURES = (ClientError, BotoCoreError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
+_FAILURES = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
 
 
 async def _side_by_side(work: Callable[[int], Awaitable[None]], starts: Iterable[int]) -> None:

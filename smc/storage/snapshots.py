@@ -27,9 +27,11 @@ async def commit_snapshot(
     loss: float | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> ModelVersion:
-    """Commit a pricer's state now, and return the version it became."""
-    data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))
-    record = CommitRecord(
+    """Commit a pricer's state now, and return the version it became.
+
+    Raises: ConfigError for what an entry cannot hold, before anything is uploaded; and what the store raises.
+    """
+    record = CommitRecord.checked(
         ledger=store.uri,
         message=message,
         step=snapshot.global_step,
@@ -37,9 +39,9 @@ async def commit_snapshot(
         experiment=experiment,
         metrics=dict(metrics or {}),
         resumed_from=snapshot.resumed_from,
-        model_hash=model_hash(data),
     )
-    return await store.commit(data, record, fresh=True)
+    data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))
+    return await store.commit(data, record.model_copy(update={"model_hash": model_hash(data)}), fresh=True)
 
 
 async def load_snapshot_from_checkpoint(

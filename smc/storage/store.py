@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -132,6 +132,11 @@ class AsyncBlockchainModelStore:
             raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
         return self._objects
 
+    async def require(self) -> None:
+        """Raises: NotFound if there is no ledger here, not even an empty one."""
+        if not await self.ledger.is_there():
+            raise NotFound(f"there is no ledger at {self.uri}: neither a log nor a head.json")
+
     async def get_head(self) -> ModelVersion | None:
         """The newest version, or None in an empty ledger."""
         entry = await self.ledger.newest_version()
@@ -181,16 +186,20 @@ class AsyncBlockchainModelStore:
     async def tag(self, alias: str, version: ModelVersion, message: str = "") -> Entry:
         """Let an alias name this version from now on; -> the entry that says so.
 
-        Raises: ConfigError for a name that cannot be one, Conflict if the version's checkpoint is being collected.
+        Raises: ConfigError for a name that cannot be one, NotFound if the version's checkpoint is gone, Conflict if it
+        is being collected.
         """
         check_alias(alias)
         collected_at = (await self.catalog()).collected_at(version.content_hash)
         if collected_at is None:
             try:
+                await retried(lambda: self.objects.stat(blob_key(version.content_hash)), self._retry_delays)
                 return await self._move(alias, version, message)
-            except Conflict:
+            except (Conflict, NotFound) as error:
                 # Whoever collects looks for aliases after announcing it: one of the two sees the other.
                 collected_at = (await self.catalog()).collected_at(version.content_hash)
+                if isinstance(error, NotFound) and collected_at is None:
+                    raise await self._missing(version) from None
         raise Conflict(
             f"{version.version_id} cannot be tagged: entry {collected_at} announced that its checkpoint is deleted"
         )
@@ -488,27 +497,40 @@ class StoreCommitter:
         """Nobody watches a store in process: the TrainingResult says it."""
 
 
-async def recover(store: AsyncBlockchainModelStore, spool: Spool) -> list[ModelVersion]:
-    """Commit what the spool keeps for this ledger, each once, and remove it when it is in.
+async def recover(
+    store: AsyncBlockchainModelStore, spool: Spool, *, told: Callable[[ModelVersion], None] | None = None
+) -> list[ModelVersion]:
+    """Commit what the spool keeps for this ledger, each once, and remove it when it is in; `told` hears of each.
 
     What turns out to be in the ledger already, because its acknowledgement came too late, is not uploaded again.
-    Raises: Corrupt, after all the others are in, if a checkpoint is not what was kept; it stays where it is.
+    Raises: Corrupt, after all the others are in, naming what is no record, is not what was kept, or what the ledger
+    cannot hold; it stays where it is.
     """
-    versions, corrupt = [], None
-    for record in spool.records():
+    records, left = spool.read()
+    versions = []
+    for record in records:
         if record.ledger != store.uri:
-            continue
-        try:
-            data = spool.load(record)
-        except Corrupt as error:
-            corrupt = corrupt or error
             continue
         entry = await store.ledger.find(record.commit_id)
         version = entry.version if entry is not None else None
-        versions.append(version or await store.commit(data, record))
+        try:
+            data = b"" if version else spool.load(record)
+        except Corrupt as error:
+            left.append(str(error).removeprefix("spool: "))
+            continue
+        try:
+            version = version or await store.commit(data, record)
+        except AccessDenied:
+            raise
+        except ConfigError as error:
+            left.append(f"{record.commit_id}: {error}")
+            continue
         spool.remove(record)
-    if corrupt is not None:
-        raise corrupt
+        versions.append(version)
+        if told is not None:
+            told(version)
+    if left:
+        raise Corrupt(f"spool: {'; '.join(left)}")
     return versions
 
 

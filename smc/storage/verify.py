@@ -21,6 +21,7 @@ from smc.storage.chain import (
     blob_key,
     block_key,
     check_after,
+    is_content_hash,
     parse_block,
 )
 from smc.storage.index import SEGMENT, decode_index, index_key
@@ -49,6 +50,7 @@ class Verification:
     versions: int = 0
     blobs: int = 0
     collected: int = 0
+    found: bool = True  # whether anything of a ledger is there
     last: tuple[int, str] | None = None  # index and hash of the last entry
     problems: list[tuple[str, str]] = field(default_factory=list)
 
@@ -93,7 +95,8 @@ async def verify_ledger(
     blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
     if seen is not None and seen[0] > last:
         report.problems.append((block_key(seen[0]), "the block is missing: head.json has seen it"))
-    head = await _settled_head(objects, last)
+    head = await _settled_head(objects, last) if listed or seen is not None else None
+    report.found = bool(listed) or seen is not None
     head_hash = head[1] if head is not None and head[0] == last else None
     said = _check_chain(blocks, head_hash, report)
     if last >= 0:
@@ -349,9 +352,12 @@ async def _check_blobs(
     wanted: dict[str, list[ModelVersion]] = {}
     for version in said.versions:
         wanted.setdefault(version.content_hash, []).append(version)
-    if not wanted:
-        return
     sizes = {info.key: info.size async for info in objects.list("blobs/")}
+    if not said.versions and report.blocks == 0:
+        checkpoints = [key for key in sizes if is_content_hash(key.removeprefix("blobs/").removesuffix(".safetensors"))]
+        report.found |= bool(sizes)
+        if checkpoints:
+            report.problems.append(("log/", f"there is no log, and there are {len(checkpoints)} checkpoints"))
     gate = asyncio.Semaphore(4)
     missing: list[ModelVersion] = []
 

@@ -330,7 +330,8 @@ def test_one_address_on_two_servers_is_two_ledgers(on_seaweed: str, seaweed: Dev
     for url, actor in zip(endpoints, actors, strict=True):
         assert asyncio.run(commit(url, actor)) == "v0000000000"
     assert [asyncio.run(messages(url)) for url in endpoints] == [[url] for url in endpoints]
-    assert address(on_seaweed) == f"{on_seaweed}@{seaweed.endpoint_url}"  # what the environment names
+    assert address(on_seaweed) == address(on_seaweed, seaweed.endpoint_url)  # what the environment names
+    assert address(on_seaweed) != address(on_seaweed, moto_url)
     for actor in actors:
         ray.kill(actor)
 

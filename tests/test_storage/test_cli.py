@@ -82,6 +82,15 @@ def test_inspect(ledger: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_empty_ledger(on_seaweed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("verify", "inspect", "list-versions", "lineage", "find-corruption"):
+        assert main([command, on_seaweed]) == 2
+        assert f"there is no ledger at {on_seaweed}" in capsys.readouterr().err
+
+    async def prepare() -> None:
+        async with AsyncBlockchainModelStore(on_seaweed) as store:
+            await store.ledger.prepare()
+
+    asyncio.run(prepare())
     assert main(["verify", on_seaweed]) == 0
     assert main(["inspect", on_seaweed]) == 0
     assert "is empty" in capsys.readouterr().out
@@ -376,7 +385,7 @@ def test_the_dev_server_serves_keeps_its_data_and_its_secrets(
         assert known == again.environment
         for name, value in known.items():
             monkeypatch.setenv(name, value)
-        assert main(["verify", "one"]) == 0
+        assert main(["verify", "one"]) == 2  # it answers, and has no ledger yet
         assert os.path.exists(f"/proc/{again.pid}")
 
 
