@@ -71,14 +71,9 @@ class TrainerActor:
                 if self._tensorboard is not None:
                     folder = self._tensorboard / folder_name(experiment.name)
                     loggers.append(stack.enter_context(TensorBoardLogger(folder, pricer.model)))
-
-                def logger(report: StepReport) -> None:
-                    for each in loggers:
-                        each(report)
-
                 return pricer.train(
                     config,
-                    logger=logger,
+                    logger=loggers,
                     blockchain_store=self._target,
                     auto_commit=True,
                     commit_interval=experiment.commit_interval,

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -38,6 +38,7 @@ from smc.cvnn import FEATURES, check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
 from smc.gbm import BlackScholes
+from smc.guarded import GuardedLogger, Logger, only_training, stopped_by_signals
 from smc.modules import check_trainable, training, unwrapped
 from smc.numeric_fields import is_whole
 from smc.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
@@ -119,7 +120,7 @@ class GbmCVNNPricer:
         self,
         config: TrainingConfig,
         *,
-        logger: Callable[[StepReport], None] | None = None,
+        logger: Logger | Sequence[Logger] | None = None,
         blockchain_store: CommitTarget | None = None,
         auto_commit: bool = False,
         commit_interval: int | None = None,
@@ -136,6 +137,11 @@ class GbmCVNNPricer:
         not goes to the spool. `experiment` and `parameters`, whatever JSON holds, stand in every entry. Works the same
         inside a running event loop, which it blocks.
 
+        `logger`, one or several, is called with each report, in a thread that this one waits for; one that fails, or
+        takes longer than 30 s, is dropped with one line, and training goes on. In the main thread SIGINT and SIGTERM,
+        unless the program handles them itself, end training after the step it is in, with its final commit, and are
+        then delivered again; a second one leaves the commit seconds. One pricer trains at a time in a process.
+
         Raises: ConfigError (a ValueError) for arguments that do not go together, before training starts;
         NumericsError when the loss is no longer finite, after the commits before it are settled.
         """
@@ -145,8 +151,19 @@ class GbmCVNNPricer:
         if not flush_seconds >= 0:
             raise ConfigError(f"flush_seconds must be at least 0, got {flush_seconds}")
         at = self._position
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise ConfigError("the model was made inside torch.inference_mode(), where nothing can be trained")
         probe = torch.zeros(2, FEATURES, dtype=self._params.dtype.torch, device=self.device)
-        with self._training_thread(), self._own_rng(), _short_pauses(self.device), contextlib.ExitStack() as stack:
+        with (
+            stopped_by_signals(lambda within: self.stop(within=within)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            self._training_thread(),
+            only_training(),
+            self._own_rng(),
+            _short_pauses(self.device),
+            contextlib.ExitStack() as stack,
+        ):
             stack.enter_context(training(self.model))
             check_trainable(self.model, probe, config.differential > 0)
             plan = self._enter_plan(config)
@@ -163,13 +180,20 @@ class GbmCVNNPricer:
                     parameters or {},
                     only_final=commit_interval is None,
                 )
-            reports = _Reports(self, train_one_batch, plan, config, logger)
+            given = [logger] if callable(logger) else list(logger or ())
+            loggers = [GuardedLogger(each, self._serve_requests, self.device) for each in given]
+            for guarded in loggers:
+                stack.callback(guarded.close)
+            reports = _Reports(self, train_one_batch, plan, config, loggers)
             started = time.perf_counter()
+            whole = True  # the state is that of a step, and not of the middle of one
             try:
                 last = self._stop.is_set()
                 while not last:
                     self._serve_requests()
+                    whole = False
                     train_one_batch()
+                    whole = True
                     reports.step_done(commits.pending if commits else 0)
                     last = at.step == end or self._stop.is_set()
                     if commits and commit_interval and (at.step - first) % commit_interval == 0 and not last:
@@ -178,6 +202,10 @@ class GbmCVNNPricer:
                 trained, batch = time.perf_counter(), at.step - first
                 if commits and batch:
                     commits.submit(train_one_batch, batch, final=True)
+            except BaseException as error:  # whatever ends training, its newest state is kept
+                if commits and whole and at.step > first and not isinstance(error, NumericsError):
+                    commits.submit(train_one_batch, at.step - first, final=True)
+                raise
             finally:
                 outcomes = self._settled(commits, flush_seconds) if commits else ()
             return TrainingResult(
@@ -416,9 +444,9 @@ class _Reports:
         step: TrainingStep,
         plan: TrainingPlan,
         config: TrainingConfig,
-        logger: Callable[[StepReport], None] | None,
+        loggers: Sequence[Logger],
     ) -> None:
-        self._pricer, self._step, self._plan, self._logger = pricer, step, plan, logger
+        self._pricer, self._step, self._plan, self._loggers = pricer, step, plan, loggers
         self._every = _REPORT_EVERY[pricer.device.type]
         self._late = 0 if self._every == 1 else 1
         at = step.position
@@ -453,9 +481,9 @@ class _Reports:
             seconds = time.perf_counter() - self._started
             per_second = (contracts - self._contracts) / max(seconds, 1e-9)
             self._pricer._progress = Progress(step, self._end, self._loss, True, commits_pending, per_second)
-            if self._logger is not None:
-                rate = self._plan.learning_rate(step - 1)
-                self._logger(StepReport(step, step - self._first, self._loss, rate, contracts, seconds))
+            rate = self._plan.learning_rate(step - 1)
+            for logger in self._loggers:
+                logger(StepReport(step, step - self._first, self._loss, rate, contracts, seconds))
 
 
 def _check_finite(losses: list[float], last_step: int) -> None:

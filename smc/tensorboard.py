@@ -12,9 +12,12 @@ from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 
 from smc.errors import ConfigError
+from smc.guarded import finished_within
 from smc.training import StepReport
 
 __all__ = ["TensorBoardLogger", "folder_name"]
+
+_CLOSING_SECONDS = 10.0
 
 
 class TensorBoardLogger:
@@ -77,9 +80,13 @@ class TensorBoardLogger:
                     self._writer.add_histogram(f"gradients/{name}", parameter.grad.cpu().numpy(), step)
 
     def close(self) -> None:
-        """Write what is left."""
-        self._write_norm()
-        self._writer.close()
+        """Write what is left. A writer that hangs, because its disk is full, is left alone after some seconds."""
+
+        def work() -> None:
+            self._write_norm()
+            self._writer.close()
+
+        finished_within(_CLOSING_SECONDS, work, "TensorBoard's writer")
 
     def _write_norm(self) -> None:
         if self._norm is not None:

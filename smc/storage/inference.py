@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sys
 import threading
 import time
@@ -218,6 +219,10 @@ class ModelFollower:
             await asyncio.to_thread(synchronize, self._device)
         self._retired = [model for model, done in zip(self._retired, ours, strict=True) if not done]
 
+    def go_on_with(self, store: AsyncBlockchainModelStore) -> None:
+        """Look at the ledger through another connection; what was read and what is served stay."""
+        self._store, self._etag, self._suspect = store, None, True
+
     def note(self, error: Exception) -> None:
         """Say why nobody polls any more."""
         self._say(error)
@@ -391,6 +396,7 @@ class InferenceClient(_Predicting):
         )
         self._lock = threading.Lock()
         self._run: _Run | None = None
+        self._pid = os.getpid()
 
     def __enter__(self) -> InferenceClient:
         return self.start()
@@ -430,6 +436,7 @@ class InferenceClient(_Predicting):
 
         Raises: ConfigError before `start`.
         """
+        self._follow_in_a_child()
         served = self._follower.served
         if served is None:
             raise ConfigError("nothing is served yet: use `with InferenceClient(...) as client`, or call start()")
@@ -438,7 +445,18 @@ class InferenceClient(_Predicting):
     @property
     def status(self) -> ServingStatus:
         """What is served, and what is in the way."""
+        self._follow_in_a_child()
         return self._follower.status
+
+    def _follow_in_a_child(self) -> None:
+        """A process that was forked has its parent's model and none of its threads: it starts its own."""
+        if self._pid == os.getpid():
+            return
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        if self._run is not None:
+            self._store = self._store.another()
+            self._follower.go_on_with(self._store)
+            self._run = _Run(self._follower, self._store, self._poll_seconds)
 
     def _predictor(self) -> Predictor:
         return self.current.predictor

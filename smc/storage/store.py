@@ -64,6 +64,7 @@ class AsyncBlockchainModelStore:
         self._exit: AsyncExitStack | None = None
         self._objects: ObjectStore | None = None
         self._ledger: Ledger | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._order = _Order()
         self._uploaded: OrderedDict[str, tuple[int, Elapsed]] = OrderedDict()
         self._catalog = Catalog()
@@ -83,6 +84,7 @@ class AsyncBlockchainModelStore:
                 S3ObjectStore(self._bucket, self._prefix, endpoint_url=self._endpoint_url)
             )
             self._objects = TimedObjects(connection, self._timeout)
+        self._loop = asyncio.get_running_loop()
         self._ledger = Ledger(self._objects, retry_delays=self._retry_delays, vetted_seconds=self._timeout)
         return self
 
@@ -116,9 +118,19 @@ class AsyncBlockchainModelStore:
     @property
     def ledger(self) -> Ledger:
         """The append pipeline underneath. Raises: ConfigError outside `async with`."""
+        self._check_open()
+        assert self._ledger is not None
+        return self._ledger
+
+    def _check_open(self) -> None:
         if self._ledger is None:
             raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
-        return self._ledger
+        with suppress(RuntimeError):  # outside a loop nothing is asked of the server
+            if asyncio.get_running_loop() is not self._loop:
+                raise ConfigError(
+                    "the store was opened on another event loop, to which its connections belong: open one for this "
+                    "loop, `async with store.another() as own`"
+                )
 
     @property
     def timeout(self) -> float:
@@ -128,8 +140,8 @@ class AsyncBlockchainModelStore:
     @property
     def objects(self) -> ObjectStore:
         """The object store underneath."""
-        if self._objects is None:
-            raise ConfigError("the store is not open: use `async with AsyncBlockchainModelStore(...) as store`")
+        self._check_open()
+        assert self._objects is not None
         return self._objects
 
     async def require(self) -> None:
