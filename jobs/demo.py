@@ -23,6 +23,7 @@ from jobs.running import RunOptions
 from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc import black_scholes
+from smc.command_line import say
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
 from smc.evaluation import evaluate, price_error
@@ -85,7 +86,7 @@ async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
     )
     versions = await store.list_versions()
     for v in versions[-12:]:
-        print(f"  {v.version_id}  {v.experiment:<12} {v.content_hash[:8]}  {v.commit_message}")
+        say(f"  {v.version_id}  {v.experiment:<12} {v.content_hash[:8]}  {v.commit_message}")
     return 0 if verification.ok else 1
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from jobs.session import run_job
 from smc.black_scholes import Greeks
+from smc.command_line import replace_file, say
 from smc.contracts import FIELDS
 from smc.evaluation import Measure, evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
@@ -77,9 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = _pictures(evaluation)
         for name, (_, image) in pictures.items():
-            (options.out / f"{name}.png").write_bytes(image)
-        (options.out / "report.html").write_text(_page(evaluation, rows, pictures), encoding="utf-8")
-        (options.out / "evaluation.json").write_text(json.dumps(_as_json(evaluation), indent=1))
+            replace_file(options.out / f"{name}.png", image)
+        replace_file(options.out / "report.html", _page(evaluation, rows, pictures).encode())
+        replace_file(options.out / "evaluation.json", json.dumps(_as_json(evaluation), indent=1).encode())
         print(f"\n{options.out / 'report.html'}, with its pictures and evaluation.json beside it")
         return 0
 
@@ -104,7 +105,7 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
     versions, version = catalog.versions, catalog.resolve(reference)
     pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, version))
     contracts = SobolSampler(pricer.domain, seed=options.seed).sample(options.contracts)
-    print(f"{version.version_id} of {store.uri}: {version.experiment}, step {version.step}, {version.commit_message}")
+    say(f"{version.version_id} of {store.uri}: {version.experiment}, step {version.step}, {version.commit_message}")
     print(f"{len(contracts):,} contracts of its domain, seed {options.seed}\n")
     measures = evaluate(pricer, contracts)
     history = [v for v in versions if v.experiment == version.experiment and v.counter <= version.counter]

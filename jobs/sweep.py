@@ -22,6 +22,7 @@ from jobs.recipes import Sweep, make_trial, read_sweep
 from jobs.running import ExperimentOutcome, Runner, RunOptions, check_settings, cluster_places, plain
 from jobs.search import PastTrial, Trial, Trials, require_optuna, search_prefix
 from jobs.session import connect, run_job
+from smc.command_line import say
 from smc.errors import ConfigError
 from smc.experiment import Experiment
 from smc.storage import AsyncBlockchainModelStore
@@ -228,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def report(outcomes: Sequence[ExperimentOutcome]) -> int:
     """Print how each experiment ended; -> 0, or 2 if one could not be carried out or was stopped."""
     for outcome in outcomes:
-        print(outcome.line)
+        say(outcome.line)
     failed = sum(outcome.failed for outcome in outcomes)
     stopped = sum(outcome.stopped and not outcome.failed for outcome in outcomes)
     rest = "".join(f", {count} {what}" for what, count in (("failed", failed), ("stopped", stopped)) if count)

@@ -18,6 +18,8 @@ from smc.training import StepReport
 __all__ = ["TensorBoardLogger", "folder_name"]
 
 _CLOSING_SECONDS = 10.0
+# A file system takes 255 bytes, of which a part of a hash may be behind these.
+_LONGEST_NAME = 120
 
 
 class TensorBoardLogger:
@@ -97,7 +99,7 @@ class TensorBoardLogger:
 
 def folder_name(experiment: str) -> str:
     """A folder's name for an experiment, whatever the experiment is called; no other has the same."""
-    name = re.sub(r"[^A-Za-z0-9._=-]", "_", experiment).strip(".")
+    name = re.sub(r"[^A-Za-z0-9._=-]", "_", experiment).strip(".")[:_LONGEST_NAME]
     if name != experiment:  # told apart from the one that is called so
         name = f"{name or 'no experiment'}.{hashlib.sha256(experiment.encode(errors='replace')).hexdigest()[:6]}"
     return name if experiment else "no experiment"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -12,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from smc.command_line import check_file, replace_file, say
 from smc.errors import ConfigError, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool
 from smc.storage.catalog import Catalog
@@ -45,15 +45,15 @@ async def verify(store: Store, options: Options) -> int:
         print_json({**vars(report), "ok": report.ok})
     else:
         for key, reason in report.problems:
-            print(f"{key}: {reason}")
+            say(f"{key}: {reason}")
         checked = "bytes checked" if options.blobs else "sizes checked"
-        print(
+        say(
             f"{'ok' if report.ok else 'CORRUPT'}: {report.versions} versions, {report.entries} entries in "
             f"{report.blocks} blocks, {report.blobs} checkpoints ({checked}), {report.collected} collected, "
             f"{len(report.problems)} problems"
         )
         if report.ok and report.last is not None:
-            print(f"newest entry {report.last[0]}:{report.last[1]}")
+            say(f"newest entry {report.last[0]}:{report.last[1]}")
     return 0 if report.ok else 1
 
 
@@ -66,7 +66,7 @@ async def find_corruption(store: Store, options: Options) -> int:
         if options.json:
             print_json({"ok": True, "problems": [], "affected": [], "sound": []})
         else:
-            print(f"nothing is corrupt: {report.entries} entries and {report.blobs} checkpoints were read")
+            say(f"nothing is corrupt: {report.entries} entries and {report.blobs} checkpoints were read")
         return 0
     affected, sound = await _affected(store, report) if report.log_is_whole else ([], [])
     if options.json:
@@ -75,21 +75,19 @@ async def find_corruption(store: Store, options: Options) -> int:
         print_json({"ok": False, "problems": problems, **{k: [as_json(v) for v in vs] for k, vs in names.items()}})
         return 1
     for key, reason in report.problems:
-        print(f"{key}: {reason}")
+        say(f"{key}: {reason}")
     if not report.log_is_whole:
-        print(
-            "The log itself is damaged: restore the objects named above from a copy of the bucket, then verify again."
-        )
+        say("The log itself is damaged: restore the objects named above from a copy of the bucket, then verify again.")
         return 1
     if any(not key.startswith("blobs/") for key, _ in report.problems):
-        print("What is derived from the log (head.json, index/) is made again by the next writer.")
+        say("What is derived from the log (head.json, index/) is made again by the next writer.")
     count = "1 version" if len(affected) == 1 else f"{len(affected)} versions"
     more = ", ..." if len(affected) > 12 else ""
     listed = ": " + ", ".join(v.version_id for v in affected[:12]) + more if affected else ""
-    print(f"cannot be loaded: {count}{listed}")
+    say(f"cannot be loaded: {count}{listed}")
     for version in sound:
         name = version.experiment or "(no experiment)"
-        print(f"newest whole version of {name}: {version.version_id}, step {version.step}")
+        say(f"newest whole version of {name}: {version.version_id}, step {version.step}")
     return 1
 
 
@@ -116,12 +114,12 @@ async def list_versions(store: Store, options: Options) -> int:
         print_json([as_json(v, catalog) for v in versions])
         return 0
     width = max([10, *(len(v.experiment) for v in versions)])
-    print(f"{'version':<13}{'time (UTC)':<21}{'experiment':<{width}}{'step':>9}  {'loss':>9}  {'hash':<10}message")
+    say(f"{'version':<13}{'time (UTC)':<21}{'experiment':<{width}}{'step':>9}  {'loss':>9}  {'hash':<10}message")
     for v in versions:
         loss = "" if v.loss is None else f"{v.loss:.3e}"
         names = catalog.aliases_of(v)
         marks = [*(["collected"] if catalog.collected_at(v.content_hash) is not None else []), *names]
-        print(
+        say(
             f"{v.version_id:<13}{v.timestamp:%Y-%m-%d %H:%M:%S}  {v.experiment:<{width}}{v.step:>9}  {loss:>9}  "
             f"{v.content_hash[:8]}  {v.commit_message}" + (f"  [{', '.join(marks)}]" if marks else "")
         )
@@ -143,7 +141,7 @@ async def inspect(store: Store, options: Options) -> int:
     catalog = await store.catalog()
     if catalog.head is None and options.version in (None, "head"):
         await store.require()
-        print_json(None) if options.json else print(f"{store.uri} is empty")
+        print_json(None) if options.json else say(f"{store.uri} is empty")
         return 0
     version = catalog.resolve(options.version or "head")
     from smc.checkpoint import decode
@@ -156,11 +154,11 @@ async def inspect(store: Store, options: Options) -> int:
         return 0
     for name, value in as_json(version, catalog).items():
         text = ", ".join(value) if isinstance(value, list) else value
-        print(f"{name:<16}{orjson.dumps(text).decode() if isinstance(text, dict) else text}")
+        say(f"{name:<16}{orjson.dumps(text).decode() if isinstance(text, dict) else text}")
     for name, value in metadata.items():
-        print(f"{name:<16}{orjson.dumps(value).decode()}")
+        say(f"{name:<16}{orjson.dumps(value).decode()}")
     for name, (dtype, *shape) in sorted(shapes.items()):
-        print(f"  {name:<52}{dtype:<10}{' x '.join(map(str, shape))}")
+        say(f"  {name:<52}{dtype:<10}{' x '.join(map(str, shape))}")
     return 0
 
 
@@ -177,15 +175,17 @@ async def diff(store: Store, options: Options) -> int:
     a, b = found.versions
     for heading, values in (("", found.fields), ("settings", found.settings)):
         if heading:
-            print(f"\n{heading}" if values else f"\n{heading}: the same")
+            say()
+            say(heading if values else f"{heading}: the same")
         else:
-            print(f"{'':<28}{a.version_id:<26}{b.version_id}")
+            say(f"{'':<28}{a.version_id:<26}{b.version_id}")
         for name, (one, other) in values.items():
-            print(f"{name:<28}{_short(one):<26}{_short(other)}")
-    print(f"\n{'parameters, norms':<28}{a.version_id:<26}{b.version_id:<26}difference, of the first")
+            say(f"{name:<28}{_short(one):<26}{_short(other)}")
+    say()
+    say(f"{'parameters, norms':<28}{a.version_id:<26}{b.version_id:<26}difference, of the first")
     for t in found.tensors:
         one, other = ("-" if norm is None else f"{norm:.6g}" for norm in t.norms)
-        print(f"{t.name:<28}{one:<26}{other:<26}" + ("" if t.relative is None else f"{100 * t.relative:.3g} %"))
+        say(f"{t.name:<28}{one:<26}{other:<26}" + ("" if t.relative is None else f"{100 * t.relative:.3g} %"))
     return 0
 
 
@@ -217,9 +217,9 @@ async def lineage(store: Store, options: Options) -> int:
         )
         return 0
     for line in lineage_lines(runs):
-        print(line)
+        say(line)
     if options.out is not None:
-        print(f"picture: {options.out}")
+        say(f"picture: {options.out}")
     return 0
 
 
@@ -239,7 +239,7 @@ async def _tagged(store: Store, options: Options, name: str, version: ModelVersi
     if options.json:
         print_json({"alias": name, "version": version.version_id, "was": was, "entry": entry.index})
     else:
-        print(f"{name}: {version.version_id}" + (f", was {was}" if was else "") + f" (entry {entry.index})")
+        say(f"{name}: {version.version_id}" + (f", was {was}" if was else "") + f" (entry {entry.index})")
     return 0
 
 
@@ -250,7 +250,7 @@ async def untag(store: Store, options: Options) -> int:
     if options.json:
         print_json({"alias": options.name, "version": None, "was": was and was.version_id, "entry": entry.index})
     else:
-        print(f"{options.name}: nothing, was {was.version_id if was else 'nothing'} (entry {entry.index})")
+        say(f"{options.name}: nothing, was {was.version_id if was else 'nothing'} (entry {entry.index})")
     return 0
 
 
@@ -274,20 +274,16 @@ async def export(store: Store, options: Options) -> int:
     """Write one version's checkpoint, verified, as a file that any safetensors reader opens."""
     if not options.file.name or options.file.is_dir():
         raise ConfigError(f"{options.file} is a folder: give a file's name")
+    check_file(options.file)
     if options.file.exists() and not options.force:
         raise ConfigError(f"{options.file} exists: give another name, or --force")
     version = await store.resolve(options.version)
     data = await store.load_checkpoint(version)
-    part = options.file.with_name(options.file.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, options.file)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(options.file, data)
     if options.json:
         print_json({"version": as_json(version), "file": str(options.file)})
     else:
-        print(f"{options.file}: {version.version_id}, {len(data):,} bytes, SHA-256 {version.content_hash}")
+        say(f"{options.file}: {version.version_id}, {len(data):,} bytes, SHA-256 {version.content_hash}")
     return 0
 
 
@@ -314,7 +310,7 @@ async def import_(store: Store, options: Options) -> int:
     if options.json:
         print_json(as_json(version))
     else:
-        print(f"{version.version_id}  step {version.step}  {version.content_hash[:8]}  {version.commit_message}")
+        say(f"{version.version_id}  step {version.step}  {version.content_hash[:8]}  {version.commit_message}")
     return 0
 
 
@@ -328,8 +324,8 @@ async def recover_spool(store: Store, options: Options) -> int:
             print_json([as_json(v) for v in versions])
         else:
             for v in versions:
-                print(f"{v.version_id}  step {v.step}  {v.content_hash[:8]}  {v.commit_message}")
-            print(f"{len(versions)} commits recovered into {store.uri}")
+                say(f"{v.version_id}  step {v.step}  {v.content_hash[:8]}  {v.commit_message}")
+            say(f"{len(versions)} commits recovered into {store.uri}")
     return 0
 
 
@@ -362,9 +358,7 @@ async def gc_run(store: Store, options: Options) -> int:
         return 0
     spared = f", {result.spared} spared: they had been written or wanted again" if result.spared else ""
     freed = "freed" if result.freed else "hidden: the bucket keeps earlier versions until its lifecycle removes them"
-    print(
-        f"{result.deleted} checkpoints deleted, {_size(result.bytes)} {freed}{spared}; {len(plan.kept)} versions kept"
-    )
+    say(f"{result.deleted} checkpoints deleted, {_size(result.bytes)} {freed}{spared}; {len(plan.kept)} versions kept")
     return 0
 
 
@@ -381,18 +375,18 @@ async def _policy(store: Store, options: Options) -> RetentionPolicy:
 
 
 def _print_plan(plan: CollectionPlan) -> None:
-    print(f"keeps {len(plan.kept)} versions:")
+    say(f"keeps {len(plan.kept)} versions:")
     reasons: dict[str, list[int]] = {}
     for counter, reason in sorted(plan.kept.items()):
         reasons.setdefault(reason, []).append(counter)
     for reason, counters in reasons.items():
-        print(f"  {reason:<32}{_ranges(counters)}")
+        say(f"  {reason:<32}{_ranges(counters)}")
     size = sum(info.size for info in plan.orphans)
-    print(f"deletes {len(plan.blobs)} checkpoints, {_size(plan.bytes)}:")
-    print(f"  {f'{len(plan.versions)} versions':<32}{_ranges([v.counter for v in plan.versions]) or 'none'}")
-    print(f"  {len(plan.orphans)} uploads that no version names, {_size(size)}")
+    say(f"deletes {len(plan.blobs)} checkpoints, {_size(plan.bytes)}:")
+    say(f"  {f'{len(plan.versions)} versions':<32}{_ranges([v.counter for v in plan.versions]) or 'none'}")
+    say(f"  {len(plan.orphans)} uploads that no version names, {_size(size)}")
     if plan.young:
-        print(f"leaves {plan.young} more until they are older")
+        say(f"leaves {plan.young} more until they are older")
 
 
 def _plan_as_json(plan: CollectionPlan) -> dict[str, Any]:
@@ -439,8 +433,8 @@ async def tensorboard_log(store: Store, options: Options) -> int:
         print_json({"log_dir": str(options.log_dir), "runs": runs})
         return 0
     for name, count in runs.items():
-        print(f"{name or '(no experiment)'}: {count} versions")
-    print(f"tensorboard --logdir={options.log_dir}")
+        say(f"{name or '(no experiment)'}: {count} versions")
+    say(f"tensorboard --logdir={options.log_dir}")
     return 0
 
 
@@ -451,12 +445,12 @@ async def report(store: Store, options: Options) -> int:
     made = await report_page(store, contracts=options.contracts, blobs=options.blobs)
     await store.require()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(made.html, encoding="utf-8")
+    replace_file(options.out, made.html.encode())
     state = "ok" if made.ok else "CORRUPT"
     if options.json:
         print_json({"file": options.out, "versions": made.versions, "experiments": made.experiments, "ok": made.ok})
     else:
-        print(f"{options.out}: {made.versions} versions of {made.experiments} experiments, ledger {state}")
+        say(f"{options.out}: {made.versions} versions of {made.experiments} experiments, ledger {state}")
     return 0 if made.ok else 1
 
 

@@ -20,6 +20,7 @@ import aiohttp
 import botocore.session
 import numpy as np
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import get_session
 from botocore.exceptions import (
     BotoCoreError,
@@ -124,6 +125,33 @@ def _warn_of(endpoint: str) -> None:
     )
 
 
+class _Direct:
+    """An HTTP session that follows no redirection: a request is signed for one server, and is not sent to another.
+
+    Where AWS names a bucket's region, botocore signs again for that one.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    async def request(self, *arguments: Any, **how: Any) -> Any:
+        response = await self._session.request(*arguments, allow_redirects=False, **how)
+        headers = response.headers
+        if 300 <= response.status < 400 and response.status != 304 and "x-amz-bucket-region" not in headers:
+            response.release()
+            raise _Redirected(f"redirects to {headers.get('location', 'nowhere')} (status {response.status})")
+        return response
+
+
+class _Redirected(Exception):
+    """The server sends whoever asks to another one."""
+
+
+class _Session(AIOHTTPSession):  # type: ignore[misc]
+    async def _get_session(self, proxy_url: str | None) -> _Direct:
+        return _Direct(await super()._get_session(proxy_url))
+
+
 class S3ObjectStore:
     """One bucket, under one prefix, on the event loop that entered it.
 
@@ -138,6 +166,7 @@ class S3ObjectStore:
 
     async def __aenter__(self) -> S3ObjectStore:
         config = AioConfig(
+            http_session_cls=_Session,
             connect_timeout=5,
             read_timeout=60,
             # More than the uploads at a time: a block must not wait for a connection behind them.
@@ -375,13 +404,6 @@ class S3ObjectStore:
         if isinstance(error, ClientError):
             code, status = _code(error), _status(error)
             detail = error.response.get("Error", {}).get("Message") or code
-            if 300 <= status < 400:
-                headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-                to = headers.get("location") or headers.get("x-amz-bucket-region") or "nowhere"
-                raise ConfigError(
-                    f"{where}: {self._endpoint()} redirects to {to} (status {status}): give the address and the region "
-                    "of the bucket itself"
-                ) from None
             if code == "NoSuchBucket":
                 raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
             if code in ("NoSuchKey", "404", "NotFound") or status == 404:
@@ -393,6 +415,10 @@ class S3ObjectStore:
             if status in (408, 409, 429) or status >= 500 or code in _PASSING:
                 raise Unavailable(f"{where}: {code} ({detail})") from None
             raise ConfigError(f"{where}: {self._endpoint()} refused the request ({code}: {detail})") from None
+        if isinstance(error, HTTPClientError) and isinstance(error.kwargs.get("error"), _Redirected):
+            raise ConfigError(
+                f"{where}: {self._endpoint()} {error.kwargs['error']}: give the address of the S3 server itself"
+            ) from None
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
             raise AccessDenied(f"{where}: {error}; set AWS_ACCESS_KEY_ID and the rest, or AWS_PROFILE") from None
         if isinstance(error, _TRANSIENT):
