@@ -9,17 +9,20 @@ Source: Black and Scholes (1973), Merton (1973) for the dividend yield; the nota
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
 from smc.contracts import ContractsLike, contract_array
+from smc.errors import ConfigError
 
 __all__ = [
     "Greeks",
     "OptionKind",
+    "OptionKinds",
     "cvar",
     "greeks",
     "implied_volatility",
@@ -29,6 +32,8 @@ __all__ = [
 ]
 
 OptionKind = Literal["put", "call"]
+OptionKinds = OptionKind | Sequence[OptionKind] | npt.NDArray[Any]
+"""One word for all contracts of a call, or one for each."""
 Array = npt.NDArray[np.float64]
 
 
@@ -64,7 +69,8 @@ def price(contracts: ContractsLike, kind: OptionKind = "put") -> Array:
     """Present value. Shapes: n contracts -> (n,)."""
     t = _terms(contracts)
     sign = _sign(kind)
-    return sign * t.discount * (t.forward * ndtr(sign * t.d1) - t.K * ndtr(sign * t.d2))
+    value = sign * t.discount * (t.forward * ndtr(sign * t.d1) - t.K * ndtr(sign * t.d2))
+    return np.asarray(value + 0.0)  # what is worth nothing is 0, not -0
 
 
 def greeks(contracts: ContractsLike, kind: OptionKind = "put") -> Greeks:
@@ -116,11 +122,13 @@ def payoff_quantile(contracts: ContractsLike, u: npt.ArrayLike, kind: OptionKind
     """
     t = _terms(contracts)
     levels = np.atleast_1d(np.asarray(u, dtype=np.float64))
+    check_probability(levels)
+    sign = _sign(kind)
     z = ndtri(1 - levels if kind == "put" else levels)
     with np.errstate(over="ignore", invalid="ignore"):
         stretch = np.where(t.w[:, None] > 0, t.w[:, None] * z, 0.0)
         terminal = t.forward[:, None] * np.exp(stretch - 0.5 * t.w[:, None] ** 2)
-    return t.discount[:, None] * np.maximum(_sign(kind) * (terminal - t.K[:, None]), 0.0)
+    return np.asarray(t.discount[:, None] * np.maximum(sign * (terminal - t.K[:, None]), 0.0))
 
 
 def payoff_bin_averages(contracts: ContractsLike, bins: int, kind: OptionKind = "put") -> Array:
@@ -128,12 +136,21 @@ def payoff_bin_averages(contracts: ContractsLike, bins: int, kind: OptionKind = 
 
     Shapes: n contracts -> (n, bins), ascending; the row mean is the price.
     """
+    if bins < 1:
+        raise ConfigError(f"bins must be at least 1, got {bins}")
     edges = np.linspace(0.0, 1.0, bins + 1)
     return _quantile_integral(contracts, edges[:-1], edges[1:], kind) * bins
 
 
 def cvar(contracts: ContractsLike, u: float, kind: OptionKind = "put") -> Array:
-    """Mean of the discounted payoff over its worst 1 - u of outcomes for the seller. Shapes: -> (n,)."""
+    """Mean of the discounted payoff over its worst 1 - u of outcomes for the seller.
+
+    It is that of the payoff at expiry under the pricing measure, not of a position's value tomorrow, and does not add
+    over a book. u = 1 is the largest payoff. Shapes: -> (n,). Raises: ConfigError for u outside [0, 1].
+    """
+    check_probability(np.array([u], dtype=np.float64))
+    if u == 1.0:
+        return payoff_quantile(contracts, u, kind)[:, 0]
     return _quantile_integral(contracts, np.array([u]), np.array([1.0]), kind)[:, 0] / (1 - u)
 
 
@@ -168,4 +185,13 @@ def _terms(contracts: ContractsLike) -> _Terms:
 
 
 def _sign(kind: OptionKind) -> float:
+    if kind not in ("put", "call"):
+        raise ConfigError(f"kind must be 'put' or 'call', got {kind!r}")
     return 1.0 if kind == "call" else -1.0
+
+
+def check_probability(levels: Array) -> None:
+    """Raises: ConfigError naming a level that is no probability."""
+    if not bool(((levels >= 0) & (levels <= 1)).all()):
+        wrong = levels[~((levels >= 0) & (levels <= 1))][0]
+        raise ConfigError(f"probability levels must lie in [0, 1], got {wrong:g}: 97.5 % is 0.975")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smc.black_scholes import Greeks, OptionKind
+from smc.black_scholes import Greeks, OptionKinds
 from smc.checkpoint import metadata_of, tensors_of
 from smc.commits import (
     DEFAULT_MESSAGE,
@@ -266,7 +266,7 @@ class GbmCVNNPricer:
     # --- prediction -----------------------------------------------------------------------------------
 
     def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> Array | Tensor:
         """Present values, calls by parity, held within the no-arbitrage bounds.
 
@@ -277,7 +277,7 @@ class GbmCVNNPricer:
         return self._predictor.predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """Distribution of the discounted payoff, its mean the price. Shapes: n contracts -> levels (n, N).
 
@@ -286,7 +286,7 @@ class GbmCVNNPricer:
         return self._predictor.predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
         return self._predictor.predict_greeks(contracts, kind, outside=outside)

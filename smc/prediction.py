@@ -10,7 +10,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from smc import black_scholes
-from smc.black_scholes import Greeks, OptionKind
+from smc.black_scholes import Greeks, OptionKind, OptionKinds
 from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain
 from smc.cuda import NotCapturable, capture
 from smc.errors import ConfigError
@@ -51,9 +51,15 @@ class Predictor:
         self._capturable = self._device.type == "cuda"
 
     def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self,
+        contracts: ContractsLike | Tensor,
+        kind: OptionKinds = "put",
+        *,
+        outside: Outside = "refuse",
     ) -> Array | Tensor:
         """Prices within the no-arbitrage bounds. Shapes: -> (n,) float64."""
+        if not isinstance(kind, str):
+            return self._each(self.predict_price, contracts, kind, outside)
         _check_kind(kind)
         table, home = self._table(contracts, outside)
         put = self._in_chunks("price", self._put, table)
@@ -61,19 +67,43 @@ class Predictor:
         return _returned(value, home)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self,
+        contracts: ContractsLike | Tensor,
+        kind: OptionKinds = "put",
+        *,
+        outside: Outside = "refuse",
     ) -> PayoffDistribution:
         """Valid distributions whose means are the prices. Shapes: -> levels (n, N)."""
+        if not isinstance(kind, str):
+
+            def levels_of(rows: Any, one: OptionKind, *, outside: Outside) -> Array | Tensor:
+                return self.predict_distribution(rows, one, outside=outside).levels
+
+            return PayoffDistribution(self._each(levels_of, contracts, kind, outside))
         _check_kind(kind)
         table, home = self._table(contracts, outside)
         levels = self._put_levels if kind == "put" else self._call_levels
         return PayoffDistribution(_returned(self._in_chunks(f"{kind} levels", levels, table), home))
 
     def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self,
+        contracts: ContractsLike | Tensor,
+        kind: OptionKinds = "put",
+        *,
+        outside: Outside = "refuse",
     ) -> Greeks:
         """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
+        if not isinstance(kind, str):
+
+            def stacked(rows: Any, one: OptionKind, *, outside: Outside) -> Array:
+                return np.stack(self.predict_greeks(rows, one, outside=outside), axis=1)
+
+            return Greeks(*np.asarray(self._each(stacked, contracts, kind, outside)).T.copy())
         _check_kind(kind)
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._greeks(contracts, kind, outside)
+
+    def _greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
         table, _ = self._table(contracts, outside)
         array = table.cpu().numpy()
         learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
@@ -92,6 +122,33 @@ class Predictor:
         df, q = np.exp(-r * T), np.exp(-d * T)
         # Call = put + X0 q - K df, differentiated.
         return Greeks(out.delta + q, out.gamma, out.vega, out.theta + d * X0 * q - r * K * df, out.rho + T * K * df)
+
+    def _each(
+        self,
+        ask: Callable[..., Array | Tensor],
+        contracts: ContractsLike | Tensor,
+        kinds: OptionKinds,
+        outside: Outside,
+    ) -> Array | Tensor:
+        """Answers for contracts of both kinds, `kinds` being one for each. Raises: ConfigError."""
+        table, home = self._table(contracts, outside)
+        rows = contracts if isinstance(contracts, Tensor) else table.cpu().numpy()
+        named = np.asarray(kinds, dtype=object)
+        if named.shape != (len(table),):
+            raise ConfigError(f"kind must be one word, or one for each of {len(table)} contracts; got {named.shape}")
+        for row, kind in enumerate(named.tolist()):
+            if kind not in ("put", "call"):
+                raise ConfigError(f"kind[{row}] must be 'put' or 'call', got {kind!r}")
+        places = [np.flatnonzero(named == kind) for kind in ("put", "call")]
+        order = np.argsort(np.concatenate(places))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is outside the domain has been said
+            parts = [
+                ask(rows[place], kind, outside=outside) for place, kind in zip(places, ("put", "call"), strict=True)
+            ]
+        if home is not None:
+            return torch.cat([torch.as_tensor(part) for part in parts])[torch.from_numpy(order)]
+        return np.concatenate([np.asarray(part) for part in parts])[order]
 
     # --- from contracts to values, on the device ------------------------------------------------------
 
@@ -138,8 +195,8 @@ class Predictor:
     def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
         n = len(table)
         with torch.no_grad():
-            if n == 0:
-                return function(table)
+            if n == 0:  # no FFT of nothing: the answer for some contract says what it looks like
+                return function(self._middle(1))[:0]
             rows = next((r for r in _GRAPH_ROWS if r >= n), _CHUNK)
             with self._one_at_a_time:
                 work = self._graph(name, function, rows) if self._capturable else function
@@ -149,8 +206,7 @@ class Predictor:
     def _graph(self, name: str, function: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
         """`function` on up to `rows` contracts as one CUDA graph, captured once; as it is, if it cannot be."""
         if (name, rows) not in self._graphs:
-            middle = [(b.lower + b.upper) / 2 for b in (self.domain[field] for field in FIELDS)]
-            given = torch.tensor(middle, dtype=torch.float64, device=self._device).expand(rows, -1).contiguous()
+            given = self._middle(rows)
             results: list[Tensor] = []
 
             def work() -> None:
@@ -177,6 +233,11 @@ class Predictor:
 
             self._graphs[name, rows] = replayed
         return self._graphs[name, rows]
+
+    def _middle(self, rows: int) -> Tensor:
+        """The contract in the middle of the domain, so many times."""
+        middle = [(b.lower + b.upper) / 2 for b in (self.domain[field] for field in FIELDS)]
+        return torch.tensor(middle, dtype=torch.float64, device=self._device).expand(rows, -1).contiguous()
 
     # --- what was asked -------------------------------------------------------------------------------
 
@@ -234,7 +295,7 @@ def _random(table: Tensor) -> Tensor:
 def _known(table: Tensor) -> tuple[Tensor, Tensor]:
     """Contracts fit for the network, and the put's value where T = 0 or v = 0 and nothing is random."""
     learnt = torch.where(_random(table)[:, None], table, torch.ones_like(table))
-    return learnt, (-_forward_value(table)).clamp(min=0)
+    return learnt, (-_forward_value(table)).clamp(min=0) + 0.0  # not -0
 
 
 def _put_bounds(table: Tensor) -> tuple[Tensor, Tensor]:

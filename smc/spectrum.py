@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from smc.black_scholes import check_probability
 from smc.errors import ConfigError
 from smc.spectrum_cuda import MOST_PATHS, put_levels
 
@@ -158,7 +158,7 @@ class PayoffDistribution:
     def quantile(self, u: npt.ArrayLike) -> Array:
         """Quantile function at levels u in [0, 1]. Shapes: (m,) -> (n, m)."""
         levels = np.atleast_1d(np.asarray(u, dtype=np.float64))
-        _check_probability(levels)
+        check_probability(levels)
         n = self.host_levels.shape[1]
         position = np.clip(levels * n - 0.5, 0, n - 1)
         below = np.minimum(position.astype(int), max(n - 2, 0))
@@ -178,18 +178,22 @@ class PayoffDistribution:
             at = middles[n - 1 - last]
             inside = np.interp(values, unique, at)
             rows.append(np.where(values < row[0], 0.0, np.where(values >= row[-1], 1.0, inside)))
-        return np.array(rows)
+        return np.array(rows).reshape(-1, len(values))
 
     def var(self, u: float) -> Array:
-        """Value at risk of the option's seller: the u quantile of the payoff. Shapes: -> (n,)."""
+        """Value at risk of the option's seller: the u quantile of the payoff. Shapes: -> (n,).
+
+        It is that of the discounted payoff at expiry under the pricing measure, not of the option's value some days
+        from now, and the values at risk of several contracts do not add up to that of a book.
+        """
         return self.quantile(u)[:, 0]
 
     def cvar(self, u: float) -> Array:
-        """Mean payoff over the outcomes above the u quantile. Shapes: -> (n,).
+        """Mean payoff over the outcomes above the u quantile, under the measure of `var`. Shapes: -> (n,).
 
         Exact for levels that are exact slice averages, up to the part of a slice that u cuts off.
         """
-        _check_probability(np.array([u]))
+        check_probability(np.array([u]))
         if u == 1.0:
             return self.host_levels[:, -1].copy()
         n = self.host_levels.shape[1]
@@ -281,8 +285,3 @@ def valid_levels(
     missing = (wanted - held.mean(dim=1, keepdim=True)) * size
     total = room.sum(dim=1, keepdim=True)
     return torch.minimum(held + room * torch.where(total > 0, missing / total, 0.0).clamp_(min=0), upper)
-
-
-def _check_probability(levels: npt.NDArray[Any]) -> None:
-    if np.any(~((levels >= 0) & (levels <= 1))):
-        raise ConfigError("probability levels must lie in [0, 1]")

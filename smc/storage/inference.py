@@ -25,7 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from smc.black_scholes import Greeks, OptionKind
+from smc.black_scholes import Greeks, OptionKinds
 from smc.checkpoint import decode_parts, restore
 from smc.contracts import FIELDS, ContractsLike, resolve_domain
 from smc.cuda import require_device, synchronize
@@ -62,19 +62,19 @@ class _Predicting(ABC):
         """The predictor to ask now."""
 
     def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> Array | Tensor:
         """As `GbmCVNNPricer.predict_price`. Shapes: -> (n,)."""
         return self._predictor().predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """As `GbmCVNNPricer.predict_distribution`. Shapes: -> levels (n, N)."""
         return self._predictor().predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKind = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """As `GbmCVNNPricer.predict_greeks`. Shapes: -> five of (n,)."""
         return self._predictor().predict_greeks(contracts, kind, outside=outside)
