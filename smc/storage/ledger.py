@@ -245,7 +245,7 @@ class Ledger:
             await reader.know_all_ids()
             self._forgotten = False
         await reader.know_announcements()
-        overtaken = 0
+        overtaken, begun = 0, time.monotonic()
         while True:
             batch = await self._settle_known(batch)
             if not batch:
@@ -266,8 +266,9 @@ class Ledger:
                 self._turns.appended()
                 continue
             overtaken += 1  # another writer has this number: go on behind it, and behind what it wrote since
+            seconds, begun = time.monotonic() - begun, time.monotonic()
+            await self._turns.overtaken(overtaken, seconds)
             await reader.refresh()
-            await self._turns.overtaken(overtaken)
             if overtaken > 1:
                 await asyncio.sleep(random.uniform(0.0, min(self._block_seconds, 0.1)))
 

@@ -41,14 +41,21 @@ class Turns:
         self._asked_at = self._looked_at = self._appended_at = float("-inf")
         self._etag: str | None = None
         self._looking: asyncio.Task[None] | None = None
-        self._room_wanted = False
+        self._room_wanted: float | None = None  # the seconds that somebody needs
+        self._asked = 0
 
-    async def overtaken(self, times: int) -> None:
-        """Another writer was faster, so many times in a row: ask it to leave room, if that goes on."""
+    async def overtaken(self, times: int, seconds: float) -> None:
+        """Another writer was faster, so many times in a row: ask it to leave room, if that goes on.
+
+        `seconds` is how long this writer needs to read what is new and to append.
+        """
         if times < _PATIENCE or time.monotonic() - self._asked_at < _ASK_INTERVAL:
             return
         self._asked_at = time.monotonic()
-        request = orjson.dumps({"writer": self._name, "request": uuid.uuid4().hex})
+        # What was asked for before was too little: ask for twice as much.
+        self._asked = 1 if times <= _PATIENCE else self._asked + 1
+        needed = seconds * 2 ** min(self._asked - 1, 8)
+        request = orjson.dumps({"writer": self._name, "request": uuid.uuid4().hex, "seconds": needed})
         try:
             await self._objects.put(WAITING_KEY, request)
         except (StorageError, ConfigError) as error:  # who may not write it tries on without
@@ -68,10 +75,11 @@ class Turns:
 
         `round_trip` is how long a request takes, in seconds.
         """
-        if not self._room_wanted:
+        if self._room_wanted is None:
             return False
-        self._room_wanted = False
-        await asyncio.sleep(min(max(_ROOM_ROUND_TRIPS * round_trip, _SHORTEST_ROOM), _LONGEST_ROOM))
+        wanted, self._room_wanted = self._room_wanted, None
+        room = max(_ROOM_ROUND_TRIPS * round_trip, wanted, _SHORTEST_ROOM)
+        await asyncio.sleep(min(room, _LONGEST_ROOM))
         return True
 
     def close(self) -> None:
@@ -84,7 +92,10 @@ class Turns:
             changed = await self._objects.get_if_changed(WAITING_KEY, self._etag)
             if changed is not None:
                 self._etag = changed[1]
-                self._room_wanted = orjson.loads(changed[0]).get("writer") != self._name
+                request = orjson.loads(changed[0])
+                if request.get("writer") != self._name:
+                    seconds = request.get("seconds")
+                    self._room_wanted = float(seconds) if isinstance(seconds, int | float) else 0.0
         except NotFound:
             pass
         except (StorageError, ConfigError, orjson.JSONDecodeError, AttributeError) as error:
