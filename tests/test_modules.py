@@ -247,6 +247,7 @@ def test_a_template_of_another_class_is_refused() -> None:
         round_trip(pricer.snapshot(), Other(nn.Tanh()))
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # on Python 3.13.0
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
 def test_a_wrapper_that_changes_nothing_is_looked_through(wrap: Any) -> None:
     plain = GbmCVNNPricer(small_config())
