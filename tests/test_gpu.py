@@ -630,3 +630,41 @@ def test_tensorboard_gets_gradients_of_steps_that_are_graphs(tmp_path: Path) -> 
     assert len(norms) >= 5
     assert all(np.isfinite(norm) and norm > 0 for norm in norms)
     assert any(name.startswith("gradients/") for name in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dropout", "batch norm", "spectral norm", "counting", "nested"])
+def test_a_captured_prediction_is_of_evaluation_mode_and_changes_nothing(name: str) -> None:
+    from tests.test_modules import CONTRACTS as SOME
+    from tests.test_modules import MIDDLES, Net, everything, same
+
+    pricer = GbmCVNNPricer(replace(small_config("cuda"), cvnn=Net(MIDDLES[name]()).cuda()))
+    pricer.train(small_training(60))
+    before, random = everything(pricer.model), torch.cuda.get_rng_state()
+    prices = pricer.predict_price(SOME)
+    for _ in range(3):
+        assert np.array_equal(pricer.predict_price(SOME), prices)
+        pricer.predict_distribution(SOME, "call")
+        pricer.predict_greeks(SOME)
+    assert same(everything(pricer.model), before)
+    assert torch.equal(torch.cuda.get_rng_state(), random)
+    with torch.no_grad():
+        pricer.model.eval()
+    assert np.allclose(pricer.predict_price(SOME), prices, rtol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_logger_on_a_gpu_changes_nothing() -> None:
+    def trained(**arguments: Any) -> bytes:
+        pricer = GbmCVNNPricer(small_config("cuda"))
+        pricer.train(small_training(120), **arguments)
+        return encode(Snapshot.of(pricer.snapshot()))
+
+    def draws(report: Any) -> None:
+        torch.rand(5, device="cuda")
+        torch.rand(5)
+
+    def fails(report: Any) -> None:
+        raise OSError("full")
+
+    assert trained(logger=[draws, fails]) == trained()

@@ -335,11 +335,13 @@ class Clock:
     """Lets the time of every machine go on at once, as when this one is suspended; whoever waits long does not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, objects: MemoryObjectStore) -> None:
-        self.ahead, self.objects = 0.0, objects
+        self.ahead, self.objects, self.deleting = 0.0, objects, 0
         real, real_sleep = time.clock_gettime, asyncio.sleep
 
         async def sleep(seconds: float, result: Any = None) -> Any:
             if seconds > 1:
+                while self.deleting:  # a request that is on its way arrives within its time limit
+                    await real_sleep(0)
                 self.sleep(seconds)
             return await real_sleep(0 if seconds > 1 else seconds, result)
 
@@ -469,16 +471,23 @@ async def interleaved(spool: Spool, plan: dict[int, tuple[str, int, float, bool]
         async def _do(self, operation: str, key: str, *arguments: Any) -> Any:
             call, event = self.calls, plan.get(self.calls)
             if event is None:
-                return await super()._do(operation, key, *arguments)
+                return await self._done(operation, key, *arguments)
             what, which, hours, after = event
             del plan[call]
             # Whoever sleeps between its last look and its request cannot know what happened.
             after |= operation == "delete"
             if after:
-                result = await super()._do(operation, key, *arguments)
+                result = await self._done(operation, key, *arguments)
             await happens(call, what, which)
-            clock.sleep(3600 * hours)
-            return result if after else await super()._do(operation, key, *arguments)
+            await asyncio.sleep(3600 * hours)
+            return result if after else await self._done(operation, key, *arguments)
+
+        async def _done(self, operation: str, key: str, *arguments: Any) -> Any:
+            clock.deleting += operation == "delete"
+            try:
+                return await super()._do(operation, key, *arguments)
+            finally:
+                clock.deleting -= operation == "delete"
 
     async with opened(Interrupted(objects, lambda call, operation, key: None)) as collector:
         with suppress(SpectralMCError):
