@@ -136,7 +136,6 @@ def test_who_leaves_out_of_a_logger_leaves_the_newest_state_behind() -> None:
     assert asyncio.run(steps()) == [6]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_under_tensorboard_does_not_hold_training(
     tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
