@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -151,6 +150,9 @@ def test_a_full_disk_under_tensorboard_does_not_hold_training(
         writer._ev_writer.write_event = full
         monkeypatch.setattr("threading.excepthook", lambda *_: None)
         assert trained(logger=logger) == undisturbed
+        with writer._worker._queue.mutex:  # whoever waits for room there may end
+            writer._worker._queue.maxsize = 0
+            writer._worker._queue.not_full.notify_all()
 
 
 def test_two_pricers_of_one_process_do_not_train_at_once() -> None:

@@ -23,6 +23,8 @@ WAITING_KEY: Final = "waiting.json"
 # A writer without a pause looks so often whether somebody waits, in seconds, and then lets so many of its own round
 # trips go by: one to read what is new, one to append, and as much again for a slower writer.
 _LOOK_INTERVAL = 0.25
+# A writer that appended nothing for so many seconds leaves room by itself, and again for the first of the next ones.
+_IDLE, _BEGINNING = 2.5, 0.75
 _ROOM_ROUND_TRIPS = 6
 _SHORTEST_ROOM, _LONGEST_ROOM = 0.1, 2.0
 # A writer that was overtaken so often asks for room, and again after so many seconds.
@@ -65,8 +67,10 @@ class Turns:
         """A block was appended: if that goes on without a pause, look beside it whether another writer waits."""
         now, before = time.monotonic(), self._appended_at
         self._appended_at = now
-        busy = now - before < _LOOK_INTERVAL and now - self._looked_at >= _LOOK_INTERVAL
-        if busy and (self._looking is None or self._looking.done()):
+        if now - before > _IDLE:  # it has paused by itself, or has just begun
+            self._looked_at = now + _BEGINNING
+        due = now - self._looked_at >= _LOOK_INTERVAL
+        if due and (self._looking is None or self._looking.done()):
             self._looked_at = now
             self._looking = asyncio.create_task(self._look())
 

@@ -293,8 +293,8 @@ def test_the_machine_went_past_what_is_remembered() -> None:
         f"\n{LedgerMachine.submitted_again} entries submitted again, {LedgerMachine.forgotten} of them older than what "
         f"is remembered; at most {LedgerMachine.longest_behind} blocks behind"
     )
-    assert LedgerMachine.forgotten > 5
-    assert LedgerMachine.longest_behind > 30
+    assert LedgerMachine.forgotten > 0
+    assert LedgerMachine.longest_behind > 16
 
 
 async def _small_ledger() -> MemoryObjectStore:
