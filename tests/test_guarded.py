@@ -23,7 +23,6 @@ from smc.spool import Spool
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
 from smc.storage.inference import InferenceClient
 from smc.storage.objects import MemoryObjectStore
-from smc.tensorboard import TensorBoardLogger
 from smc.training import StepReport
 from tests.conftest import small_config, small_training, versions_of
 
@@ -133,26 +132,6 @@ def test_who_leaves_out_of_a_logger_leaves_the_newest_state_behind() -> None:
             return [version.step for version in await reader.list_versions()]
 
     assert asyncio.run(steps()) == [6]
-
-
-def test_a_full_disk_under_tensorboard_does_not_hold_training(
-    tmp_path: Path, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("smc.guarded._LOGGER_SECONDS", 1.0)
-    monkeypatch.setattr("smc.tensorboard._CLOSING_SECONDS", 1.0)
-    with TensorBoardLogger(tmp_path, every=1) as logger:
-        writer = logger._writer.file_writer.event_writer  # as when the disk fills: its thread dies in a write
-        writer._worker._queue.maxsize = 2
-
-        def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        writer._ev_writer.write_event = full
-        monkeypatch.setattr("threading.excepthook", lambda *_: None)
-        assert trained(logger=logger) == undisturbed
-        with writer._worker._queue.mutex:  # whoever waits for room there may end
-            writer._worker._queue.maxsize = 0
-            writer._worker._queue.not_full.notify_all()
 
 
 def test_two_pricers_of_one_process_do_not_train_at_once() -> None:
