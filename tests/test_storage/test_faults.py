@@ -162,6 +162,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self) -> None:
         for writer in (0, 1):
             self.open(writer)
+        self.submit(0, [self.draft("tag") for _ in range(6)])  # a history that is longer than what is remembered
+        self.submit(1, [self.draft("commit") for _ in range(6)])
 
     def open(self, writer: int) -> None:
         def plan(call: int, operation: str, key: str) -> str | None:
@@ -209,7 +211,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.order)
     @rule(writer=st.sampled_from([0, 1]), data=st.data())
     def submit_again(self, writer: int, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(self.order))
+        # Entries that a writer has forgotten are what this is about: they are drawn where there are some.
+        name = data.draw(st.sampled_from(self.order[:-8] or self.order))
         LedgerMachine.submitted_again += 1
         LedgerMachine.forgotten += self.order.index(name) < len(self.order) - 8
         store = self.stores[writer]
@@ -293,8 +296,8 @@ def test_the_machine_went_past_what_is_remembered() -> None:
         f"\n{LedgerMachine.submitted_again} entries submitted again, {LedgerMachine.forgotten} of them older than what "
         f"is remembered; at most {LedgerMachine.longest_behind} blocks behind"
     )
-    assert LedgerMachine.forgotten > 0
-    assert LedgerMachine.longest_behind > 16
+    assert LedgerMachine.forgotten > 5
+    assert LedgerMachine.longest_behind > 30
 
 
 async def _small_ledger() -> MemoryObjectStore:
