@@ -23,11 +23,12 @@ from jobs.running import RunOptions
 from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc import black_scholes
-from smc.command_line import say
+from smc.command_line import replace_file, say
 from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
 from smc.evaluation import evaluate, price_error
 from smc.gbm_trainer import GbmCVNNPricer
+from smc.page import png
 from smc.pictures import draw_errors, draw_quantiles
 from smc.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
@@ -140,7 +141,7 @@ def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
     figure.suptitle(
         f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters"
     )
-    figure.savefig(path, dpi=110)
+    replace_file(path, png(figure))
 
 
 if __name__ == "__main__":

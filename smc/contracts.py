@@ -6,6 +6,7 @@ is an (n, 6) array whose columns are `FIELDS`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -24,7 +25,9 @@ __all__ = [
     "ContractsLike",
     "contract_array",
     "outside_domain",
+    "question_units",
     "resolve_domain",
+    "unit_of",
 ]
 
 FIELDS: Final = ("X0", "K", "T", "r", "d", "v")
@@ -70,6 +73,15 @@ DEFAULT_DOMAIN: Final[Mapping[str, BoundSpec]] = {
     "v": BoundSpec(lower=0.05, upper=0.6),
 }
 
+_UNITS: Final[Mapping[str, str]] = {
+    "T": "in years, so that 30 days are 0.082",
+    "r": "per year, so that 5 % is 0.05",
+    "d": "per year, so that 5 % is 0.05",
+    "v": "per square root of a year, so that 20 % is 0.2",
+}
+# Beyond these a field is taken for one in days or in percent.
+_LARGEST: Final[Mapping[str, float]] = {"T": 60.0, "r": 1.0, "d": 1.0, "v": 5.0}
+
 ContractsLike = Contract | Mapping[str, Any] | Sequence[Contract | Mapping[str, Any]] | npt.ArrayLike
 
 
@@ -94,6 +106,23 @@ def resolve_domain(bounds: Mapping[str, BoundSpec | Mapping[str, float]]) -> dic
                 + (" (T = 0 and v = 0 are priced exactly, without training)" if name in "Tv" else "")
             )
     return domain
+
+
+def unit_of(field: str) -> str:
+    """What to add to a message about a field that is easily given in another unit; nothing for the others."""
+    return f" ({field} is {_UNITS[field]})" if field in _UNITS else ""
+
+
+def question_units(domain: Mapping[str, BoundSpec]) -> None:
+    """Warn of bounds that are taken for days or percent: they can be meant, but hardly ever are."""
+    for field, largest in _LARGEST.items():
+        bound = domain[field]
+        if max(abs(bound.lower), abs(bound.upper)) > largest:
+            warnings.warn(
+                f"domain_bounds[{field!r}] reaches from {bound.lower:g} to {bound.upper:g}: is that the right unit?"
+                + unit_of(field),
+                stacklevel=3,
+            )
 
 
 def contract_array(contracts: ContractsLike) -> npt.NDArray[np.float64]:
@@ -244,7 +273,7 @@ def _check_values(array: npt.NDArray[np.float64]) -> None:
             allowed = f"finite and {allowed}"
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise ConfigError(f"contracts[{row}].{name} must be {allowed}, got {values[row]}")
+            raise ConfigError(f"contracts[{row}].{name} must be {allowed}, got {values[row]}{unit_of(name)}")
 
 
 def _first_line(error: ValueError) -> str:

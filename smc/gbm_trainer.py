@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -33,7 +34,7 @@ from smc.commits import (
     check_entry,
     check_template,
 )
-from smc.contracts import ContractsLike, resolve_domain
+from smc.contracts import ContractsLike, question_units, resolve_domain
 from smc.cvnn import FEATURES, check_model
 from smc.errors import ConfigError, NumericsError
 from smc.examples import Examples, ExampleSource
@@ -84,6 +85,7 @@ class GbmCVNNPricer:
         self._cfg = config.cfg
         self._params = config.cfg.sim_params
         self.domain = resolve_domain(config.domain_bounds)
+        question_units(self.domain)
         self.model = config.cvnn
         self.device = check_model(self.model, self._params.bins, self._params.dtype.torch)
         self._engine = BlackScholes(config.cfg, self.device)
@@ -274,6 +276,7 @@ class GbmCVNNPricer:
         T = 0 and v = 0 are exact, without the network.
         Raises: ConfigError for a contract outside the trained domain, unless outside='warn'.
         """
+        self._warn_if_untrained()
         return self._predictor.predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
@@ -283,13 +286,22 @@ class GbmCVNNPricer:
 
         A put's is what the network learnt. A call's follows from it by reflection, which holds for log-normal prices.
         """
+        self._warn_if_untrained()
         return self._predictor.predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
         self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
     ) -> Greeks:
         """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
+        self._warn_if_untrained()
         return self._predictor.predict_greeks(contracts, kind, outside=outside)
+
+    def _warn_if_untrained(self) -> None:
+        if self._position.step == 0:
+            warnings.warn(
+                "this pricer has not been trained: what it predicts is its network's random start; call train first",
+                stacklevel=3,
+            )
 
     @cached_property
     def _predictor(self) -> Predictor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smc import black_scholes
+from smc.command_line import replace_file
 from smc.contracts import FIELDS
 from smc.errors import ConfigError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from smc.storage.history import Run
 
 __all__ = [
+    "check_picture",
     "draw_errors",
     "draw_learning",
     "draw_quantiles",
@@ -132,13 +135,20 @@ def draw_runs(
     axes.grid(axis="x", alpha=0.3)
 
 
-def save_lineage(path: Path, runs: Sequence[Run], aliases: Mapping[str, ModelVersion]) -> None:
-    """A picture of what was resumed from what, in the format that the file's name says. Raises: ConfigError."""
+def check_picture(path: Path) -> None:
+    """Raises: ConfigError if the file's name says no format of a picture."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"{path}: a picture is a .png, .svg or .pdf")
+
+
+def save_lineage(path: Path, runs: Sequence[Run], aliases: Mapping[str, ModelVersion]) -> None:
+    """A picture of what was resumed from what, in the format that the file's name says. Raises: ConfigError."""
+    check_picture(path)
     figure = Figure(figsize=(12.5, 1.6 + 0.3 * len(runs)), layout="constrained")
     draw_runs(figure.subplots(), runs, aliases, by="version")
-    figure.savefig(path, dpi=110)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=110)
+    replace_file(path, drawn.getvalue())
 
 
 def plain(text: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smc import black_scholes
 from smc.black_scholes import Greeks, OptionKind, OptionKinds
-from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain
+from smc.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain, unit_of
 from smc.cuda import NotCapturable, capture
 from smc.errors import ConfigError
 from smc.modules import evaluating
@@ -271,7 +271,8 @@ class Predictor:
             bound = self.domain[name]
             value = array[at, FIELDS.index(name)]
             text = (
-                f"contracts[{at}].{name} = {value:g} is outside the trained domain [{bound.lower:g}, {bound.upper:g}]"
+                f"contracts[{at}].{name} = {value:g} is outside the trained domain "
+                f"[{bound.lower:g}, {bound.upper:g}]{unit_of(name)}"
             )
             if outside == "refuse":
                 raise ConfigError(text + "; pass outside='warn' to extrapolate")

@@ -134,3 +134,17 @@ def test_what_is_worth_nothing_is_not_minus_zero(pricer: GbmCVNNPricer) -> None:
     for kind in ("put", "call"):
         for values in (pricer.predict_price(edges, kind), black_scholes.price(edges, kind)):
             assert not np.signbit(np.asarray(values)).any()
+
+
+def test_a_pricer_that_was_not_trained_says_so() -> None:
+    pricer = GbmCVNNPricer(small_config())
+    for ask in (pricer.predict_price, pricer.predict_distribution, pricer.predict_greeks):
+        for kind in ("put", "call"):
+            with pytest.warns(UserWarning, match="this pricer has not been trained: .*; call train first"):
+                ask(CONTRACTS, kind)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="has not been trained"):
+        GbmCVNNPricer(pricer.snapshot()).predict_price(CONTRACTS)
+    pricer.train(small_training(1))
+    for trained in (pricer, GbmCVNNPricer(pricer.snapshot())):
+        trained.predict_price(CONTRACTS)
+        trained.predict_greeks(CONTRACTS)

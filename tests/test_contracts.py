@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,8 @@ from pydantic import ValidationError
 
 from smc.contracts import DEFAULT_DOMAIN, FIELDS, BoundSpec, Contract, contract_array, outside_domain, resolve_domain
 from smc.errors import ConfigError
+from smc.gbm_trainer import GbmCVNNPricer
+from tests.conftest import small_config
 
 ROW = [100.0, 90.0, 1.0, 0.03, 0.01, 0.2]
 
@@ -83,3 +89,52 @@ def test_bad_bounds_are_named(bounds: dict[str, dict[str, float]], message: str)
 def test_contracts_outside_the_domain_are_found() -> None:
     rows = np.array([ROW, [100, 200, 1, 0.03, 0.01, 0.9]])
     assert outside_domain(rows, DEFAULT_DOMAIN) == {"K": 1, "v": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "lower", "upper"),
+    [
+        ("T", 1, 365),
+        ("T", 7, 730),
+        ("T", 0.05, 61),
+        ("r", 0, 8),
+        ("r", -3, 0.5),
+        ("d", 0, 4),
+        ("d", 1, 2),
+        ("v", 5, 60),
+        ("v", 0.1, 80),
+        ("v", 0.05, 5.5),
+    ],
+)
+def test_a_domain_that_looks_like_days_or_percent_is_questioned(field: str, lower: float, upper: float) -> None:
+    config = replace(small_config(), domain_bounds={field: BoundSpec(lower=lower, upper=upper)})
+    with pytest.warns(UserWarning, match=rf"domain_bounds\['{field}'\] reaches .* is that the right unit.*{field} is "):
+        GbmCVNNPricer(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "lower", "upper"), [("T", 0.01, 60), ("r", -0.2, 1), ("d", 0, 1), ("v", 0.01, 5), ("X0", 1, 1e6)]
+)
+def test_a_wide_domain_is_not(field: str, lower: float, upper: float) -> None:
+    GbmCVNNPricer(replace(small_config(), domain_bounds={field: BoundSpec(lower=lower, upper=upper)}))
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong", "unit"),
+    [
+        (2, -1, "T is in years, so that 30 days are 0.082"),
+        (2, np.nan, "T is in years"),
+        (2, 30, "T is in years"),
+        (3, np.inf, "r is per year, so that 5 % is 0.05"),
+        (3, 5, "r is per year"),
+        (4, 2, "d is per year"),
+        (5, -0.2, "v is per square root of a year, so that 20 % is 0.2"),
+        (5, 20, "v is per square root of a year"),
+    ],
+)
+def test_a_refusal_names_the_unit_of_its_field(column: int, wrong: float, unit: str) -> None:
+    row = [*ROW]
+    row[column] = wrong
+    pricer = GbmCVNNPricer(small_config())
+    with pytest.raises(ConfigError, match=re.escape(unit)), warnings.catch_warnings(action="ignore"):
+        pricer.predict_price([row])

@@ -226,6 +226,7 @@ def test_a_tensor_is_checked_like_an_array(trained: GbmCVNNPricer) -> None:
     assert trained.predict_price(table[:0]).shape == (0,)
 
 
+@pytest.mark.filterwarnings("ignore:this pricer has not been trained")
 @pytest.mark.parametrize("kind", ["put", "call"])
 def test_greeks_are_derivatives_of_the_predicted_price(trained: GbmCVNNPricer, kind: black_scholes.OptionKind) -> None:
     params = small_simulation(dtype="float64")

@@ -67,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", type=Path, metavar="FILE", help="a file that keeps that entry from call to call")
     on_ledger("find-corruption", commands.find_corruption)
 
+    def as_of(sub: argparse.ArgumentParser) -> None:
+        about = "the ledger as it was then: its versions, and what its aliases named"
+        sub.add_argument("--at", type=_time, metavar="TIME", help=about)
+
     sub = on_ledger("list-versions", commands.list_versions, only_prints=True)
     sub.add_argument("--experiment", help="only this experiment's")
     sub.add_argument("--message", metavar="TEXT", help="only those whose message contains this")
@@ -76,13 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--until", type=_time, metavar="TIME")
     sub.add_argument("--last", type=_count, metavar="N", help="only the newest N")
+    as_of(sub)
     sub = on_ledger("inspect", commands.inspect, only_prints=True)
     sub.add_argument("version", nargs="?", help=f"{_VERSION}; the newest if left out")
+    as_of(sub)
     sub = on_ledger("diff", commands.diff, only_prints=True)
     sub.add_argument("a", help=_VERSION)
     sub.add_argument("b", help="another")
+    as_of(sub)
     sub = on_ledger("lineage", commands.lineage)
     sub.add_argument("--out", type=Path, metavar="FILE", help="a picture too: .png, .svg or .pdf")
+    as_of(sub)
+    sub = on_ledger("alias-history", commands.alias_history, only_prints=True)
+    sub.add_argument("name", nargs="?", help="only this alias's")
 
     for name, command in (("tag", commands.tag), ("untag", commands.untag), ("rollback", commands.rollback)):
         sub = on_ledger(name, command)
@@ -94,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("version", help=_VERSION)
     sub.add_argument("file", type=Path)
     sub.add_argument("--force", action="store_true", help="replace the file")
+    as_of(sub)
     sub = on_ledger("import", commands.import_)
     sub.add_argument("file", type=Path)
     sub.add_argument("--experiment", default="", help="the experiment it belongs to")
@@ -107,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--protect-tags", type=_names, default=[], metavar="5,12,BEST", help="keep these versions too")
         sub.add_argument("--lineage", action="store_true", help="keep what a kept version was resumed from, and so on")
         sub.add_argument("--no-heads", action="store_true", help="do not keep the newest version of each experiment")
+        sub.add_argument(
+            "--no-alias-history", action="store_true", help="do not keep what an alias named once and does not any more"
+        )
         sub.add_argument(
             "--min-age",
             type=_age,
@@ -123,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     sub.add_argument("--contracts", type=int, default=2048, help="sample for the comparison with the closed form")
     sub.add_argument("--blobs", action="store_true", help="verify the bytes of every checkpoint")
+    as_of(sub)
 
     server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
     server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")

@@ -94,6 +94,23 @@ class Catalog:
         """Where each alias points, by name."""
         return {name: self.versions[counter] for name, counter in sorted(self._aliases.items())}
 
+    @property
+    def ever_named(self) -> Mapping[str, Sequence[ModelVersion]]:
+        """The versions that each alias has named since the ledger began, in order, whether it still does or not."""
+        found: dict[str, list[ModelVersion]] = {}
+        for move in self.moves:
+            if move.counter is not None:
+                found.setdefault(move.alias, []).append(self.versions[move.counter])
+        return found
+
+    def moves_of(self, alias: str) -> Sequence[AliasMove]:
+        """Every move of an alias, in order. Raises: NotFound if it has never named anything."""
+        moves = [move for move in self.moves if move.alias == alias]
+        if not moves:
+            known = ", ".join(sorted({move.alias for move in self.moves})) or "none"
+            raise NotFound(f"there has never been an alias {alias!r}: there have been {known}")
+        return moves
+
     def before(self, alias: str) -> ModelVersion:
         """The version that an alias named before the one it names now. Raises: NotFound."""
         moves = [move.counter for move in self.moves if move.alias == alias]

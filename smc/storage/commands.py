@@ -15,7 +15,7 @@ from smc.command_line import check_file, replace_file, say
 from smc.errors import ConfigError, Corrupt, NotFound
 from smc.spool import CommitRecord, Spool
 from smc.storage.catalog import Catalog
-from smc.storage.chain import ModelVersion, blob_key
+from smc.storage.chain import ModelVersion, blob_key, version_id
 from smc.storage.gc import CollectionPlan, RetentionPolicy, collect, plan_collection
 from smc.storage.history import difference, lineage_lines, runs_of
 from smc.storage.memory import Seen, read_memory, write_memory
@@ -100,9 +100,14 @@ async def _affected(store: Store, report: Verification) -> tuple[list[ModelVersi
     return affected, list({version.experiment: version for version in whole}.values())
 
 
+async def _catalog(store: Store, options: Options) -> Catalog:
+    """The ledger as it is, or as it was at the time that was asked for."""
+    return await (store.catalog() if options.at is None else store.catalog_at(options.at))
+
+
 async def list_versions(store: Store, options: Options) -> int:
     """The versions that all filters let through, oldest first."""
-    catalog = await store.catalog()
+    catalog = await _catalog(store, options)
     if options.tag is None:
         await store.require()
     if options.tag is not None and options.tag not in catalog.aliases:
@@ -138,7 +143,7 @@ def _wanted(version: ModelVersion, catalog: Catalog, options: Options) -> bool:
 
 async def inspect(store: Store, options: Options) -> int:
     """One version: its entry, its aliases, its settings and its tensors, every byte verified."""
-    catalog = await store.catalog()
+    catalog = await _catalog(store, options)
     if catalog.head is None and options.version in (None, "head"):
         await store.require()
         print_json(None) if options.json else say(f"{store.uri} is empty")
@@ -164,7 +169,7 @@ async def inspect(store: Store, options: Options) -> int:
 
 async def diff(store: Store, options: Options) -> int:
     """What differs between two versions: entry, settings, parameters."""
-    catalog = await store.catalog()
+    catalog = await _catalog(store, options)
     a, b = catalog.resolve(options.a), catalog.resolve(options.b)
     found = await difference(store, a, b, whole=catalog.is_hash(options.a) or catalog.is_hash(options.b))
     if options.json:
@@ -196,13 +201,15 @@ def _short(value: object) -> str:
 
 async def lineage(store: Store, options: Options) -> int:
     """What was resumed from what: a tree, and a picture if one is asked for."""
-    catalog = await store.catalog()
+    if options.out is not None:
+        from smc.pictures import check_picture, save_lineage
+
+        check_picture(options.out)
+    catalog = await _catalog(store, options)
+    await store.require()
     runs = runs_of(catalog.versions)
     if options.out is not None:
-        from smc.pictures import save_lineage
-
         save_lineage(options.out, runs, catalog.aliases)
-    await store.require()
     if options.json:
         print_json(
             [
@@ -267,6 +274,37 @@ async def rollback(store: Store, options: Options) -> int:
     return await _tagged(store, options, options.name, version)
 
 
+async def alias_history(store: Store, options: Options) -> int:
+    """Every move of an alias, or of all of them: when, to which version, and why."""
+    catalog = await store.catalog()
+    await store.require()
+    moves = catalog.moves if options.name is None else catalog.moves_of(options.name)
+    names = [None if move.counter is None else version_id(move.counter) for move in moves]
+    if options.json:
+        print_json(
+            [
+                {
+                    "time": move.timestamp,
+                    "alias": move.alias,
+                    "version": name,
+                    "content_hash": move.content_hash,
+                    "entry": move.index,
+                    "message": move.message,
+                }
+                for move, name in zip(moves, names, strict=True)
+            ]
+        )
+        return 0
+    width = max([5, *(len(move.alias) for move in moves)])
+    say(f"{'time (UTC)':<21}{'alias':<{width}}  {'version':<13}{'hash':<10}{'entry':>7}  message")
+    for move, name in zip(moves, names, strict=True):
+        say(
+            f"{move.timestamp:%Y-%m-%d %H:%M:%S}  {move.alias:<{width}}  {name or 'nothing':<13}"
+            f"{(move.content_hash or '')[:8]:<10}{move.index:>7}  {move.message}"
+        )
+    return 0
+
+
 # --- moving checkpoints ------------------------------------------------------------------------------
 
 
@@ -277,7 +315,7 @@ async def export(store: Store, options: Options) -> int:
     check_file(options.file)
     if options.file.exists() and not options.force:
         raise ConfigError(f"{options.file} exists: give another name, or --force")
-    version = await store.resolve(options.version)
+    version = (await _catalog(store, options)).resolve(options.version)
     data = await store.load_checkpoint(version)
     replace_file(options.file, data)
     if options.json:
@@ -370,6 +408,7 @@ async def _policy(store: Store, options: Options) -> RetentionPolicy:
         protect=protect,
         keep_heads=not options.no_heads,
         keep_lineage=options.lineage,
+        keep_once_named=not options.no_alias_history,
         min_age=options.min_age,
     )
 
@@ -442,7 +481,7 @@ async def report(store: Store, options: Options) -> int:
     """One self-contained page about the ledger."""
     from smc.storage.report import report_page
 
-    made = await report_page(store, contracts=options.contracts, blobs=options.blobs)
+    made = await report_page(store, contracts=options.contracts, blobs=options.blobs, at=options.at)
     await store.require()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(options.out, made.html.encode())

@@ -37,6 +37,7 @@ _LOOKS = 5
 class RetentionPolicy:
     """Which versions keep their checkpoints. The genesis and every version that an alias names always do.
 
+    `keep_once_named`: also what an alias named earlier, so that a price of that time can be computed again.
     `keep_last`: the newest so many, of all experiments together, at least 1. `keep_heads`: the newest of each
     experiment, from which a sweep would go on. `keep_lineage`: whatever a kept version was resumed from, and so on.
     `protect`: these too, by counter. Nothing younger than `min_age` is deleted: it may belong to a commit under way.
@@ -48,6 +49,7 @@ class RetentionPolicy:
     keep_heads: bool = True
     keep_lineage: bool = False
     min_age: timedelta = timedelta(hours=1)
+    keep_once_named: bool = True
 
     def __post_init__(self) -> None:
         if self.keep_last < 1:
@@ -69,6 +71,9 @@ class RetentionPolicy:
             kept.setdefault(counter, "protected")
         for alias, version in catalog.aliases.items():
             kept.setdefault(version.counter, f"alias {alias}")
+        for alias, versions in catalog.ever_named.items() if self.keep_once_named else ():
+            for version in versions:
+                kept.setdefault(version.counter, f"alias {alias} named it once")
         for name, version in (*catalog.heads.items(), *catalog.furthest.items()) if self.keep_heads else ():
             kept.setdefault(version.counter, f"the newest of {name}" if name else "the newest without an experiment")
         if self.keep_lineage:

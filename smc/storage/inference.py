@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from smc.black_scholes import Greeks, OptionKinds
 from smc.checkpoint import decode_parts, restore
-from smc.contracts import FIELDS, ContractsLike, resolve_domain
+from smc.contracts import FIELDS, BoundSpec, ContractsLike, resolve_domain, unit_of
 from smc.cuda import require_device, synchronize
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
 from smc.prediction import Outside, Predictor
@@ -155,7 +155,9 @@ class ModelFollower:
 
     `reference` is a version, a hash, an alias, `head` or `head:EXPERIMENT`; `track` says whether to follow it. By
     default what can move is followed. `memory` is a file that keeps the last entry seen: a ledger that does not
-    lead on from there is refused, after a restart as well. It belongs to one event loop; any thread may read `served`.
+    lead on from there is refused, after a restart as well. `domain`, bounds of all fields or of some, is where its
+    users ask: a model that was not trained on all of it is not served, and the one before it goes on. It belongs to one
+    event loop; any thread may read `served`. Raises: ConfigError.
     """
 
     def __init__(
@@ -167,8 +169,11 @@ class ModelFollower:
         device: torch.device | str = "cpu",
         model_template: nn.Module | None = None,
         memory: Path | None = None,
+        domain: Mapping[str, BoundSpec | Mapping[str, float]] | None = None,
     ) -> None:
         self._store, self._reference, self._track = store, reference, track
+        resolved = resolve_domain(domain or {})
+        self._domain = {field: resolved[field] for field in domain or {}}
         self._device, self._template = require_device(device), model_template
         self._memory = memory
         self._remembered = read_memory(memory, store.uri)
@@ -299,9 +304,20 @@ class ModelFollower:
         served = self.served.version if self.served is not None else None
         if self.served is not None and served is not None and _same_bytes(served, version):
             return self.served.predictor
-        return await load_predictor(
+        predictor = await load_predictor(
             self._store, version, device=self._device, model_template=self._template, whole=self._whole
         )
+        self._check_domain(version, predictor)
+        return predictor
+
+    def _check_domain(self, version: ModelVersion, predictor: Predictor) -> None:
+        for field, asked in self._domain.items():
+            learnt = predictor.domain[field]
+            if not (learnt.lower <= asked.lower and asked.upper <= learnt.upper):
+                raise ConfigError(
+                    f"{version.version_id} was trained on {field} from {learnt.lower:g} to {learnt.upper:g}, and is to "
+                    f"be asked from {asked.lower:g} to {asked.upper:g}{unit_of(field)}"
+                )
 
     async def _exists(self, key: str) -> bool:
         try:
@@ -386,13 +402,20 @@ class InferenceClient(_Predicting):
         model_template: nn.Module | None = None,
         memory: Path | None = None,
         poll_seconds: float = 2.0,
+        domain: Mapping[str, BoundSpec | Mapping[str, float]] | None = None,
     ) -> None:
         if poll_seconds <= 0:
             raise ConfigError(f"poll_seconds must be above 0, got {poll_seconds}")
         self._store = AsyncBlockchainModelStore(store) if isinstance(store, str) else store.another()
         self._poll_seconds = poll_seconds
         self._follower = ModelFollower(
-            self._store, reference, track=track, device=device, model_template=model_template, memory=memory
+            self._store,
+            reference,
+            track=track,
+            device=device,
+            model_template=model_template,
+            memory=memory,
+            domain=domain,
         )
         self._lock = threading.Lock()
         self._run: _Run | None = None

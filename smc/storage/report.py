@@ -65,17 +65,26 @@ class Report:
     ok: bool
 
 
-async def report_page(store: AsyncBlockchainModelStore, *, contracts: int = 2048, blobs: bool = False) -> Report:
-    """Verify the ledger and draw the page. A ledger that is corrupt is reported as such. Raises: ConfigError."""
+async def report_page(
+    store: AsyncBlockchainModelStore, *, contracts: int = 2048, blobs: bool = False, at: datetime | None = None
+) -> Report:
+    """Verify the ledger and draw the page. A ledger that is corrupt is reported as such.
+
+    `at`: draw what the ledger said then, as `catalog_at` has it; it is verified as it is now.
+    Raises: ConfigError, NotFound if there was no entry at that time.
+    """
     if contracts < 8:
         raise ConfigError(f"contracts must be at least 8, got {contracts}")
     verification = await store.verify(blobs=blobs)
     title = f"Ledger {store.uri}"
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
-    parts = [_verification(verification, blobs), facts({"ledger": store.uri, "written": written})]
+    about = {"ledger": store.uri, "written": written}
+    if at is not None:
+        about["as of"] = f"{at:%Y-%m-%d %H:%M:%S} UTC"
+    parts = [_verification(verification, blobs), facts(about)]
     experiments = 0
     if verification.log_is_whole:
-        catalog = await store.catalog()
+        catalog = await (store.catalog() if at is None else store.catalog_at(at))
         experiments = len(catalog.heads)
         if catalog.head is not None:
             stored = {info.key: info.size async for info in store.objects.list("blobs/")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -28,6 +29,8 @@ from smc.storage.verify import Verification, verify_ledger
 from smc.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
+
+logger = logging.getLogger("smc.storage")
 
 _SMALL = 8 * 2**20
 # Most headers are smaller; what is read beyond one belongs to the model.
@@ -187,6 +190,29 @@ class AsyncBlockchainModelStore:
             for block in await self.ledger.read_blocks(known.block, tail.block, end_hash=tail.parent_hash):
                 self._catalog.apply(block)
         return self._catalog
+
+    async def catalog_at(self, time: datetime) -> Catalog:
+        """What the ledger said at a time: all that stands before the first entry of a later time.
+
+        The times are those of the machines that appended. Where their clocks differ, an entry that says an earlier time
+        may stand behind one of a later time, and is then left out with a warning in the log of this program.
+        Raises: NotFound if the ledger had no entry yet.
+        """
+        tail = await self.ledger.refresh()
+        blocks = await self.ledger.read_blocks(0, tail.block, end_hash=tail.parent_hash)
+        then, behind, later = Catalog(), 0, False
+        for block in blocks:
+            until = next((place for place, entry in enumerate(block) if later or entry.time > time), len(block))
+            if until:
+                then.apply(block[:until])
+            later = later or until < len(block)
+            behind += sum(entry.time <= time for entry in block[until:])
+        if behind:
+            logger.warning("%d entries say a time before %s and stand behind one of a later time", behind, time)
+        if then.tail.index == 0:
+            first = f"its first entry is of {blocks[0][0].time:%Y-%m-%d %H:%M:%S} UTC" if blocks else "it is empty"
+            raise NotFound(f"{self.uri} had no entry at {time:%Y-%m-%d %H:%M:%S} UTC: {first}")
+        return then
 
     async def resolve(self, reference: str) -> ModelVersion:
         """The version meant by a name, an alias, `head`, `head:EXPERIMENT` or a hash's beginning.

@@ -215,3 +215,16 @@ async def test_tensorboards_files_hold_the_history(states: list[GbmCVNNPricerCon
     assert b"training.learning_rate" in table
     assert b"simulation.sim_params.mc_seed" in table
     assert list(events(tmp_path / "raw")) == ["loss/by_step", "loss/by_version"]
+
+
+async def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "lineage.png"
+    path.write_bytes(b"the old one")
+    async with opened() as store:
+        runs = runs_of(await committed(store, [("a", 10, None)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", lambda path, data: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(OSError, match="No space left"):
+            save_lineage(path, runs, {})
+    assert path.read_bytes() == b"the old one"
+    assert os.listdir(tmp_path) == ["lineage.png"]
