@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX import FileWriter, SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
 from torch import Tensor, nn
 
 from smc.errors import ConfigError
 from smc.guarded import finished_within
 from smc.training import StepReport
 
-__all__ = ["TensorBoardLogger", "folder_name"]
+__all__ = ["EventWriter", "TensorBoardLogger", "folder_name"]
 
 _CLOSING_SECONDS = 10.0
+_FLUSH_SECONDS = 5.0
 # A file system takes 255 bytes, of which a part of a hash may be behind these.
 _LONGEST_NAME = 120
 
@@ -41,7 +46,7 @@ class TensorBoardLogger:
         if every < 1 or histograms_every < 1:
             raise ConfigError(f"every and histograms_every must be at least 1, got {every} and {histograms_every}")
         self._model, self._every, self._histograms_every = model, every, histograms_every
-        self._writer = SummaryWriter(str(log_dir), flush_secs=5)
+        self._writer = EventWriter(log_dir)
         self._last: StepReport | None = None
         self._histograms_at = 0
         # Not read at once: on a GPU that would be to wait for its step.
@@ -82,7 +87,7 @@ class TensorBoardLogger:
                     self._writer.add_histogram(f"gradients/{name}", parameter.grad.cpu().numpy(), step)
 
     def close(self) -> None:
-        """Write what is left. A writer that hangs, because its disk is full, is left alone after some seconds."""
+        """Write what is left. A writer that hangs, because its disk does, is left alone after some seconds."""
 
         def work() -> None:
             self._write_norm()
@@ -95,6 +100,57 @@ class TensorBoardLogger:
             step, norm = self._norm
             self._writer.add_scalar("train/gradient_norm", float(norm), step)
             self._norm = None
+
+
+class EventWriter(SummaryWriter):  # type: ignore[misc]
+    """tensorboardX's writer, which writes in the thread that calls it: a full disk is an OSError for the caller.
+
+    The original hands events to a thread of its own through a queue. When its disk is full that thread dies, and from
+    the tenth event on every caller waits for good, the interpreter's exit included.
+    """
+
+    def __init__(self, log_dir: Path | str, suffix: str = "") -> None:
+        super().__init__(str(log_dir), filename_suffix=suffix)
+
+    def _get_file_writer(self) -> FileWriter:
+        if getattr(self, "file_writer", None) is None:
+            self.file_writer: FileWriter = _FileWriter(self.logdir, self._filename_suffix)
+            self.all_writers = {self.logdir: self.file_writer}
+        return self.file_writer
+
+
+class _FileWriter(FileWriter):  # type: ignore[misc]
+    def __init__(self, log_dir: str, suffix: str) -> None:  # that of the original starts the thread
+        self.event_writer = _EventFile(log_dir, suffix)
+        self._default_metadata: dict[str, float] = {}
+
+
+class _EventFile:
+    """What tensorboardX asks of the end that writes events."""
+
+    def __init__(self, log_dir: str, suffix: str) -> None:
+        self._log_dir = log_dir
+        os.makedirs(log_dir, exist_ok=True)
+        self._events = EventsWriter(os.path.join(log_dir, "events"), suffix)
+        self._flushed_at = 0.0
+        self._closed = False
+
+    def get_logdir(self) -> str:
+        return self._log_dir
+
+    def add_event(self, event: Any) -> None:
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+            self._flushed_at = time.monotonic()
+
+    def flush(self) -> None:
+        self._events.flush()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._events.close()
 
 
 def folder_name(experiment: str) -> str:

@@ -269,3 +269,32 @@ with InferenceClient({on_seaweed!r}, poll_seconds=0.1) as client:
     assert process.returncode == 0
     assert "child follows None" in out
     assert isinstance(InferenceClient, type)
+
+
+_ON_A_FULL_DISK = """
+import logging, resource, signal, sys
+from smc.gbm_trainer import GbmCVNNPricer
+from smc.tensorboard import TensorBoardLogger
+from tests.conftest import small_config, small_training
+logging.basicConfig(format="%(message)s")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+pricer = GbmCVNNPricer(small_config())
+logger = TensorBoardLogger(sys.argv[1], pricer.model, every=1, histograms_every=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))  # like a disk that fills
+with logger:
+    print(pricer.train(small_training(200), logger=logger).batches, flush=True)
+logger = TensorBoardLogger(sys.argv[2], pricer.model, every=1, histograms_every=1)  # and one that nobody closes
+pricer.train(small_training(100), logger=logger)
+print("ends", flush=True)
+"""
+
+
+def test_a_full_disk_under_tensorboard_ends_neither_training_nor_the_process_late(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path / "a"), str(tmp_path / "b")]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["200", "ends"]
+    assert done.stderr.count("training goes on without it") == 2
+    assert "File too large" in done.stderr
+    assert time.monotonic() - started < 60

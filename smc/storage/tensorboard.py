@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
 from tensorboardX.summary import hparams
 
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError
@@ -18,7 +17,7 @@ from smc.storage.chain import ModelVersion
 from smc.storage.history import settings_of
 from smc.storage.report import Measured, measured
 from smc.storage.store import AsyncBlockchainModelStore
-from smc.tensorboard import folder_name
+from smc.tensorboard import EventWriter, folder_name
 
 __all__ = ["write_history"]
 
@@ -46,14 +45,14 @@ async def write_history(store: AsyncBlockchainModelStore, log_dir: Path) -> dict
             old.unlink()
         versions = [v for v in catalog.versions if v.experiment == experiment]
         counts[experiment] = len(versions)
-        with SummaryWriter(str(directory), filename_suffix=_SUFFIX) as writer:
+        with EventWriter(directory, _SUFFIX) as writer:
             for version in versions:
                 _add(writer, version)
             await _add_newest(writer, store, head)
     return counts
 
 
-def _add(writer: SummaryWriter, version: ModelVersion) -> None:
+def _add(writer: EventWriter, version: ModelVersion) -> None:
     at = version.timestamp.timestamp()
     if version.loss is not None:
         writer.add_scalar("loss/by_step", version.loss, version.step, walltime=at)
@@ -63,7 +62,7 @@ def _add(writer: SummaryWriter, version: ModelVersion) -> None:
         writer.add_scalar(tag, value, version.step, walltime=at)
 
 
-async def _add_newest(writer: SummaryWriter, store: AsyncBlockchainModelStore, head: ModelVersion) -> None:
+async def _add_newest(writer: EventWriter, store: AsyncBlockchainModelStore, head: ModelVersion) -> None:
     outcome: dict[str, float] = {} if head.loss is None else {"outcome/loss": head.loss}
     try:
         header, _ = await store.load_model(head)
