@@ -1,34 +1,41 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: demo test check bench s3 clean
+MARK := $(VENV)/installed
 
-demo: .venv/installed
+.PHONY: demo test test-fast check bench s3 clean
+
+demo: $(MARK)
 	$(BIN)/python -m jobs.demo
 
 test: check
 	$(BIN)/python -m pytest -n 3 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
 
-check: .venv/installed
+# No server, no Ray, no GPU: for every change, in a minute.
+test-fast: $(MARK)
+	$(BIN)/python -m pytest -n 2 -m "not service and not slow and not gpu" tests
+
+check: $(MARK)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed
+bench: $(MARK)
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
-s3: .venv/installed
+s3: $(MARK)
 	$(BIN)/python -m smc.storage dev-server
 
-.venv/installed: pyproject.toml constraints.txt
+$(MARK): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v[:2] <= (3, 14) and f"this is Python {v[0]}.{v[1]}, SpectralMC needs 3.11 to 3.14: make PYTHON=python3.12")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch .venv/installed
+	touch $(MARK)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -30,6 +30,22 @@ torch.set_num_threads(1)
 NO_DELAYS = (0.0, 0.0, 0.0)
 
 
+_SERVICES = {"seaweed", "moto_url", "ray_cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs a server or Ray, also where a parameter says so, and skip, visibly, what needs a GPU."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        needed = set(getattr(item, "fixturenames", ()))
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        on_server = needed & {"on_s3", "make_store"} and not {"memory"} & set(map(str, parameters.values()))
+        if needed & _SERVICES or on_server:
+            item.add_marker("service")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -182,11 +198,3 @@ def ray_cluster(seaweed: DevServer) -> Iterator[None]:
         ray.init(address="local", num_cpus=2, namespace="tests", **options)
     yield
     ray.shutdown()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped, visibly, where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

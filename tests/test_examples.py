@@ -52,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> DevServer:  # type: igno
         ),
     ],
 )
+@pytest.mark.service
 def test_an_example_ends_with_what_it_promises(name: str, endings: list[str], server: DevServer) -> None:
     for ending in endings:
         done = subprocess.run(

@@ -155,6 +155,7 @@ def test_a_loss_that_is_not_finite_is_found_in_reports_that_come_late(monkeypatc
     ],
     ids=["a chunk of one row", "one row at a time", "normalised", "normalised derivatives"],
 )
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_with_two_threads(
     changes: dict[str, Any], training: dict[str, Any], normalize: bool
 ) -> None:

@@ -289,6 +289,7 @@ print("ends", flush=True)
 """
 
 
+@pytest.mark.service
 def test_a_full_disk_under_tensorboard_ends_neither_training_nor_the_process_late(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path / "a"), str(tmp_path / "b")]
     started = time.monotonic()

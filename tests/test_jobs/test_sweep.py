@@ -150,6 +150,7 @@ def test_a_stopped_sweep_ends_with_final_commits(tmp_path: Path, on_seaweed: str
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.service
 def test_the_demo_runs_twice_into_one_ledger(tmp_path: Path) -> None:
     quick = tmp_path / "quick.yaml"
     quick.write_text("recipe: tiny\nexperiments: {high_lr: {training: {learning_rate: 0.03}}}\n")

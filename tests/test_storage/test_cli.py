@@ -366,6 +366,7 @@ def dev_server(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.service
 def test_the_dev_server_serves_keeps_its_data_and_its_secrets(
     dev_server: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,6 +390,7 @@ def test_the_dev_server_serves_keeps_its_data_and_its_secrets(
         assert os.path.exists(f"/proc/{again.pid}")
 
 
+@pytest.mark.service
 async def test_the_dev_servers_other_ports_take_nothing_without_credentials(tmp_path: Path) -> None:
     with DevServer(tmp_path / "s3", buckets=("one",)) as server:
         arguments = await asyncio.to_thread(Path(f"/proc/{server.pid}/cmdline").read_text)
@@ -445,6 +447,7 @@ async def test_plain_http_beyond_this_machine_is_said_and_signed(
         assert store._client.meta.config.s3["payload_signing_enabled"] is is_open
 
 
+@pytest.mark.service
 def test_a_port_that_others_take_before_the_server_has_it_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

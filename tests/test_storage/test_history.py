@@ -142,6 +142,7 @@ async def test_a_difference_is_that_of_entries_settings_and_parameters(states: l
             await difference(store, a, raw[0])
 
 
+@pytest.mark.slow
 async def test_the_report_shows_what_there_is_and_needs_nothing_else(states: list[GbmCVNNPricerConfig]) -> None:
     async with opened() as store:
         empty = await report_page(store)

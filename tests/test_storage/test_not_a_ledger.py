@@ -130,6 +130,7 @@ def test_a_bucket_that_s3_forbids_is_refused_at_once(name: str, tmp_path: Path) 
         DevServer(tmp_path, buckets=(name,))
 
 
+@pytest.mark.service
 def test_the_dev_server_is_asked_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there

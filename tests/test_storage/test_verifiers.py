@@ -315,6 +315,7 @@ ANYTHING = st.recursive(
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(sorted(KINDS)), st.data())
+@pytest.mark.slow
 def test_both_agree_on_any_value_of_any_field(
     tmp_path_factory: pytest.TempPathFactory, ledger: MemoryObjectStore, kind: str, data: st.DataObject
 ) -> None:
