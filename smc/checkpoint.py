@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from smc.contracts import BoundSpec
 from smc.cvnn import CVNN, CVNNConfig, RealNetwork, build_cvnn
 from smc.errors import ConfigError, Corrupt
-from smc.gbm import BlackScholesConfig
-from smc.modules import is_plain, unwrapped
+from smc.gbm import BlackScholesConfig, SimulationParams
+from smc.modules import check_copyable, is_made_like, unwrapped
 from smc.optimizer import OptimizerName, OptimizerState
 from smc.pricer_config import GbmCVNNPricerConfig
 from smc.scaling import Scaling
@@ -102,9 +102,10 @@ def tensors_of(config: GbmCVNNPricerConfig) -> dict[str, Tensor]:
 def metadata_of(config: GbmCVNNPricerConfig) -> CheckpointMetadata:
     """What a state's checkpoint says beside the tensors."""
     model = unwrapped(config.cvnn)
-    # What a hook or a subclass does stands in no checkpoint, so only a network as build_cvnn made it is built again.
-    described = type(model) in (CVNN, RealNetwork) and is_plain(model)
-    network = model.config if described and isinstance(model, CVNN | RealNetwork) else None
+    # What a hook or a replaced part does stands in no checkpoint: only a network as build_cvnn makes it is built again.
+    network = model.config if isinstance(model, CVNN | RealNetwork) else None
+    if network is not None and not is_made_like(model, _outline(config.cfg.sim_params, network)):
+        network = None
     optimizer = config.optimizer_state
     return CheckpointMetadata(
         simulation=config.cfg,
@@ -186,6 +187,7 @@ def restore(
     state = _named(tensors, "model.", torch.device("cpu"))
     if model_template is not None:
         _check_class(metadata, unwrapped(model_template))
+        check_copyable(unwrapped(model_template))
         model = copy.deepcopy(unwrapped(model_template))
         _check_fits(model, state, "model_template does not fit the checkpoint", ConfigError)
     else:
@@ -263,7 +265,7 @@ def _described(snapshot: Snapshot) -> nn.Module:
     metadata, shapes = snapshot.metadata, snapshot.tensors
     if metadata.network is None:
         ours = metadata.model_class in {f"{kind.__module__}.{kind.__qualname__}" for kind in (CVNN, RealNetwork)}
-        why = "with hooks or parametrizations, which no checkpoint holds" if ours else "which build_cvnn did not make"
+        why = "changed since build_cvnn made it, which no checkpoint holds" if ours else "which build_cvnn did not make"
         raise ConfigError(f"the checkpoint's model is a {metadata.model_class}, {why}: pass one as model_template")
     state = {name.removeprefix("model."): tensor for name, tensor in shapes.items() if name.startswith("model.")}
     if len(metadata.network.hidden) >= len(state):
@@ -271,10 +273,16 @@ def _described(snapshot: Snapshot) -> nn.Module:
             f"the checkpoint contradicts itself: its network has {len(metadata.network.hidden)} hidden layers, "
             f"its model {len(state)} tensors"
         )
-    with torch.device("meta"):
-        model = build_cvnn(metadata.simulation.sim_params, metadata.network)
+    model = copy.deepcopy(_outline(metadata.simulation.sim_params, metadata.network))
     _check_fits(model, state, "the checkpoint contradicts itself", Corrupt)
     return model
+
+
+@lru_cache(maxsize=16)
+def _outline(params: SimulationParams, network: CVNNConfig) -> nn.Module:
+    """The network that these settings describe, without memory for its parameters."""
+    with torch.device("meta"):
+        return build_cvnn(params, network)
 
 
 def _check_fits(

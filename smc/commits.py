@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import reprlib
 import string
 import threading
 import time
@@ -158,7 +159,7 @@ def check_template(template: str) -> None:
 
     Raises: ConfigError (a ValueError) naming what is wrong; {step}, {loss}, {batch} are allowed.
     """
-    where = f"commit_message_template {template!r}"
+    where = f"commit_message_template {reprlib.repr(template)}"
     try:
         for _, name, form, _ in string.Formatter().parse(template):
             if name is not None and name not in ("step", "loss", "batch"):

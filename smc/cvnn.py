@@ -24,7 +24,7 @@ from torch.nn import functional
 from smc.cuda import require_device
 from smc.errors import ConfigError
 from smc.gbm import SimulationParams
-from smc.modules import evaluating
+from smc.modules import check_copyable, evaluating, unwrapped
 from smc.numeric_fields import WholeNumber
 
 __all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "RealNetwork", "build_cvnn", "check_model"]
@@ -148,6 +148,7 @@ def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device
         f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {FEATURES}) and must "
         f"return two of shape (batch, {bins}); smc.cvnn.build_cvnn(sim_params) makes one"
     )
+    check_copyable(unwrapped(model))
     parameters = list(model.parameters())
     if not parameters:
         raise ConfigError(f"{type(model).__name__} has no parameters to train: {wanted}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from smc.errors import ConfigError
 
-__all__ = ["check_trainable", "evaluating", "is_plain", "training", "unwrapped"]
+__all__ = ["check_copyable", "check_trainable", "evaluating", "is_made_like", "training", "unwrapped"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _HOOKS = (
@@ -23,6 +24,8 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
+
+_EVERY_MODULE_HAS = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "_is_torch_compile"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -36,12 +39,37 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def is_plain(model: nn.Module) -> bool:
-    """Whether a module computes what its class says and nothing else: it has no hook and no parametrization."""
-    return not any(
-        any(getattr(module, name, None) for name in _HOOKS) or parametrize.is_parametrized(module)
-        for module in model.modules()
+def is_made_like(model: nn.Module, other: nn.Module) -> bool:
+    """Whether a module computes what another one does, apart from the values of its parameters.
+
+    Its parts have the same names, classes and attributes; none has a hook, a parametrization or a replaced method.
+    """
+    parts, others = dict(model.named_modules()), dict(other.named_modules())
+    return parts.keys() == others.keys() and all(
+        type(part) is type(others[name])
+        and _own(part) == _own(others[name])
+        and not any(getattr(part, hooks, None) for hooks in _HOOKS)
+        and not parametrize.is_parametrized(part)
+        for name, part in parts.items()
     )
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raises: ConfigError for a method replaced on an instance: in a copy it would still read the original."""
+    for name, part in model.named_modules():
+        for attribute, value in vars(part).items():
+            replaced = callable(value) and callable(getattr(type(part), attribute, None))
+            if replaced and not isinstance(getattr(value, "__self__", None), nn.Module):
+                where = f"{type(part).__name__}.{attribute}" + (f" of {name}" if name else "")
+                raise ConfigError(
+                    f"{where} was replaced on the instance; snapshots and served models are copies, in which it would "
+                    "still read the parameters of the original: define a subclass"
+                )
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    """What stands in an instance beside what every module has and what torch.compile adds."""
+    return {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE_HAS}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -219,11 +220,43 @@ def another(model: nn.Module) -> nn.Module:
     return model
 
 
+def replaced_part(model: nn.Module) -> nn.Module:
+    model.activations[0] = nn.Identity()  # type: ignore[operator,index]
+    return model
+
+
+def replaced_function(model: nn.Module) -> nn.Module:
+    model.get_submodule("activations.1")._function = torch.tanh  # type: ignore[assignment]
+    return model
+
+
+def bound_hook(model: nn.Module) -> nn.Module:
+    model.get_submodule("layers.1").register_forward_pre_hook(lambda module, given: (given[0] * 1.01,))
+    return model
+
+
+def another_config(model: nn.Module) -> nn.Module:
+    model.config = model.config.model_copy(update={"activation": "zrelu"})  # type: ignore[operator,union-attr,assignment]
+    return model
+
+
+CHANGES = [
+    hooked,
+    before_it,
+    bound_hook,
+    parametrized,
+    another,
+    replaced_part,
+    replaced_function,
+    another_config,
+]
+
+
 def round_trip(state: GbmCVNNPricerConfig, template: nn.Module | None = None) -> GbmCVNNPricerConfig:
     return restore(decode(encode(Snapshot.of(state))), template)
 
 
-@pytest.mark.parametrize("change", [hooked, before_it, parametrized, another])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_network_that_computes_something_else_is_not_rebuilt_as_a_plain_one(change: Any) -> None:
     config = small_config()
     pricer = GbmCVNNPricer(replace(config, cvnn=change(config.cvnn)))
@@ -234,6 +267,49 @@ def test_a_network_that_computes_something_else_is_not_rebuilt_as_a_plain_one(ch
     loaded = GbmCVNNPricer(round_trip(pricer.snapshot(), template))
     assert np.array_equal(loaded.predict_price(CONTRACTS), pricer.predict_price(CONTRACTS))
     assert next(iter(loaded.model.parameters())) is not next(iter(template.parameters()))
+
+
+def halved(real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+    return real / 2, imag / 2
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement"),
+    [
+        ("", lambda model: lambda real, imag: halved(*type(model).forward(model, real, imag))),
+        ("layers.0", lambda model: lambda z: z),
+        ("layers.1", lambda model: functools.partial(type(model).forward, model)),
+        ("activations.0", lambda model: torch.tanh),
+    ],
+)
+def test_a_method_replaced_on_an_instance_is_refused(part: str, replacement: Any) -> None:
+    config = small_config()
+    pricer = GbmCVNNPricer(config)
+    state = Snapshot.of(pricer.snapshot())
+    model = small_config().cvnn
+    replaced = model.get_submodule(part)
+    replaced.forward = replacement(replaced)  # type: ignore[method-assign]
+    for use in (lambda: GbmCVNNPricer(replace(config, cvnn=model)), lambda: restore(state, model)):
+        with pytest.raises(ConfigError, match=r"was replaced on the instance; .*: define a subclass"):
+            use()
+
+
+def test_a_method_that_an_instance_chose_among_its_own_goes_along() -> None:
+    class Choosing(Net):
+        def __init__(self, *parts: nn.Module) -> None:
+            super().__init__(*parts)
+            self.forward = self.other  # type: ignore[method-assign]
+
+        def other(self, real: Tensor, imag: Tensor) -> tuple[Tensor, Tensor]:
+            return halved(*Net.forward(self, real, imag))
+
+    pricer = GbmCVNNPricer(replace(small_config(), cvnn=Choosing(nn.Tanh())))
+    pricer.train(small_training(3))
+    copy = GbmCVNNPricer(pricer.snapshot())
+    before = copy.predict_price(CONTRACTS)
+    assert np.array_equal(before, pricer.predict_price(CONTRACTS))
+    pricer.train(small_training(3))
+    assert np.array_equal(copy.predict_price(CONTRACTS), before)
 
 
 def test_a_template_of_another_class_is_refused() -> None:
