@@ -28,12 +28,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import observe, observe_ledger
 from smc.errors import AccessDenied, Busy, ConfigError, Conflict, SpectralMCError, Unavailable
-from smc.spool import CommitRecord
 from smc.storage.s3 import endpoint_of
+from smc.storage.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
 
 if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
-    from smc.commits import CommitOutcome
+    from smc.storage.commits import CommitOutcome
 
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "address", "code_version", "ledger_actor"]
 

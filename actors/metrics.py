@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
-    from smc.commits import CommitOutcome
-    from smc.training import StepReport
+    from smc.learning.plan import StepReport
+    from smc.storage.commits import CommitOutcome
 
 __all__ = ["TrainingMetrics", "observe", "observe_ledger"]
 

@@ -13,16 +13,16 @@ from typing import Any
 import ray
 
 from actors.metrics import TrainingMetrics
-from smc.checkpoint import Snapshot, encode
-from smc.commits import CommitTarget
-from smc.evaluation import objective_value
-from smc.experiment import Experiment
-from smc.gbm_trainer import GbmCVNNPricer, Progress, StepReport, TrainingResult
-from smc.pricer_config import GbmCVNNPricerConfig
+from smc.checkpoint.file import Snapshot, encode
+from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.learning.experiment import Experiment
+from smc.learning.pricer import GbmCVNNPricer, Progress, StepReport, TrainingResult
+from smc.prediction.evaluation import objective_value
+from smc.reporting.training_tensorboard import TensorBoardLogger, folder_name
 from smc.storage.chain import ModelVersion
+from smc.storage.commits import CommitTarget
 from smc.storage.snapshots import load_snapshot_from_checkpoint
 from smc.storage.store import AsyncBlockchainModelStore
-from smc.tensorboard import TensorBoardLogger, folder_name
 
 __all__ = ["RemoteTrainerActor", "TrainerActor"]
 

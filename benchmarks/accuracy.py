@@ -20,11 +20,11 @@ import torch
 from benchmarks.reporting import Report, run
 from jobs.recipes import make_experiment, overlaid
 from jobs.train import setting
-from smc.contracts import DEFAULT_DOMAIN, FIELDS
-from smc.evaluation import evaluate
-from smc.experiment import Experiment
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.sobol_sampler import SobolSampler
+from smc.learning.experiment import Experiment
+from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.evaluation import evaluate
+from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS
+from smc.problem.sobol_sampler import SobolSampler
 
 CONTRACTS = 8192
 # Bars by device and seconds: measure, statistic, at most.

@@ -31,20 +31,20 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import smc.commits
-import smc.gbm_trainer
+import smc.learning.pricer
+import smc.storage.commits
 from benchmarks.reporting import Report, memory_of, run
 from benchmarks.slow_link import SlowLink
 from jobs.recipes import make_experiment
-from smc.commits import CommitSeconds, Committer
-from smc.cvnn import CVNNConfig, build_cvnn
-from smc.gbm import BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig, TrainingResult
-from smc.spool import Spool
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig, TrainingResult
+from smc.learning.step import TrainingStep
+from smc.simulation.engine import BlackScholesConfig, SimulationParams
 from smc.storage import AsyncBlockchainModelStore, recover
+from smc.storage.commits import CommitSeconds, Committer
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import Body, MemoryObjectStore
-from smc.training_step import TrainingStep
+from smc.storage.spool import Spool
 
 WARM_UP = 100  # steps before the ones that count
 
@@ -98,7 +98,7 @@ class Bench:
         on_gpu = self.on_gpu
         pricer = GbmCVNNPricer(self.state)
         before = time.process_time()
-        with patch.object(smc.gbm_trainer, "TrainingStep", Timed):
+        with patch.object(smc.learning.pricer, "TrainingStep", Timed):
             result = pricer.train(self.training, **commits)
         processor = time.process_time() - before
         if on_gpu:
@@ -429,7 +429,7 @@ def soak(report: Report, options: argparse.Namespace) -> None:
     pricer = GbmCVNNPricer(experiment.fresh())
     store = Paced(AsyncBlockchainModelStore("s3://spectralmc/soak", objects=objects))
     started = time.perf_counter()
-    with patch.object(smc.commits, "_SHARE", 1.0):
+    with patch.object(smc.storage.commits, "_SHARE", 1.0):
         result = pricer.train(
             experiment.training, logger=watch, blockchain_store=store, auto_commit=True, commit_interval=1
         )

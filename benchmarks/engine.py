@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from benchmarks.reporting import Report, captured, gpu_seconds, run
-from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.gbm_cuda import path_kernel
 from smc.models.numerical import Precision
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import put_spectrum
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
+from smc.simulation.levels import put_spectrum
+from smc.simulation.skeleton import path_kernel
 
 STEPS = 100
 

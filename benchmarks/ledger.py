@@ -21,12 +21,12 @@ from typing import Any
 from aiobotocore.session import get_session
 
 from benchmarks.reporting import Report, memory_of, run
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.chain import Draft, Tail, block_key, build_block, parse_block
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore, ObjectInfo, ObjectStore
 from smc.storage.s3 import S3ObjectStore
+from smc.storage.spool import CommitRecord
 
 SUBMITTERS = 64
 FILLING = os.urandom(64 * 1024 - 16)  # of a 64 KiB snapshot, beside 16 bytes of its own

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.reporting import Report, run
-from smc import black_scholes
-from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import PayoffDistribution, quantile_levels, reflected_levels
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
+from smc.simulation.levels import PayoffDistribution, quantile_levels, reflected_levels
 
 Array = npt.NDArray[np.float64]
 

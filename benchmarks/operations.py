@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "operations.md"
 LONGEST = 24
 # Files that the page's commands find in their folder.
 FILES = {
-    "serve.py": """from smc.storage.inference import InferenceClient
+    "serve.py": """from smc.serving.client import InferenceClient
 
 with InferenceClient("s3://models", "production", poll_seconds=2.0) as client:
     print(client.current.version.version_id, client.predict_price([[100, 105, 1.0, 0.03, 0.01, 0.25]]))

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from benchmarks.reporting import Report, run
-from smc.cvnn import build_cvnn
-from smc.gbm import BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
-from smc.sobol_sampler import SobolSampler
+from smc.learning.network import build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholesConfig, SimulationParams
 
 LEVELS = 256
 

@@ -28,9 +28,9 @@ from actors.ledger import LedgerHandle, ledger_actor
 from benchmarks.reporting import Report, memory_of, run
 from benchmarks.slow_link import SlowLink
 from smc.errors import Busy
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.dev_server import DevServer
+from smc.storage.spool import CommitRecord
 
 SNAPSHOT = 1_000_000
 LATENCY = 0.05

@@ -33,7 +33,7 @@ from actors.trainer import RemoteTrainerActor
 from benchmarks.reporting import Report, run
 from jobs.mps import CONTROL, mps
 from jobs.recipes import make_experiment
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.pricer import GbmCVNNPricer
 
 SIZES: Mapping[str, tuple[tuple[int, ...], str, Mapping[str, Any]]] = {
     "batch 32 x 8,192 paths": (

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Report, run
-from smc.cvnn import build_cvnn
-from smc.gbm import BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.learning.network import build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
 from smc.models.numerical import Precision
-from smc.sobol_sampler import SobolSampler
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholesConfig, SimulationParams
 
 Array = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ _ASKED_ELSEWHERE = """
 import sys
 import numpy as np
 import torch
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.pricer import GbmCVNNPricer
 pricer = GbmCVNNPricer(torch.load(sys.argv[1], weights_only=False))
 np.save(sys.argv[3], pricer.predict_price(np.load(sys.argv[2])))
 """

@@ -12,15 +12,15 @@ from functools import partial
 import torch
 
 from benchmarks.reporting import Report, captured, gpu_seconds, run
-from smc.contracts import DEFAULT_DOMAIN
-from smc.cvnn import CVNNConfig, build_cvnn
-from smc.examples import Examples, ExampleSource
-from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
-from smc.optimizer import make_optimizer
-from smc.scaling import Scaling
-from smc.spectrum import bin_weights
-from smc.training_step import Position, TrainingStep
+from smc.learning.labels import Examples, ExampleSource
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.optimizer import make_optimizer
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.learning.scale import Scaling
+from smc.learning.step import Position, TrainingStep
+from smc.problem.contracts import DEFAULT_DOMAIN
+from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
+from smc.simulation.levels import bin_weights
 
 SIZE, STEPS = 1024, 100
 

@@ -24,9 +24,9 @@ from typing import Any
 
 from benchmarks.reporting import Report, run
 from smc.errors import Conflict, NotFound, SpectralMCError
-from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.dev_server import DevServer
+from smc.storage.spool import CommitRecord, Spool
 
 LEDGER = "s3://spectralmc/two"
 SUBMITTERS = 4

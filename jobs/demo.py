@@ -22,15 +22,15 @@ from jobs.recipes import read_sweep
 from jobs.running import RunOptions
 from jobs.session import run_job
 from jobs.sweep import report, run_experiments
-from smc import black_scholes
-from smc.command_line import replace_file, say
-from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
-from smc.evaluation import evaluate, price_error
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.page import png
-from smc.pictures import draw_errors, draw_quantiles
-from smc.sobol_sampler import SobolSampler
+from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.evaluation import evaluate, price_error
+from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.reporting.command_line import replace_file, say
+from smc.reporting.page import png
+from smc.reporting.pictures import draw_errors, draw_quantiles
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 from smc.storage.dev_server import DevServer
 

@@ -22,14 +22,14 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from jobs.session import run_job
-from smc.black_scholes import Greeks
-from smc.command_line import replace_file, say
-from smc.contracts import FIELDS
-from smc.evaluation import Measure, evaluate, price_error
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.page import facts, figure, page, png, table
-from smc.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
-from smc.sobol_sampler import SobolSampler
+from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.evaluation import Measure, evaluate, price_error
+from smc.problem.contracts import FIELDS
+from smc.problem.oracles.black_scholes import Greeks
+from smc.problem.sobol_sampler import SobolSampler
+from smc.reporting.command_line import replace_file, say
+from smc.reporting.page import facts, figure, page, png, table
+from smc.reporting.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 
 __all__ = ["main", "quantlib_values"]

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from jobs.search import Random, Search, draws, grid, nested, search_prefix, trial_name
 from smc.errors import ConfigError
-from smc.experiment import Experiment
+from smc.learning.experiment import Experiment
 from smc.numeric_fields import WholeNumber
 
 __all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep", "read_yaml"]

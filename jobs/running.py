@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 from actors.ledger import address
 from jobs.search import PRUNED
-from smc.checkpoint import read_metadata
-from smc.commits import CommitOutcome
+from smc.checkpoint.file import read_metadata
 from smc.errors import ConfigError, NotFound, SpectralMCError, Unavailable
-from smc.experiment import Experiment
-from smc.gbm_trainer import Progress, TrainingResult
+from smc.learning.experiment import Experiment
+from smc.learning.plan import PLAN_END
+from smc.learning.pricer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
-from smc.training import PLAN_END
+from smc.storage.commits import CommitOutcome
 
 __all__ = ["ExperimentOutcome", "RunOptions", "Runner", "check_settings", "cluster_places"]
 
@@ -126,7 +126,8 @@ class RunOptions:
     """How experiments are run.
 
     `extend` trains finished ones further; `tensorboard` is an absolute folder that the training nodes share; `restarts`
-    is how often an experiment is resumed when its trainer is lost; `measure` names a quantity of `smc.evaluation`.
+    is how often an experiment is resumed when its trainer is lost; `measure` names a quantity of
+    `smc.prediction.evaluation`.
     """
 
     extend: bool = False

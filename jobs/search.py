@@ -20,8 +20,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, JsonValue, Tag, model_validator
 
 from smc.errors import ConfigError
-from smc.evaluation import QUANTITIES
 from smc.numeric_fields import RealNumber, WholeNumber
+from smc.prediction.evaluation import QUANTITIES
 
 if TYPE_CHECKING:
     import optuna
@@ -122,8 +122,8 @@ class Random(BaseModel):
 class Search(BaseModel):
     """So many trials whose parameters Optuna chooses from what the ones before came to (extra `search`).
 
-    `objective`: a quantity of `smc.evaluation`, whose RMSE against the closed form is made small, or `loss`. Trials
-    whose loss is worse than the median of others as far in training are given up, unless `prune` is false.
+    `objective`: a quantity of `smc.prediction.evaluation`, whose RMSE against the closed form is made small, or `loss`.
+    Trials whose loss is worse than the median of others as far in training are given up, unless `prune` is false.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

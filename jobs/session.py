@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from smc.command_line import exit_status
 from smc.errors import ConfigError
+from smc.reporting.command_line import exit_status
 
 __all__ = ["connect", "names_of_actors", "run_job"]
 

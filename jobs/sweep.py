@@ -22,11 +22,11 @@ from jobs.recipes import Sweep, make_trial, read_sweep
 from jobs.running import ExperimentOutcome, Runner, RunOptions, check_settings, cluster_places, plain
 from jobs.search import PastTrial, Trial, Trials, require_optuna, search_prefix
 from jobs.session import connect, run_job
-from smc.command_line import say
 from smc.errors import ConfigError
-from smc.experiment import Experiment
+from smc.learning.experiment import Experiment
+from smc.learning.plan import PLAN_END
+from smc.reporting.command_line import say
 from smc.storage import AsyncBlockchainModelStore
-from smc.training import PLAN_END
 
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
 
@@ -106,8 +106,8 @@ async def _past(ledger: str, sweep: Sweep, path: Path, any_trial: Experiment) ->
 
     Raises: ConfigError if one was trained with settings that are not the sweep's.
     """
-    from smc.evaluation import objective_value
-    from smc.storage.inference import load_predictor
+    from smc.prediction.evaluation import objective_value
+    from smc.serving.client import load_predictor
 
     assert sweep.search is not None
     objective, prefix, past = sweep.search.objective, search_prefix(path), {}

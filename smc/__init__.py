@@ -1,6 +1,7 @@
 """SpectralMC: neural Monte Carlo pricers, trained on payoff spectra, kept in a ledger.
 
-Read in this order: contracts are drawn (`contracts`, `sobol_sampler`), paths simulated (`gbm`), payoffs
-become a spectrum (`spectrum`), a network learns it (`cvnn`, `scaling`, `gbm_trainer`), and a snapshot of
-it (`checkpoint`) is committed beside training (`commits`) as an entry of the ledger (`storage`).
+Read in this order: contracts are drawn from a domain (`problem`), paths are simulated and their payoffs sorted into
+levels (`simulation`), a network learns the levels' spectrum (`learning`) and is asked (`prediction`), a snapshot of it
+(`checkpoint`) is committed beside training as an entry of the ledger (`storage`), from which it is served (`serving`)
+and reported (`reporting`). The modules `gbm`, `gbm_trainer`, `cvnn` and `models` are names that users import.
 """

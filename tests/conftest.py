@@ -17,9 +17,9 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import pytest
 import torch
 
-from smc.cvnn import CVNNConfig, build_cvnn
-from smc.gbm import BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricerConfig, TrainingConfig
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.pricer import GbmCVNNPricerConfig, TrainingConfig
+from smc.simulation.engine import BlackScholesConfig, SimulationParams
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, block_key, build_block
 from smc.storage.dev_server import DevServer

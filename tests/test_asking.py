@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from smc import black_scholes
 from smc.errors import ConfigError
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spectrum import PayoffDistribution
+from smc.learning.pricer import GbmCVNNPricer
+from smc.problem.oracles import black_scholes
+from smc.simulation.levels import PayoffDistribution
 from tests.conftest import small_config, small_training
 
 CONTRACTS = np.array([[100, 105, 1.0, 0.03, 0.01, 0.25], [100, 90, 0.5, 0.01, 0.02, 0.3], [80, 90, 1.5, 0.0, 0.0, 0.4]])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from smc import black_scholes as bs
-from smc.sobol_sampler import SobolSampler
+from smc.problem.oracles import black_scholes as bs
+from smc.problem.sobol_sampler import SobolSampler
 
 CONTRACTS = SobolSampler({}, seed=11).sample(64)
 

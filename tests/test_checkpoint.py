@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from smc.checkpoint import Snapshot, decode, encode, restore
-from smc.contracts import BoundSpec
-from smc.cvnn import CVNNConfig, build_cvnn
+from smc.checkpoint.file import Snapshot, decode, encode, restore
 from smc.errors import Busy, ConfigError, Corrupt
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
+from smc.problem.contracts import BoundSpec
 from tests.conftest import small_config, small_simulation, small_training
 
 

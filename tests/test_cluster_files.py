@@ -23,9 +23,9 @@ from botocore.validate import ParamValidator
 
 from jobs import node, sweep, train
 from smc.errors import AccessDenied, Conflict
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.gc import RetentionPolicy, collect
+from smc.storage.spool import CommitRecord
 
 ROOT = Path(__file__).parent.parent
 IN_BUCKET = ROOT / "docs" / "iam" / "bucket"

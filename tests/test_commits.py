@@ -14,10 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from smc.checkpoint import Snapshot, encode, metadata_of, tensors_of
-from smc.commits import BackgroundCommits, CommitOutcome, CommitRequest, _Pace, check_entry, check_template, slots_for
+from smc.checkpoint.file import Snapshot, encode, metadata_of, tensors_of
 from smc.errors import Busy, ConfigError, Corrupt, Unavailable
-from smc.spool import CommitRecord, Spool
+from smc.storage.commits import (
+    BackgroundCommits,
+    CommitOutcome,
+    CommitRequest,
+    _Pace,
+    check_entry,
+    check_template,
+    slots_for,
+)
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config
 
 
@@ -296,7 +304,7 @@ def test_tensors_of_another_state_are_refused_and_not_counted() -> None:
 def test_a_connection_that_hangs_holds_up_nobody_beyond_the_deadline(
     hangs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smc.commits._OPENING_LIMIT", 0.1)
+    monkeypatch.setattr("smc.storage.commits._OPENING_LIMIT", 0.1)
     commits = commits_to(SlowLedger(hangs=hangs))
     submit(commits, 1, final=True)
     started = time.monotonic()

@@ -9,9 +9,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from smc.contracts import DEFAULT_DOMAIN, FIELDS, BoundSpec, Contract, contract_array, outside_domain, resolve_domain
 from smc.errors import ConfigError
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.pricer import GbmCVNNPricer
+from smc.problem.contracts import (
+    DEFAULT_DOMAIN,
+    FIELDS,
+    BoundSpec,
+    Contract,
+    contract_array,
+    outside_domain,
+    resolve_domain,
+)
 from tests.conftest import small_config
 
 ROW = [100.0, 90.0, 1.0, 0.03, 0.01, 0.2]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from smc.cvnn import FEATURES, ComplexLinear, CVNNConfig, ModReLU, build_cvnn
+from smc.learning.network import FEATURES, ComplexLinear, CVNNConfig, ModReLU, build_cvnn
 from tests.conftest import small_simulation
 
 
@@ -51,7 +51,7 @@ def test_activations_follow_their_definitions() -> None:
     z = torch.complex(torch.tensor([1.0, -1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, -1.0, 0.0]))
 
     def apply(name: str) -> np.ndarray:
-        from smc.cvnn import _POINTWISE
+        from smc.learning.network import _POINTWISE
 
         return np.array(_POINTWISE[name](z))
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from smc import black_scholes
-from smc.contracts import resolve_domain
-from smc.cvnn import CVNNConfig, build_cvnn
 from smc.errors import ConfigError
-from smc.examples import Examples, ExampleSource
-from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
-from smc.scaling import features, intrinsic, unit_of_price
-from smc.sobol_sampler import SobolSampler
+from smc.learning.labels import Examples, ExampleSource
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.learning.scale import features, intrinsic, unit_of_price
+from smc.problem.contracts import resolve_domain
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
 from tests.conftest import small_config, small_simulation, small_training
 
 DOMAIN = resolve_domain({})

@@ -8,11 +8,11 @@ import torch
 from pydantic import ValidationError
 from scipy import stats
 
-from smc import black_scholes
 from smc.errors import ConfigError
-from smc.gbm import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import quantile_spectrum
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
+from smc.simulation.levels import quantile_spectrum
 from tests.conftest import small_simulation
 
 CONTRACTS = SobolSampler({}, seed=21).sample(32)

@@ -17,19 +17,19 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from smc import black_scholes
-from smc.checkpoint import Snapshot, encode
-from smc.contracts import DEFAULT_DOMAIN, FIELDS, Contract
-from smc.cvnn import CVNNConfig, build_cvnn
+from smc.checkpoint.file import Snapshot, encode
 from smc.errors import ConfigError, NumericsError
-from smc.gbm import BlackScholesConfig
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
-from smc.prediction import Predictor
-from smc.sobol_sampler import SobolSampler
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.plan import TrainingPlan
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, StepReport, TrainingConfig
+from smc.learning.step import TrainingStep
+from smc.prediction.predictor import Predictor
+from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS, Contract
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholesConfig
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
-from smc.training import TrainingPlan
-from smc.training_step import TrainingStep
 from tests.conftest import small_config, small_simulation, small_training
 
 
@@ -106,8 +106,8 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
     whole, pricer = GbmCVNNPricer(small_config()), GbmCVNNPricer(small_config())
     every: list[StepReport] = []
     whole.train(small_training(22), logger=every.append)
-    monkeypatch.setattr("smc.training_step._AHEAD", {"cpu": 32})  # of contracts: eight steps
-    monkeypatch.setattr("smc.gbm_trainer._REPORT_EVERY", {"cpu": 5})
+    monkeypatch.setattr("smc.learning.step._AHEAD", {"cpu": 32})  # of contracts: eight steps
+    monkeypatch.setattr("smc.learning.pricer._REPORT_EVERY", {"cpu": 5})
     read: list[float] = []
     losses = TrainingStep.losses
 
@@ -127,7 +127,7 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
 
 def test_a_loss_that_is_not_finite_is_found_in_reports_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     pricer = GbmCVNNPricer(small_config())
-    monkeypatch.setattr("smc.gbm_trainer._REPORT_EVERY", {"cpu": 5})
+    monkeypatch.setattr("smc.learning.pricer._REPORT_EVERY", {"cpu": 5})
 
     def poison(report: StepReport) -> None:
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_a_predictor_with_graphs_goes_when_nobody_holds_it(
     trained: GbmCVNNPricer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not when Python next looks for cycles: a model that is served no more would keep the GPU's memory."""
-    monkeypatch.setattr("smc.prediction.capture", lambda work, device: work() or (lambda: None))
+    monkeypatch.setattr("smc.prediction.predictor.capture", lambda work, device: work() or (lambda: None))
     monkeypatch.setattr("torch.cuda.Event", MagicMock)
     held = trained._predictor
     predictor = Predictor(trained.model, held._scaling, held.domain, held._size)

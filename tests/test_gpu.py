@@ -25,21 +25,22 @@ from scipy import stats
 from torch.nn import functional
 
 from jobs.mps import CONTROL
-from smc import black_scholes, prediction
-from smc.checkpoint import Snapshot, decode, encode, restore
-from smc.cuda import Kernel
+from smc.checkpoint.file import Snapshot, decode, encode, restore
 from smc.errors import NumericsError
-from smc.gbm import BlackScholes, BlackScholesConfig
-from smc.gbm_cuda import PATHS_SOURCE
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import put_spectrum_and_slope, quantile_levels, quantile_spectrum
-from smc.spectrum_cuda import put_levels
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
+from smc.learning.step import _AHEAD, TrainingStep
+from smc.prediction import predictor as prediction
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.reporting.training_tensorboard import TensorBoardLogger
+from smc.serving.client import InferenceClient
+from smc.simulation.cuda import Kernel
+from smc.simulation.engine import BlackScholes, BlackScholesConfig
+from smc.simulation.levels import put_spectrum_and_slope, quantile_levels, quantile_spectrum
+from smc.simulation.levels_cuda import put_levels
+from smc.simulation.skeleton import PATHS_SOURCE
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
-from smc.storage.inference import InferenceClient
 from smc.storage.objects import MemoryObjectStore
-from smc.tensorboard import TensorBoardLogger
-from smc.training_step import _AHEAD, TrainingStep
 from tests.conftest import free_port, small_config, small_simulation, small_training
 from tests.event_files import events
 from tests.test_snapshots import snapshots_that_differ

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from smc.checkpoint import Snapshot, encode
+from smc.checkpoint.file import Snapshot, encode
 from smc.errors import ConfigError
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import Spool
+from smc.learning.plan import StepReport
+from smc.learning.pricer import GbmCVNNPricer
+from smc.serving.client import InferenceClient
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
-from smc.storage.inference import InferenceClient
 from smc.storage.objects import MemoryObjectStore
-from smc.training import StepReport
+from smc.storage.spool import Spool
 from tests.conftest import small_config, small_training, versions_of
 
 STEPS = 12
@@ -87,7 +87,7 @@ def in_inference_mode(report: StepReport) -> None:
 def test_no_logger_changes_holds_or_ends_training(
     logger: Any, says: str | None, undisturbed: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smc.guarded._LOGGER_SECONDS", 0.3)
+    monkeypatch.setattr("smc.learning.guarded._LOGGER_SECONDS", 0.3)
     heard: list[int] = []
     started = time.monotonic()
     assert trained(logger=[logger, lambda report: heard.append(report.step)]) == undisturbed
@@ -151,7 +151,7 @@ def test_two_pricers_of_one_process_do_not_train_at_once() -> None:
 
 SCRIPT = """
 import asyncio, sys
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.pricer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
 from tests.conftest import small_config, small_training
 
@@ -247,7 +247,7 @@ def test_a_forked_child_of_a_client_follows_the_ledger(on_seaweed: str) -> None:
 
     script = f"""
 import os, sys, time
-from smc.storage.inference import InferenceClient
+from smc.serving.client import InferenceClient
 with InferenceClient({on_seaweed!r}, poll_seconds=0.1) as client:
     print("ready", flush=True)
     child = os.fork()
@@ -273,8 +273,8 @@ with InferenceClient({on_seaweed!r}, poll_seconds=0.1) as client:
 
 _ON_A_FULL_DISK = """
 import logging, resource, signal, sys
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.tensorboard import TensorBoardLogger
+from smc.learning.pricer import GbmCVNNPricer
+from smc.reporting.training_tensorboard import TensorBoardLogger
 from tests.conftest import small_config, small_training
 logging.basicConfig(format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

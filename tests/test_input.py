@@ -19,15 +19,15 @@ from pydantic import BaseModel, ValidationError
 
 from jobs.recipes import Sweep, make_experiment, read_sweep, read_yaml
 from jobs.search import Random, Range, Search
-from smc.contracts import FIELDS, BoundSpec, Contract, contract_array
-from smc.cvnn import CVNNConfig
 from smc.errors import ConfigError
-from smc.experiment import Experiment
-from smc.gbm import SimulationParams
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.experiment import Experiment
+from smc.learning.network import CVNNConfig
+from smc.learning.plan import TrainingConfig
+from smc.learning.pricer import GbmCVNNPricer
+from smc.problem.contracts import FIELDS, BoundSpec, Contract, contract_array
+from smc.simulation.engine import SimulationParams
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.objects import MemoryObjectStore
-from smc.training import TrainingConfig
 from tests.conftest import small_config, small_training
 
 ROWS = np.array([[100, 105, 1.0, 0.03, 0.01, 0.25], [90, 80, 0.5, 0.0, 0.02, 0.4], [110, 111, 2, 0.01, 0.03, 0.1]])

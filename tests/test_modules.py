@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smc.checkpoint import Snapshot, decode, encode, restore
-from smc.cvnn import FEATURES, build_cvnn
+from smc.checkpoint.file import Snapshot, decode, encode, restore
 from smc.errors import ConfigError
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig
-from smc.modules import evaluating, training, unwrapped
+from smc.learning.modules import evaluating, training, unwrapped
+from smc.learning.network import FEATURES, build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
+from smc.serving.client import load_predictor
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
-from smc.storage.inference import load_predictor
 from smc.storage.objects import MemoryObjectStore
 from tests.conftest import small_config, small_simulation, small_training
 

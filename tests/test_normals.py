@@ -6,7 +6,7 @@ from scipy import stats
 from scipy.special import ndtri
 
 from smc.models.numerical import Precision
-from smc.normals import _lower_quantile32, box_muller, bridge_increments, philox4x32, sobol_normals
+from smc.simulation.normals import _lower_quantile32, box_muller, bridge_increments, philox4x32, sobol_normals
 
 
 @pytest.mark.parametrize(

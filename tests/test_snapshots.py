@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from smc.checkpoint import Snapshot, encode, metadata_of, tensors_of
-from smc.gbm_trainer import GbmCVNNPricer, GbmCVNNPricerConfig
-from smc.snapshots import SnapshotRing, TakenSnapshot
+from smc.checkpoint.file import Snapshot, encode, metadata_of, tensors_of
+from smc.checkpoint.ring import SnapshotRing, TakenSnapshot
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from tests.conftest import small_config, small_training
 
 OUTCOME = torch.tensor([0.25, 1.0], dtype=torch.float64)

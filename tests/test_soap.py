@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from smc.cvnn import CVNNConfig, build_cvnn
-from smc.optimizer import load_optimizer, make_optimizer, optimizer_state
-from smc.soap import Soap
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.optimizer import load_optimizer, make_optimizer, optimizer_state
+from smc.learning.soap import Soap
 from tests.conftest import small_simulation
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smc.contracts import DEFAULT_DOMAIN, FIELDS
 from smc.errors import ConfigError
-from smc.sobol_sampler import SobolSampler
+from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS
+from smc.problem.sobol_sampler import SobolSampler
 
 
 def test_contracts_fill_the_domain() -> None:

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from smc import black_scholes
 from smc.errors import ConfigError
-from smc.gbm import BlackScholes, BlackScholesConfig
-from smc.sobol_sampler import SobolSampler
-from smc.spectrum import (
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.engine import BlackScholes, BlackScholesConfig
+from smc.simulation.levels import (
     PayoffDistribution,
     bin_weights,
     levels_from_spectrum,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smc.checkpoint.tensor_file import _TYPES, Layout
+from smc.checkpoint.tensor_header import is_tensor_name, model_hash
 from smc.errors import ConfigError
-from smc.tensor_file import _TYPES, Layout
-from smc.tensor_header import is_tensor_name, model_hash
 
 
 def file_of(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

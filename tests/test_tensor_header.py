@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smc.checkpoint import Snapshot, decode, decode_parts, encode
+from smc.checkpoint.file import Snapshot, decode, decode_parts, encode
+from smc.checkpoint.tensor_header import header_size, merged, model_hash, parse_header
 from smc.errors import Corrupt
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.tensor_header import header_size, merged, model_hash, parse_header
+from smc.learning.pricer import GbmCVNNPricer
 from tests.conftest import small_config, small_training
 
 

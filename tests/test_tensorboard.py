@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from smc.errors import ConfigError
-from smc.gbm_trainer import GbmCVNNPricer, StepReport
-from smc.tensorboard import TensorBoardLogger, folder_name
+from smc.learning.pricer import GbmCVNNPricer, StepReport
+from smc.reporting.training_tensorboard import TensorBoardLogger, folder_name
 from tests.conftest import small_config, small_training
 from tests.event_files import events
 

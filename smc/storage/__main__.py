@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from smc.command_line import exit_status
-from smc.storage import commands
+from smc.reporting import commands
+from smc.reporting.command_line import exit_status
 from smc.storage.dev_server import DevServer
 from smc.storage.memory import parse_seen
 from smc.storage.store import AsyncBlockchainModelStore

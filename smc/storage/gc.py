@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from smc.errors import ConfigError, Corrupt, NotFound
-from smc.spool import new_commit_id
 from smc.storage.catalog import Catalog
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, is_content_hash, version_id
 from smc.storage.elapsed import Elapsed
 from smc.storage.objects import ObjectInfo
 from smc.storage.reader import LONGEST_COLLECTION
 from smc.storage.requests import retried
+from smc.storage.spool import new_commit_id
 from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["CollectionPlan", "CollectionResult", "RetentionPolicy", "collect", "plan_collection"]

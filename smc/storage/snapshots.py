@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from smc.checkpoint import Snapshot, decode, encode, restore
-from smc.pricer_config import GbmCVNNPricerConfig
-from smc.spool import CommitRecord
+from smc.checkpoint.file import Snapshot, decode, encode, restore
+from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.checkpoint.tensor_header import model_hash
 from smc.storage.chain import ModelVersion
+from smc.storage.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
-from smc.tensor_header import model_hash
 
 __all__ = ["commit_snapshot", "load_snapshot_from_checkpoint"]
 

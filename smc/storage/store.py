@@ -15,8 +15,8 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 
+from smc.checkpoint.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
 from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound
-from smc.spool import CommitRecord, Spool, new_commit_id
 from smc.storage.budget import UploadBudget
 from smc.storage.catalog import Catalog
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, check_alias, parse_version_id
@@ -25,8 +25,8 @@ from smc.storage.ledger import Ledger
 from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
 from smc.storage.s3 import S3ObjectStore, parse_uri
+from smc.storage.spool import CommitRecord, Spool, new_commit_id
 from smc.storage.verify import Verification, verify_ledger
-from smc.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
 
 __all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
 
@@ -515,7 +515,7 @@ class _Order:
 
 
 class StoreCommitter:
-    """Carries out background commits on an open store; see `smc.commits.Committer`."""
+    """Carries out background commits on an open store; see `smc.storage.commits.Committer`."""
 
     def __init__(self, store: AsyncBlockchainModelStore) -> None:
         self._store = store

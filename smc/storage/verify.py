@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
+from smc.checkpoint.tensor_header import model_hash
 from smc.errors import Corrupt, NotFound
 from smc.storage.chain import (
     UNKNOWN,
@@ -28,7 +29,6 @@ from smc.storage.index import SEGMENT, decode_index, index_key
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import ObjectInfo, ObjectStore
 from smc.storage.requests import retried
-from smc.tensor_header import model_hash
 
 __all__ = ["Verification", "verify_ledger"]
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from actors.ledger import LedgerHandle, ledger_actor
-from smc.checkpoint import metadata_of, tensors_of
-from smc.commits import BackgroundCommits, CommitRequest
-from smc.spool import CommitRecord, Spool
+from smc.checkpoint.file import metadata_of, tensors_of
 from smc.storage import AsyncBlockchainModelStore, recover
+from smc.storage.commits import BackgroundCommits, CommitRequest
 from smc.storage.dev_server import DevServer
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config
 from tests.fault_proxy import FaultProxy
 

@@ -26,12 +26,12 @@ from actors.ledger import (
     ledger_actor,
     sources,
 )
-from smc.checkpoint import metadata_of, tensors_of
-from smc.commits import BackgroundCommits, CommitRequest
+from smc.checkpoint.file import metadata_of, tensors_of
 from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
-from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore
+from smc.storage.commits import BackgroundCommits, CommitRequest
 from smc.storage.dev_server import DevServer
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config
 from tests.fault_proxy import FaultProxy
 
@@ -344,7 +344,9 @@ def test_the_version_of_an_actor_is_of_all_code_that_it_runs() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= set(sources())
     # Code of the trainer is no reason to replace the actor that other jobs use.
-    assert not {"smc.gbm", "smc.cvnn", "smc.checkpoint", "smc.gbm_trainer"} & set(sources())
+    assert not {"smc.simulation.engine", "smc.learning.network", "smc.checkpoint.file", "smc.learning.pricer"} & set(
+        sources()
+    )
 
 
 @pytest.mark.usefixtures("ray_cluster")

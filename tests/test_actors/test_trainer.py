@@ -11,9 +11,9 @@ import ray
 from actors.ledger import LedgerHandle, ledger_actor
 from actors.trainer import RemoteTrainerActor, TrainerActor
 from jobs.recipes import make_experiment
-from smc.checkpoint import Snapshot, decode, encode
-from smc.experiment import Experiment
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.checkpoint.file import Snapshot, decode, encode
+from smc.learning.experiment import Experiment
+from smc.learning.pricer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
 
 

@@ -24,11 +24,11 @@ from actors.ledger import address
 from jobs import node
 from jobs.node import spot_notice
 from jobs.recipes import make_experiment, read_sweep
-from smc.gbm_trainer import GbmCVNNPricer
+from smc.learning.plan import StepReport
+from smc.learning.pricer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.dev_server import DevServer
 from smc.storage.objects import MemoryObjectStore
-from smc.training import StepReport
 from tests.conftest import versions_of, wait_for_versions
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jobs import evaluate
-from smc import black_scholes, evaluation
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.sobol_sampler import SobolSampler
+from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction import evaluation
+from smc.problem.oracles import black_scholes
+from smc.problem.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.chain import blob_key
 from tests.conftest import small_config, small_training

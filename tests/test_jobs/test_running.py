@@ -16,12 +16,12 @@ from jobs.recipes import make_experiment
 from jobs.running import ExperimentOutcome, NotStarted, Runner, RunOptions, check_settings
 from jobs.search import PRUNED
 from jobs.sweep import main, report
-from smc.commits import CommitOutcome
 from smc.errors import ConfigError, Unavailable
-from smc.gbm_trainer import GbmCVNNPricer, TrainingResult
+from smc.learning.plan import PLAN_END
+from smc.learning.pricer import GbmCVNNPricer, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, commit_snapshot
+from smc.storage.commits import CommitOutcome
 from smc.storage.objects import MemoryObjectStore
-from smc.training import PLAN_END
 
 EXPERIMENT = make_experiment("a", recipe="tiny")
 

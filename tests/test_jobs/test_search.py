@@ -14,9 +14,9 @@ from jobs import sweep
 from jobs.recipes import read_sweep
 from jobs.search import PRUNED, PastTrial, Random, Range, Search, Trials, draws, grid, nested, trial_name
 from smc.errors import ConfigError
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
+from smc.storage.spool import CommitRecord
 
 
 def read(text: str, tmp_path: Path, name: str = "lr") -> list[tuple[str, dict[str, object]]]:

@@ -18,16 +18,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smc.contracts import BoundSpec
 from smc.errors import ConfigError, NotFound
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord, new_commit_id
+from smc.learning.pricer import GbmCVNNPricer
+from smc.problem.contracts import BoundSpec
+from smc.serving.client import InferenceClient, ModelFollower
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.__main__ import main
 from smc.storage.chain import Draft, block_key, build_block
 from smc.storage.gc import RetentionPolicy, collect
-from smc.storage.inference import InferenceClient, ModelFollower
 from smc.storage.objects import MemoryObjectStore
+from smc.storage.spool import CommitRecord, new_commit_id
 from tests.conftest import NO_DELAYS, small_config, small_training
 
 START = datetime(2026, 11, 26, 12, tzinfo=UTC)

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from smc.checkpoint import Snapshot, decode_parts, encode
+from smc.checkpoint.file import Snapshot, decode_parts, encode
+from smc.checkpoint.tensor_header import model_hash
 from smc.errors import ConfigError, Conflict, Corrupt, NotFound
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord
+from smc.learning.pricer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, blob_key, block_key
 from smc.storage.gc import RetentionPolicy
 from smc.storage.objects import MemoryObjectStore
-from smc.tensor_header import model_hash
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS, force, small_config, small_training, tag_draft
 from tests.faults import FaultStore
 

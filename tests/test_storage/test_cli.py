@@ -17,15 +17,15 @@ import orjson
 import pytest
 import safetensors.torch
 
-from smc.checkpoint import Snapshot, encode
+from smc.checkpoint.file import Snapshot, encode
 from smc.errors import ConfigError, Unavailable
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord, Spool
+from smc.learning.pricer import GbmCVNNPricer
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.__main__ import main
 from smc.storage.chain import blob_key, block_key
 from smc.storage.dev_server import DevServer
 from smc.storage.s3 import S3ObjectStore
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config, small_training, versions_of
 from tests.event_files import events
 

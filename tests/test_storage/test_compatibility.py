@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord
+from smc.learning.pricer import GbmCVNNPricer
+from smc.serving.client import load_predictor
 from smc.storage import AsyncBlockchainModelStore, load_snapshot_from_checkpoint
 from smc.storage.chain import Draft
-from smc.storage.inference import load_predictor
 from smc.storage.objects import MemoryObjectStore
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS, small_training
 
 # Made by commit 5747285 (format 3 of checkpoints): 274 blocks of five commits, aliases and a collection.

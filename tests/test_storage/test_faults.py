@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from smc.errors import Unavailable
-from smc.spool import CommitRecord, Spool
 from smc.storage import AsyncBlockchainModelStore, recover
 from smc.storage.chain import Draft
 from smc.storage.objects import MemoryObjectStore, ObjectStore
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import NO_DELAYS, tag_draft
 from tests.faults import FAULTS, FaultStore
 

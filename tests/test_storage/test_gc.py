@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from smc.errors import ConfigError, Conflict, NotFound, SpectralMCError
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import Draft, blob_key, block_key, build_block
 from smc.storage.gc import CollectionPlan, RetentionPolicy, collect, plan_collection
 from smc.storage.objects import MemoryObjectStore, ObjectStore
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS
 from tests.faults import FAULTS, FaultStore
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.errors import ConfigError, NotFound
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.pictures import save_lineage
-from smc.pricer_config import GbmCVNNPricerConfig
-from smc.spool import CommitRecord
+from smc.learning.pricer import GbmCVNNPricer
+from smc.reporting.history import Run, difference, lineage_lines, runs_of
+from smc.reporting.ledger_tensorboard import write_history
+from smc.reporting.pictures import save_lineage
+from smc.reporting.report import report_page
+from smc.reporting.training_tensorboard import folder_name
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, commit_snapshot
 from smc.storage.chain import Draft, blob_key
-from smc.storage.history import Run, difference, lineage_lines, runs_of
 from smc.storage.objects import MemoryObjectStore
-from smc.storage.report import report_page
-from smc.storage.tensorboard import write_history
-from smc.tensorboard import folder_name
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS, small_config, small_training
 from tests.event_files import events
 

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from smc.checkpoint import Snapshot, encode
-from smc.contracts import DEFAULT_DOMAIN
+from smc.checkpoint.file import Snapshot, encode
+from smc.checkpoint.tensor_header import model_hash
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.sobol_sampler import SobolSampler
-from smc.spool import CommitRecord
+from smc.learning.pricer import GbmCVNNPricer
+from smc.problem.contracts import DEFAULT_DOMAIN
+from smc.problem.sobol_sampler import SobolSampler
+from smc.serving.client import InferenceClient, ModelFollower, load_predictor
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.chain import blob_key
-from smc.storage.inference import InferenceClient, ModelFollower, load_predictor
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import MemoryObjectStore, ObjectStore
-from smc.tensor_header import model_hash
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS, small_config, small_training
 from tests.faults import FaultStore
 
@@ -376,7 +376,7 @@ def test_what_goes_wrong_in_loading_is_a_problem_and_tried_again(
         raise RuntimeError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("smc.storage.inference._built", full)
+        patch.setattr("smc.serving.client._built", full)
         new = asyncio.run(_one_commit(ledger))
         deadline = time.monotonic() + 20
         while client.status.problem is None and time.monotonic() < deadline:

@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smc.command_line import shown
-from smc.commits import check_entry, check_template
 from smc.errors import ConfigError, Corrupt, NotFound
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord, Spool
+from smc.learning.pricer import GbmCVNNPricer
+from smc.reporting.command_line import shown
+from smc.reporting.training_tensorboard import folder_name
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot, recover
 from smc.storage.__main__ import main
 from smc.storage.chain import blob_key
+from smc.storage.commits import check_entry, check_template
 from smc.storage.dev_server import DevServer
 from smc.storage.gc import RetentionPolicy, collect, plan_collection
 from smc.storage.objects import MemoryObjectStore
-from smc.tensorboard import folder_name
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import NO_DELAYS, small_config, small_training
 
 

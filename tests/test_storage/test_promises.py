@@ -24,20 +24,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from smc.checkpoint import Snapshot, decode, encode, restore
+from smc.checkpoint.file import Snapshot, decode, encode, restore
+from smc.checkpoint.tensor_header import model_hash, parse_header
 from smc.errors import ConfigError, Conflict, Corrupt, NotFound, SpectralMCError
-from smc.gbm_trainer import GbmCVNNPricer
-from smc.spool import CommitRecord, Spool
+from smc.learning.pricer import GbmCVNNPricer
+from smc.serving.client import ModelFollower
 from smc.storage import AsyncBlockchainModelStore, chain, gc, reader, recover
 from smc.storage import objects as memory_objects
 from smc.storage import store as store_module
 from smc.storage.__main__ import main as storage_command
 from smc.storage.chain import UNKNOWN, Draft, Tail, blob_key, block_key, build_block, parse_block
 from smc.storage.gc import RetentionPolicy, collect, plan_collection
-from smc.storage.inference import ModelFollower
 from smc.storage.ledger import Ledger
 from smc.storage.objects import MemoryObjectStore, ObjectInfo
-from smc.tensor_header import model_hash, parse_header
+from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import NO_DELAYS, small_config, small_training, tag_draft
 from tests.faults import FaultStore
 

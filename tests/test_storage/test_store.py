@@ -12,7 +12,6 @@ import orjson
 import pytest
 
 from smc.errors import AccessDenied, Busy, ConfigError, Conflict, Corrupt, NotFound, Unavailable
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import blob_key, block_key
@@ -20,6 +19,7 @@ from smc.storage.dev_server import DevServer
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import MemoryObjectStore, ObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS, tag_draft
 from tests.fault_proxy import FaultProxy
 from tests.faults import FaultStore

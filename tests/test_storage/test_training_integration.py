@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from smc.checkpoint import Snapshot, decode, encode
+from smc.checkpoint.file import Snapshot, decode, encode
 from smc.errors import ConfigError, NumericsError
-from smc.gbm_trainer import GbmCVNNPricer, StepReport
-from smc.spool import Spool
+from smc.learning.plan import TrainingResult
+from smc.learning.pricer import GbmCVNNPricer, StepReport
 from smc.storage import (
     AsyncBlockchainModelStore,
     commit_snapshot,
@@ -27,7 +27,7 @@ from smc.storage import (
     recover,
 )
 from smc.storage.objects import MemoryObjectStore, ObjectStore
-from smc.training import TrainingResult
+from smc.storage.spool import Spool
 from tests.conftest import NO_DELAYS, small_config, small_training
 from tests.faults import FaultStore
 
@@ -208,7 +208,7 @@ async def test_a_nan_stops_training_and_keeps_what_was_committed() -> None:
 _KILLED = """
     import asyncio, os, signal, sys, time
     sys.path.insert(0, {root!r})
-    from smc.gbm_trainer import GbmCVNNPricer
+    from smc.learning.pricer import GbmCVNNPricer
     from smc.storage import AsyncBlockchainModelStore
     from tests.conftest import small_config, small_training
 

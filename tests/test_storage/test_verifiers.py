@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smc.spool import CommitRecord
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.chain import block_key
 from smc.storage.gc import RetentionPolicy, collect
 from smc.storage.objects import MemoryObjectStore
+from smc.storage.spool import CommitRecord
 from tests.conftest import NO_DELAYS
 
 VERIFIER = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "verify_ledger.py"))

@@ -1,0 +1,131 @@
+"""A training run: what is asked for, the plan it follows, what it reports and how it ended."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smc.learning.optimizer import OptimizerName
+from smc.numeric_fields import RealNumber, WholeNumber
+
+if TYPE_CHECKING:  # a commit carries a checkpoint, and a checkpoint its plan
+    from smc.storage.commits import CommitOutcome
+
+__all__ = ["PLAN_END", "Progress", "StepReport", "TrainingConfig", "TrainingPlan", "TrainingResult"]
+
+# The metric of a commit that is the step at which its plan is done: whether anything is left needs no checkpoint.
+PLAN_END: Final = "plan_end"
+
+
+class TrainingConfig(BaseModel):
+    """One call of `train()`.
+
+    `fresh_per_batch`: how many contracts of a batch are newly simulated; the rest come from the replay
+    buffer. None means all of them on a GPU, and an eighth (at least 4) on a CPU.
+    `differential`: weight in the loss of the derivatives' error, 0 for none. Derivatives of every bin, along one
+    random direction for each contract, help where labels are noisy and for Greeks; a step costs about three.
+    `optimizer`: SOAP by default (`smc.learning.soap`), or Adam, three times cheaper a step and ten times less accurate
+    after it.
+    `schedule`: 'cosine' warms up over the first `warmup` steps and decays to zero at the last one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_batches: WholeNumber = Field(ge=1)
+    batch_size: WholeNumber = Field(ge=1)
+    learning_rate: RealNumber = Field(gt=0, allow_inf_nan=False)
+    fresh_per_batch: WholeNumber | None = Field(default=None, ge=1)
+    optimizer: OptimizerName = "soap"
+    differential: RealNumber = Field(default=0.0, ge=0, allow_inf_nan=False)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: WholeNumber = Field(default=100, ge=0)
+
+    @model_validator(mode="after")
+    def _fresh_fits_the_batch(self) -> TrainingConfig:
+        if self.fresh_per_batch is not None and self.fresh_per_batch > self.batch_size:
+            raise ValueError(
+                f"fresh_per_batch must be at most batch_size {self.batch_size}, got {self.fresh_per_batch}"
+            )
+        return self
+
+
+class TrainingPlan(BaseModel):
+    """The run a checkpoint belongs to: its config, and the global step it began at.
+
+    A run that is interrupted and asked for batches that still fit in the plan continues its schedule,
+    which is what makes a resumed run the same, bit for bit, as one that was never interrupted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: TrainingConfig
+    start: WholeNumber = Field(ge=0)
+
+    @property
+    def end(self) -> int:
+        """The global step at which the plan is done."""
+        return self.start + self.config.num_batches
+
+    def covers(self, step: int, config: TrainingConfig) -> bool:
+        """Whether a call with this config at this step continues the plan rather than starting one."""
+        same = config.model_copy(update={"num_batches": self.config.num_batches}) == self.config
+        return same and self.start <= step and step + config.num_batches <= self.end
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then half a cosine to zero at the plan's end; or constant."""
+        config, done = self.config, step - self.start
+        if config.schedule == "constant":
+            return config.learning_rate
+        warmup = min(config.warmup, config.num_batches // 10)
+        if done < warmup:
+            return config.learning_rate * (done + 1) / warmup
+        share = (done - warmup) / max(1, config.num_batches - warmup)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a training logger is told. `batch` counts from 1 within the call of `train()`."""
+
+    step: int
+    batch: int
+    loss: float
+    learning_rate: float
+    contracts: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is, as of the last completed step."""
+
+    step: int
+    end: int
+    loss: float | None
+    training: bool
+    commits_pending: int = 0
+    contracts_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`.
+
+    `seconds` is until the last step was done, `flush_seconds` how long it then waited for its commits.
+    """
+
+    batches: int
+    global_step: int
+    loss: float
+    seconds: float
+    flush_seconds: float
+    contracts: int
+    stopped: bool
+    commits: tuple[CommitOutcome, ...] = ()
+
+    def commits_that(self, status: str) -> tuple[CommitOutcome, ...]:
+        """The commits that ended 'committed', 'replaced' or 'failed'."""
+        return tuple(outcome for outcome in self.commits if outcome.status == status)

@@ -1,0 +1,1 @@
+"""What people read: commands, pages, pictures and TensorBoard's files."""

@@ -1,0 +1,161 @@
+"""Pictures of what a pricer learnt, each drawn into axes that the caller arranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from smc.errors import ConfigError
+from smc.problem.contracts import FIELDS
+from smc.problem.oracles import black_scholes
+from smc.reporting.command_line import replace_file
+
+if TYPE_CHECKING:
+    from smc.reporting.history import Run
+    from smc.storage.chain import ModelVersion
+
+__all__ = [
+    "check_picture",
+    "draw_errors",
+    "draw_learning",
+    "draw_quantiles",
+    "draw_runs",
+    "draw_spectrum",
+    "in_words",
+    "plain",
+    "save_lineage",
+]
+
+Array = npt.NDArray[np.float64]
+
+_LEARNT, _EXACT = "tab:red", "black"
+
+
+def draw_errors(axes: Axes, contracts: Array, errors: Array, label: str) -> None:
+    """Errors over log forward moneyness and total volatility, colours saturated at the 99th percentile.
+
+    Shapes: (n, 6), (n,); NaN is left out.
+    """
+    X0, K, T, r, d, v = contracts.T
+    limit = float(np.nanquantile(np.abs(errors), 0.99)) or 1.0
+    shown = ~np.isnan(errors)
+    moneyness, w = np.log(X0 / K) + (r - d) * T, v * np.sqrt(T)
+    points = axes.scatter(
+        moneyness[shown], w[shown], c=errors[shown], s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True
+    )
+    assert axes.figure is not None
+    axes.figure.colorbar(points, ax=axes, label=label)
+    axes.set(xlabel="log forward moneyness ln(F / K)", ylabel=r"total volatility $v\sqrt{T}$")
+
+
+def draw_quantiles(axes: Axes, contract: Array, levels: Array) -> None:
+    """Quantile function of one put's discounted payoff, learnt and exact. Shapes: (6,), (N,)."""
+    u = (np.arange(len(levels)) + 0.5) / len(levels)
+    axes.plot(u, black_scholes.payoff_quantile(contract[None], u)[0], color=_EXACT, lw=4, alpha=0.25, label="exact")
+    axes.plot(u, levels, color=_LEARNT, lw=1.4, label="learnt")
+    axes.axhline(black_scholes.price(contract[None])[0], color=_EXACT, lw=0.8, ls=":", label="price")
+    axes.set(xlabel="probability", ylabel="discounted put payoff", xlim=(0, 1))
+    axes.set_title(in_words(contract), fontsize=9)
+    axes.legend(frameon=False)
+
+
+def draw_spectrum(axes: Axes, contract: Array, levels: Array) -> None:
+    """Magnitude of every bin of one put's spectrum, learnt and exact, and of the error. Shapes: (6,), (N,)."""
+    exact = np.fft.rfft(black_scholes.payoff_bin_averages(contract[None], len(levels))[0], norm="forward")
+    learnt = np.fft.rfft(levels, norm="forward")
+    bins = np.arange(len(exact)) + 1  # bin 0 has a place on a logarithmic axis
+    axes.loglog(bins, np.abs(exact), color=_EXACT, lw=4, alpha=0.25, label="exact")
+    axes.loglog(bins, np.abs(learnt), color=_LEARNT, lw=1.2, label="learnt")
+    axes.loglog(bins, np.abs(learnt - exact), color="tab:blue", lw=0.8, label="difference")
+    axes.set(xlabel="bin + 1", ylabel="magnitude, currency")
+    axes.set_title(in_words(contract), fontsize=9)
+    axes.legend(frameon=False)
+
+
+def draw_learning(
+    axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, *, name: str | None = None
+) -> None:
+    """A quantity by training step, one point a version; of several experiments each has a colour and a name."""
+    colour, label_of_line = (_LEARNT, None) if name is None else (None, plain(name))
+    axes.semilogy(steps, values, color=colour, marker="o", ms=4 if name is None else 2.5, lw=1.2, label=label_of_line)
+    axes.set(xlabel="step", ylabel=label)
+    axes.grid(alpha=0.3, which="both")
+
+
+def draw_runs(
+    axes: Axes, runs: Sequence[Run], aliases: Mapping[str, ModelVersion], *, by: Literal["time", "version"]
+) -> None:
+    """Versions as dots, by when they were committed (a lane an experiment) or by their number (a lane a run).
+
+    Lines lead from a version to the run that was resumed from it; aliases stand at the versions they name.
+    """
+    lanes: dict[str, int] = {}
+    places: dict[int, tuple[Any, int]] = {}
+    colours: dict[str, Any] = {}
+    for number, run in enumerate(runs):
+        lane = number if by == "version" else lanes.setdefault(run.experiment, len(lanes))
+        at: list[Any] = [v.counter if by == "version" else v.timestamp for v in run.versions]
+        places |= {v.counter: (x, lane) for v, x in zip(run.versions, at, strict=True)}
+        (line,) = axes.plot(at, [lane] * len(at), marker="o", ms=4, lw=1.2, color=colours.get(run.experiment))
+        colours[run.experiment] = line.get_color()
+        if run.origin is not None and run.origin.counter in places and by == "version":
+            x, origin = places[run.origin.counter]
+            axes.annotate(
+                "",
+                (at[0], lane),
+                (x, origin),
+                arrowprops={"arrowstyle": "->", "color": "0.5", "connectionstyle": "arc3,rad=0.1"},
+            )
+    # Aliases of one version share a label; neighbours' stand at different heights.
+    named: dict[int, list[str]] = {}
+    for alias, version in aliases.items():
+        if version.counter in places:
+            named.setdefault(version.counter, []).append(alias)
+    for row, (counter, names) in enumerate(sorted(named.items())):
+        axes.annotate(
+            ", ".join(names),
+            places[counter],
+            (0, 9 + 11 * (row % 2)),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "lightyellow", "ec": "0.6", "lw": 0.5},
+            arrowprops={"arrowstyle": "-", "lw": 0.5},
+        )
+    labels = [run.experiment for run in runs] if by == "version" else list(lanes)
+    axes.set_yticks(range(len(labels)), [plain(label or "(no experiment)") for label in labels], fontsize=8)
+    axes.set(xlabel="version" if by == "version" else "committed (UTC)", ylim=(len(labels) - 0.4, -0.9))
+    axes.grid(axis="x", alpha=0.3)
+
+
+def check_picture(path: Path) -> None:
+    """Raises: ConfigError if the file's name says no format of a picture."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"{path}: a picture is a .png, .svg or .pdf")
+
+
+def save_lineage(path: Path, runs: Sequence[Run], aliases: Mapping[str, ModelVersion]) -> None:
+    """A picture of what was resumed from what, in the format that the file's name says. Raises: ConfigError."""
+    check_picture(path)
+    figure = Figure(figsize=(12.5, 1.6 + 0.3 * len(runs)), layout="constrained")
+    draw_runs(figure.subplots(), runs, aliases, by="version")
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=110)
+    replace_file(path, drawn.getvalue())
+
+
+def plain(text: str) -> str:
+    """A name as a label: matplotlib would take what stands between dollars for mathematics."""
+    return text.replace("$", r"\$")
+
+
+def in_words(contract: Array) -> str:
+    """The parameters of a contract, on a line. Shapes: (6,)."""
+    return ", ".join(f"{name}={value:.4g}" for name, value in zip(FIELDS, contract, strict=True))

@@ -1,0 +1,1 @@
+"""Random numbers, paths, and the levels of a payoff's distribution."""

@@ -1,0 +1,261 @@
+"""Terminal prices to quantile levels in one launch, one block of threads to a contract.
+
+The levels need every price to its slice of probability, which is less than a general sort: prices at or
+above the strike pay nothing and are only counted; the others go to one of thousands of buckets by a
+monotone map of their bits (near the logarithm, so that log-normal prices spread well), and are ranked
+among the few others of their bucket. Two passes of counting sort, then one of counting neighbours.
+
+The order of atomic operations shows nowhere in the result: equal prices are interchangeable, and sums are
+taken in the order of ranks. Prices of any distribution come out right; one that crowds into a few buckets
+takes time that is quadratic in the crowd.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smc.models.numerical import Precision
+from smc.simulation.cuda import Kernel
+
+__all__ = ["MOST_PATHS", "put_levels"]
+
+MOST_PATHS = 1 << 20
+"""Paths of a contract up to which ranking beats a sort."""
+
+_SOURCE = r"""
+typedef unsigned int u32;
+typedef unsigned long long u64;
+#if DOUBLE
+typedef double real;
+typedef u64 bits;
+__device__ __forceinline__ bits bits_of(real x) { return (bits)__double_as_longlong(x); }
+#else
+typedef float real;
+typedef u32 bits;
+__device__ __forceinline__ bits bits_of(real x) { return __float_as_uint(x); }
+#endif
+
+// Prices are not negative, so that they are ordered as their bits are; a NaN comes last.
+struct Buckets {
+    bits lowest;
+    float per_bit;
+    u32 last;
+    __device__ u32 of(bits b) const {
+        const float at = (float)(b - lowest) * per_bit;   // each step rounds monotonically
+        return min((u32)at, last);
+    }
+};
+
+__device__ bits warp_min(bits x) {
+    for (int d = 16; d; d >>= 1) x = min(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+__device__ bits warp_max(bits x) {
+    for (int d = 16; d; d >>= 1) x = max(x, __shfl_xor_sync(~0u, x, d));
+    return x;
+}
+template <typename Number> __device__ Number warp_sum(Number x) {
+    for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+__device__ u32 warp_prefix(u32 x) {                       // inclusive
+    for (int d = 1; d < 32; d <<= 1) {
+        const u32 y = __shfl_up_sync(~0u, x, d);
+        if ((threadIdx.x & 31) >= d) x += y;
+    }
+    return x;
+}
+
+extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
+    real* prices,                            // (n, paths); overwritten where `scratch` is given
+    const real* __restrict__ strike,         // (n,)
+    const real* __restrict__ scale,          // (n,), of the payoff
+    real* scratch,                           // (n, paths), or null: shared memory holds it
+    const int paths, const int size, const int buckets,
+    real* __restrict__ levels,               // (n, size), ascending
+    const real* __restrict__ motion,         // (n, 3): of the scale; a and b, where ln S moves by a + b ln(S / K)
+    const int normalized,                    // whether by a + b (ln(S / K) - its mean under weights S)
+    real* __restrict__ slopes)               // (n, size), how the levels move; or null
+{
+    extern __shared__ unsigned char memory[];
+    __shared__ bits least[32], greatest[32];
+    __shared__ u32 totals[32];
+    __shared__ u32 inside;
+    __shared__ double masses[32], moments[32];
+    u32* const counter = (u32*)memory;
+    const int t = threadIdx.x, T = blockDim.x, lane = t & 31, warp = t >> 5, warps = T >> 5;
+    const u64 row = (u64)blockIdx.x * paths;
+    real* const price = prices + row;
+    real* const bucketed = scratch ? scratch + row : (real*)(memory + sizeof(u32) * buckets);
+    real* const sorted = scratch ? price : bucketed + paths;
+    const real K = strike[blockIdx.x];
+
+    // Range and number of the prices that pay.
+    bits low = ~(bits)0, high = 0;
+    u32 count = 0;
+    double mass = 0, moment = 0;
+    for (int i = t; i < paths; i += T) {
+        const real s = price[i];
+        if (normalized && s > 0) {
+            mass += s;
+            moment += s * log(s / K);
+        }
+        if (!(s >= K)) {
+            low = min(low, bits_of(s));
+            high = max(high, bits_of(s));
+            ++count;
+        }
+    }
+    for (int b = t; b < buckets; b += T) counter[b] = 0;
+    low = warp_min(low);  high = warp_max(high);  count = warp_sum(count);
+    mass = warp_sum(mass);  moment = warp_sum(moment);
+    if (lane == 0) {
+        least[warp] = low;  greatest[warp] = high;  totals[warp] = count;
+        masses[warp] = mass;  moments[warp] = moment;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        low = warp_min(lane < warps ? least[lane] : ~(bits)0);
+        high = warp_max(lane < warps ? greatest[lane] : (bits)0);
+        count = warp_sum(lane < warps ? totals[lane] : 0);
+        mass = warp_sum(lane < warps ? masses[lane] : 0.0);
+        moment = warp_sum(lane < warps ? moments[lane] : 0.0);
+        if (lane == 0) {
+            least[0] = low;  greatest[0] = high;  inside = count;
+            moments[0] = mass > 0 ? moment / mass : 0;
+        }
+    }
+    __syncthreads();
+    const u32 paying = inside;
+    const bits span = paying ? greatest[0] - least[0] : 0;
+    const Buckets bucket{least[0], buckets / ((float)span + 1.0f), (u32)buckets - 1};
+
+    // How many in each bucket, where each bucket begins, and everyone into theirs.
+    for (int i = t; i < paths; i += T) {
+        const real s = price[i];
+        if (!(s >= K)) atomicAdd(&counter[bucket.of(bits_of(s))], 1u);
+    }
+    __syncthreads();
+    const int each = buckets / T;
+    u32 mine = 0;
+    for (int j = 0; j < each; ++j) mine += counter[t * each + j];
+    const u32 prefix = warp_prefix(mine);
+    if (lane == 31) totals[warp] = prefix;
+    __syncthreads();
+    if (warp == 0) {
+        const u32 total = lane < warps ? totals[lane] : 0;
+        totals[lane] = warp_prefix(total) - total;
+    }
+    __syncthreads();
+    u32 begin = totals[warp] + prefix - mine;
+    for (int j = 0; j < each; ++j) {
+        const u32 held = counter[t * each + j];
+        counter[t * each + j] = begin;
+        begin += held;
+    }
+    __syncthreads();
+    for (int i = t; i < paths; i += T) {
+        const real s = price[i];
+        if (!(s >= K)) bucketed[atomicAdd(&counter[bucket.of(bits_of(s))], 1u)] = s;
+    }
+    __syncthreads();
+
+    // Each counter is now its bucket's end. A price's rank: those before its bucket, and the smaller ones in it.
+    for (u32 i = t; i < paying; i += T) {
+        const real s = bucketed[i];
+        const bits own = bits_of(s);
+        u32 rank = i;
+        if (span) {
+            const u32 b = bucket.of(own), end = counter[b];
+            u32 j = b ? counter[b - 1] : 0;
+            rank = j;
+            for (; j < end; ++j) {
+                const bits other = bits_of(bucketed[j]);
+                rank += other < own || (other == own && j < i);
+            }
+        }
+        sorted[rank] = s;
+    }
+    __syncthreads();
+
+    // Level l averages the payoffs of slice size - 1 - l of the ascending prices: a few lanes to a slice.
+    const int slice = paths / size;
+    int lanes = 1;
+    while (lanes < 32 && lanes * 2 <= slice) lanes *= 2;
+    const int groups = T / lanes, part = t % lanes;
+    const double gain = (double)scale[blockIdx.x] / slice;
+    const real* const move = motion + 3 * blockIdx.x;
+    const real centre = moments[0];
+    for (int base = 0; base < size; base += groups) {
+        const int c = base + t / lanes;
+        double sum = 0, moved = 0;  // a slice may hold many thousands
+        if (c < size) {
+            const u32 stop = min((u32)(c + 1) * slice, paying);
+            for (u32 j = (u32)c * slice + part; j < stop; j += lanes) {
+                const real s = sorted[j];
+                sum += K - s;
+                if (slopes && s > 0) moved += s * (move[1] + move[2] * (log(s / K) - centre));
+            }
+        }
+        for (int d = lanes >> 1; d; d >>= 1) {
+            sum += __shfl_xor_sync(~0u, sum, d);
+            moved += __shfl_xor_sync(~0u, moved, d);
+        }
+        if (c < size && part == 0) {
+            const u64 at = (u64)blockIdx.x * size + size - 1 - c;
+            levels[at] = (real)(sum * gain);
+            if (slopes) slopes[at] = (real)(sum * move[0] / slice - moved * gain);
+        }
+    }
+}
+"""
+
+# Shared memory that the kernel takes beside its counters and prices.
+_STATIC = 2048
+
+
+def put_levels(
+    prices: Tensor,
+    strike: Tensor,
+    scale: Tensor,
+    size: int,
+    motion: Tensor | None = None,
+    *,
+    normalized: bool = False,
+) -> Tensor:
+    """Quantile levels of scale x max(strike - price, 0). `prices` may be overwritten.
+
+    With `motion`, also how they move as the scale moves by motion[:, 0] and the logarithm of each price S by
+    motion[:, 1] + motion[:, 2] x ln(S / strike); `normalized` takes from that logarithm its mean under weights S.
+    Shapes: prices (n, M), none negative, strike and scale (n,), motion (n, 3), all of one precision on one GPU
+    -> (1, n, size) ascending, with motion (2, n, size), for M a multiple of `size` and at most `MOST_PATHS`.
+    """
+    n, paths = prices.shape
+    levels = prices.new_empty((1 if motion is None else 2, n, size))
+    if n == 0:
+        return levels
+    properties = torch.cuda.get_device_properties(prices.device)
+    room = properties.shared_memory_per_block_optin - _STATIC  # type: ignore[attr-defined]  # missing in torch's stubs
+    # About two prices to a bucket, as far as there is room for their counters.
+    threads = max(64, min(1024, 1 << (paths // 8).bit_length()))
+    most = min(16384, 1 << (room // 4).bit_length() - 1)
+    buckets = max(threads, min(most, 1 << (paths // 2).bit_length() - 1))
+    width = prices.element_size()
+    held = 2 * paths * width
+    fits = held + 4 * buckets <= room
+    none = prices.new_empty(0)
+    scratch = none if fits else torch.empty_like(prices)
+    given, slopes = (none, none) if motion is None else (motion.contiguous(), levels[1])
+    sizes = (np.int32(paths), np.int32(size), np.int32(buckets))
+    arguments = (prices, strike, scale, scratch, *sizes, levels[0], given, np.int32(normalized), slopes)
+    _kernel(prices.dtype)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
+    return levels
+
+
+@lru_cache(maxsize=2)
+def _kernel(dtype: torch.dtype) -> Kernel:
+    return Kernel(_SOURCE, "put_levels", DOUBLE=int(dtype is Precision.float64.torch))

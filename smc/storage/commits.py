@@ -1,0 +1,547 @@
+"""Commits beside training: the request, its outcome, and the thread that carries it out.
+
+The training thread takes a snapshot, which on a GPU is a few launches, and goes on. Waiting for the copy,
+encoding, uploading and appending happen in a thread with an event loop of its own, so `train()` works alike
+inside and outside a running loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import reprlib
+import string
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from smc.checkpoint.file import CheckpointMetadata
+from smc.checkpoint.ring import SnapshotRing, TakenSnapshot
+from smc.errors import Busy, ConfigError, Conflict, NumericsError
+from smc.storage.spool import CommitRecord, Spool, new_commit_id
+
+__all__ = [
+    "DEFAULT_MESSAGE",
+    "FLUSH_SECONDS",
+    "BackgroundCommits",
+    "CommitOutcome",
+    "CommitRequest",
+    "CommitSeconds",
+    "CommitTarget",
+    "Committer",
+    "check_entry",
+    "check_template",
+    "slots_for",
+]
+
+DEFAULT_MESSAGE = "Training checkpoint: step={step}, loss={loss:.6f}"
+# How long the end of training waits for commits; what is not settled then goes to the spool.
+FLUSH_SECONDS: Final = 120.0
+
+logger = logging.getLogger("smc.storage.commits")
+T = TypeVar("T")
+# Seconds that a commit waits for a ledger that has too much to do.
+_BUSY_LIMIT: Final = 60.0
+# Seconds that training waits, before its first step, for a connection to be there.
+_OPENING_LIMIT: Final = 5.0
+# Snapshots kept at a time: as many as fit into this, within limits.
+_MEMORY: Final = 2 * 2**30
+_FEWEST, _MOST = 2, 8
+# Share of one processor that the commits' event loop may take while training runs, beyond a burst of so many seconds:
+# Python lets one thread work at a time, and a commit is some milliseconds of it. No commit waits for longer than that.
+_SHARE: Final = 0.1
+_BURST: Final = 0.1
+_LONGEST_DELAY: Final = 2.0
+# To look whether it may go on takes processor time as well.
+_SHORTEST_DELAY: Final = 0.02
+# Seconds beyond the deadline that closing the connection may take.
+_HANG_UP_LIMIT: Final = 1.0
+# Of a commit's message and of each number in it, in characters.
+_LONGEST_MESSAGE: Final = 2_000
+_WIDEST: Final = 100
+# Seconds between two lines that say how many snapshots were replaced.
+_REPLACED_INTERVAL: Final = 10.0
+
+
+@dataclass(frozen=True)
+class CommitRequest:
+    """What the entry of a snapshot will say, except for the loss, which may still be on its way from the device."""
+
+    step: int
+    batch: int
+    template: str = DEFAULT_MESSAGE
+    experiment: str = ""
+    resumed_from: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    final: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CommitSeconds:
+    """Seconds that each stage of a commit took; None for a stage that it did not reach.
+
+    `clone` is what the next step waits for; `copy` goes from a GPU to the host, `put` into Ray's object store,
+    `sequence` is the wait for earlier commits and the append, and `acknowledged` everything from the submission.
+    """
+
+    clone: float | None = None
+    copy: float | None = None
+    encode: float | None = None
+    put: float | None = None
+    upload: float | None = None
+    sequence: float | None = None
+    acknowledged: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CommitOutcome:
+    """What became of one commit.
+
+    `version_id` is set when committed; `reason` and `spooled` (a path, or None if that failed too) when not.
+    """
+
+    step: int
+    status: Literal["committed", "replaced", "failed"]
+    version_id: str | None = None
+    content_hash: str | None = None
+    reason: str | None = None
+    spooled: str | None = None
+    seconds: CommitSeconds = CommitSeconds()
+
+
+class Committer(Protocol):
+    """The steps of a commit, on the event loop that opened it."""
+
+    async def put(self, data: memoryview) -> Any:
+        """Place a checkpoint where `upload` finds it; -> what `upload` takes. The data stay as they are until then."""
+        ...
+
+    async def upload(self, placed: Any) -> tuple[str, int]:
+        """Store a checkpoint by content; -> its SHA-256 and size."""
+        ...
+
+    async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
+        """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`.
+
+        Raises: Conflict if a collector deleted it after the upload.
+        """
+        ...
+
+    def settled(self, outcome: CommitOutcome, experiment: str) -> None:
+        """Hear what became of a commit, for whoever watches the ledger."""
+        ...
+
+
+class CommitTarget(Protocol):
+    """Something a pricer can commit to: a store, or a LedgerActor's handle."""
+
+    @property
+    def uri(self) -> str:
+        """Where the ledger is, for the spool."""
+        ...
+
+    def committer(self) -> AbstractAsyncContextManager[Committer]:
+        """A connection of its own, opened and closed on the loop that uses it."""
+        ...
+
+
+def check_template(template: str) -> None:
+    """Refuse a commit message template that could fail later.
+
+    Raises: ConfigError (a ValueError) naming what is wrong; {step}, {loss}, {batch} are allowed.
+    """
+    where = f"commit_message_template {reprlib.repr(template)}"
+    try:
+        for _, name, form, _ in string.Formatter().parse(template):
+            if name is not None and name not in ("step", "loss", "batch"):
+                raise ConfigError(
+                    f"commit_message_template: unknown variable {{{name}}}; allowed are {{step}}, {{loss}}, {{batch}}"
+                )
+            if "{" in (form or "") or any(int(n) > _WIDEST for n in re.findall(r"[0-9]+", form or "")):
+                raise ConfigError(f"{where}: a format has a width of at most {_WIDEST}, and no variable in it")
+        message = template.format(step=10**15, loss=0.5, batch=10**15)
+        message.encode()
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if len(message) > _LONGEST_MESSAGE:
+        raise ConfigError(f"{where}: the message has {len(message):,} characters, {_LONGEST_MESSAGE:,} are allowed")
+
+
+def check_entry(experiment: str, parameters: Mapping[str, Any]) -> None:
+    """Refuse what an entry cannot hold. Raises: ConfigError."""
+    CommitRecord.checked(ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters))
+
+
+class BackgroundCommits:
+    """Commits snapshots in the order they were submitted, in a thread of its own.
+
+    Memory for snapshots is bounded: `slots` states on the host, by default as many as fit into 2 GiB, but at
+    least 2 and at most 8; two more on the device. A slot is taken from the submission until the commit is
+    settled. Half of them are encoded or uploaded at a time, the others wait; when there is no slot left, the
+    oldest periodic snapshot that waits is replaced by the newer one, which is logged and counted. A final one is never
+    replaced. Whatever cannot be committed is written to the spool. While training runs the thread's event loop takes a
+    tenth of a processor, or less, beside hashes and copies, which leave Python's lock alone; `close` lifts that.
+    Of each commit an outcome is kept to the end: 0.6 kB, of a replaced one 0.3.
+
+    The tensors and metadata given here are those of a first state; later ones must have the same tensors.
+    """
+
+    def __init__(
+        self,
+        target: CommitTarget,
+        tensors: Mapping[str, Tensor],
+        metadata: CheckpointMetadata,
+        *,
+        spool: Spool | None = None,
+        slots: int | None = None,
+    ) -> None:
+        self._target, self._spool = target, spool or Spool()
+        slots = slots or slots_for(tensors)
+        self._most_started = max(1, slots // 2)
+        self._ring = SnapshotRing(tensors, metadata, slots=slots)
+        self._waiting: deque[_Pending] = deque()
+        self._outcomes: dict[int, CommitOutcome] = {}
+        self._submitted = 0
+        self._replaced, self._said_replaced = 0, -_REPLACED_INTERVAL
+        self._lock = threading.Lock()
+        self._closing = False
+        self._flush_seconds = FLUSH_SECONDS
+        self._loop = asyncio.new_event_loop()
+        self._wake = asyncio.Event()
+        self._running: dict[asyncio.Task[None], _Pending] = {}
+        self._limits: set[asyncio.Timeout] = set()
+        self._deadline: float | None = None
+        self._stack = AsyncExitStack()
+        self._opening = asyncio.Lock()
+        self._committer: Committer | None = None
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="smc-encode")
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="smc-commits", daemon=True)
+        self._thread.start()
+        # Making an S3 client is a fifth of a second of Python, which the first steps would feel.
+        ready.wait(_OPENING_LIMIT)
+
+    @property
+    def pending(self) -> int:
+        """Commits submitted and not settled."""
+        return self._submitted - len(self._outcomes)
+
+    def submit(
+        self, request: CommitRequest, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata, outcome: Tensor
+    ) -> None:
+        """Take a snapshot of these tensors and commit it; returns at once, except for a final one without room.
+
+        `outcome` is (loss, something finite only if all losses were), on the tensors' device. Raises: ConfigError
+        if they are not the tensors it was made for.
+        """
+        if self._closing:
+            raise RuntimeError("submit after close")
+        number = self._submitted
+        while (snapshot := self._ring.take(tensors, metadata, outcome)) is None:
+            self._submitted = number + 1
+            if self._replace_oldest(request.step):
+                continue
+            if not request.final:  # none waits that it could replace
+                self._settle_replaced(number, request, None)
+                return
+            time.sleep(0.005)
+        self._submitted = number + 1
+        with self._lock:
+            self._waiting.append(_Pending(number, request, snapshot, time.perf_counter()))
+        self._loop.call_soon_threadsafe(self._wake.set)
+
+    def hurry(self, within: float) -> None:
+        """Nothing is submitted any more, and this process has so many seconds left: the newest snapshot gets them all.
+
+        Older ones that are not about to be entered in the ledger are replaced by it.
+        """
+        with suppress(RuntimeError):  # the loop is closed: everything is settled
+            self._loop.call_soon_threadsafe(self._hurry, within)
+
+    def close(self, flush_seconds: float = FLUSH_SECONDS) -> tuple[CommitOutcome, ...]:
+        """Settle every commit, then end the thread; -> the outcomes in the order of submission.
+
+        What is not in the ledger after so many seconds is written to the spool.
+        """
+        if not self._closing:
+            with self._lock:
+                self._closing = True
+            self._loop.call_soon_threadsafe(self._flush, flush_seconds)
+            self._thread.join()
+            self._encoder.shutdown()
+            self._ring.close()
+        return tuple(self._outcomes[number] for number in sorted(self._outcomes))
+
+    def _replace_oldest(self, by_step: int) -> bool:
+        with self._lock:
+            oldest = next((pending for pending in self._waiting if not pending.request.final), None)
+            if oldest is None:
+                return False
+            self._waiting.remove(oldest)
+        oldest.snapshot.release()
+        self._settle_replaced(oldest.number, oldest.request, by_step)
+        return True
+
+    def _settle_replaced(self, number: int, request: CommitRequest, by_step: int | None) -> None:
+        reason = "there was no room for it" if by_step is None else f"replaced by step {by_step}"
+        outcome = CommitOutcome(request.step, "replaced", reason=reason)
+        self._outcomes[number] = outcome
+        self._replaced += 1
+        if time.monotonic() - self._said_replaced >= _REPLACED_INTERVAL:
+            self._said_replaced = time.monotonic()
+            logger.warning(
+                "Commit at step %d: %s, the ledger is behind; %d replaced so far", request.step, reason, self._replaced
+            )
+        self._loop.call_soon_threadsafe(self._tell, outcome, request.experiment)
+
+    # --- on the thread --------------------------------------------------------------------------------
+
+    def _run(self, ready: threading.Event) -> None:
+        try:
+            self._loop.run_until_complete(self._serve(ready))
+        finally:
+            self._loop.close()
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._pace = _Pace(self._loop.time())
+        opening = asyncio.create_task(self._open_early(ready))  # which may take longer than there is time
+        while (pending := await self._next()) is not None:
+            task = asyncio.create_task(self._commit(pending))
+            self._running[task] = pending
+            task.add_done_callback(self._ended)
+        opening.cancel()
+        await asyncio.wait({opening})
+        try:
+            async with asyncio.timeout_at(max(self._deadline or 0.0, self._loop.time()) + _HANG_UP_LIMIT):
+                await self._stack.aclose()
+        except Exception as error:
+            logger.info("%s: closing the connection: %s", self._target.uri, str(error) or repr(error))
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # of a connection that did not close in time
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_HANG_UP_LIMIT)
+
+    async def _open_early(self, ready: threading.Event) -> None:
+        try:
+            await self._opened()
+        except Exception as error:  # each commit tries again, and says so if it fails
+            logger.info("%s: %s", self._target.uri, error)
+        self._pace = _Pace(self._loop.time())
+        ready.set()
+
+    async def _next(self) -> _Pending | None:
+        """The next commit to start, when there is one and the time has come; None when all is settled."""
+        while True:
+            self._wake.clear()
+            with self._lock:
+                pause = 0.0 if self._closing else self._pace.delay(self._loop.time())
+                may_start = bool(self._waiting) and len(self._running) < self._most_started
+                if may_start and not pause:
+                    return self._waiting.popleft()
+                if self._closing and not self._waiting and not self._running:
+                    return None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(pause, _SHORTEST_DELAY) if may_start else None):
+                    await self._wake.wait()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._wake.set()
+
+    def _flush(self, seconds: float) -> None:
+        self._flush_seconds = min(self._flush_seconds, seconds)
+        deadline = self._loop.time() + seconds
+        self._deadline = deadline if self._deadline is None else min(deadline, self._deadline)
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(self._deadline)
+        self._wake.set()
+
+    def _hurry(self, within: float) -> None:
+        # What a loss that is not finite led to cannot be committed, and may have been submitted before that was known.
+        left = [p for p in (*self._waiting, *self._running.values()) if not p.settled and p.snapshot.finite]
+        if left:
+            newest = max(left, key=lambda p: p.number)
+            with self._lock:
+                overtaken = [p for p in self._waiting if p.number < newest.number]
+                self._waiting = deque(p for p in self._waiting if p not in overtaken)
+            for pending in overtaken:
+                pending.snapshot.release()
+                self._settle_replaced(pending.number, pending.request, newest.request.step)
+            for task, pending in self._running.items():
+                if pending.number < newest.number and not pending.settling:
+                    pending.overtaken_by = newest.request.step
+                    task.cancel()
+        self._flush(within)
+
+    async def _opened(self) -> Committer:
+        async with self._opening:
+            if self._committer is None:
+                self._committer = await self._stack.enter_async_context(self._target.committer())
+        return self._committer
+
+    async def _commit(self, pending: _Pending) -> None:
+        request, watch = pending.request, _StopWatch()
+        limit = asyncio.timeout_at(self._deadline)
+        try:
+            try:
+                async with limit:
+                    self._limits.add(limit)
+                    outcome = await self._entered(pending, watch)
+            finally:
+                self._limits.discard(limit)
+        except asyncio.CancelledError:
+            reason = f"replaced by step {pending.overtaken_by}"
+            outcome = CommitOutcome(request.step, "replaced", reason=reason)
+        except NumericsError as error:
+            outcome = CommitOutcome(request.step, "failed", reason=str(error))
+        except Exception as error:
+            pending.settling = True
+            late = f"not in the ledger {self._flush_seconds:g} s after the last step"
+            outcome = await self._kept(pending, late if limit.expired() else str(error) or repr(error))
+        pending.settled = True
+        pending.snapshot.release()
+        watch.seconds["acknowledged"] = time.perf_counter() - pending.submitted
+        outcome = replace(outcome, seconds=CommitSeconds(**watch.seconds))
+        self._outcomes[pending.number] = outcome
+        self._tell(outcome, request.experiment)
+
+    async def _entered(self, pending: _Pending, watch: _StopWatch) -> CommitOutcome:
+        """Encode, put, upload and append it, after the commits before it."""
+        record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
+        committer = await self._opened()
+        watch.start()
+        placed = await committer.put(data)
+        watch.stop("put")
+        content_hash, size = await _patiently(lambda: committer.upload(placed))
+        watch.stop("upload")
+        taken = time.perf_counter() - pending.submitted
+        record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
+        # Entries of one run stand in the ledger in the order of their steps. All before it, not only the last: that one
+        # may have failed while another goes on.
+        if earlier := [task for task, other in self._running.items() if other.number < pending.number]:
+            await asyncio.wait(earlier)
+        pending.settling = True
+        try:
+            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+        except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
+            await _patiently(lambda: committer.upload(placed))
+            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+        watch.stop("sequence")
+        return CommitOutcome(record.step, "committed", version_id=version_id, content_hash=content_hash)
+
+    async def _kept(self, pending: _Pending, reason: str) -> CommitOutcome:
+        """Write what could not be committed to the spool."""
+        step, spooled = pending.request.step, None
+        logger.error("Failed to commit at step %d: %s", step, reason)
+
+        def save() -> str:
+            encoded = pending.encode(self._target.uri, _StopWatch())
+            return str(self._spool.save(*encoded, final=pending.request.final))
+
+        try:
+            spooled = await self._loop.run_in_executor(self._encoder, save)
+            logger.warning("Snapshot of step %d kept in %s; `python -m smc.storage recover`", step, spooled)
+        except Exception as problem:  # a full disk; or what made the commit fail makes this fail too
+            logger.error("Snapshot of step %d could not be kept either: %s", step, problem)
+        return CommitOutcome(step, "failed", reason=reason, spooled=spooled)
+
+    def _tell(self, outcome: CommitOutcome, experiment: str) -> None:
+        if self._committer is not None:
+            self._committer.settled(outcome, experiment)
+
+
+@dataclass(eq=False)
+class _Pending:
+    number: int
+    request: CommitRequest
+    snapshot: TakenSnapshot
+    submitted: float
+    commit_id: str = field(default_factory=new_commit_id)
+    settling: bool = False  # about to be in the ledger, or the spool: not to be interrupted
+    settled: bool = False
+    overtaken_by: int | None = None
+
+    def encode(self, ledger: str, watch: _StopWatch) -> tuple[CommitRecord, memoryview]:
+        """Wait for the snapshot; -> its record and file. Raises: NumericsError if a loss before it was not finite."""
+        snapshot, request = self.snapshot, self.request
+        watch.seconds.update(snapshot.seconds())
+        watch.start()
+        if not snapshot.finite:
+            raise NumericsError(f"not committed: a loss up to step {request.step} is not finite")
+        data = snapshot.file()
+        watch.stop("encode")
+        record = CommitRecord(
+            ledger=ledger,
+            commit_id=self.commit_id,
+            message=request.template.format(step=request.step, loss=snapshot.loss, batch=request.batch),
+            step=request.step,
+            loss=snapshot.loss,
+            experiment=request.experiment,
+            metrics=dict(request.metrics),
+            parameters=dict(request.parameters),
+            resumed_from=request.resumed_from,
+            model_hash=snapshot.model_hash(data),
+        )
+        return record, data
+
+
+class _Pace:
+    """How long the thread should wait so that its processor time stays below the share it may take."""
+
+    def __init__(self, now: float) -> None:
+        self._at, self._used, self._debt = now, time.thread_time(), 0.0
+
+    def delay(self, now: float) -> float:
+        """Seconds, 0 if it need not wait."""
+        used = time.thread_time()
+        debt = self._debt + used - self._used - _SHARE * (now - self._at)
+        self._debt = min(max(0.0, debt), _BURST + _SHARE * _LONGEST_DELAY)
+        self._at, self._used = now, used
+        return max(0.0, self._debt - _BURST) / _SHARE
+
+
+class _StopWatch:
+    """Seconds of one stage after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        self._at = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self._at = now - self._at, now
+
+
+def slots_for(tensors: Mapping[str, Tensor]) -> int:
+    """How many snapshots of these tensors are kept at a time: as many as fit into 2 GiB, at least 2, at most 8."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    return max(_FEWEST, min(_MOST, _MEMORY // max(1, size)))
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """The call's result, asked for again as long as the ledger says that it is busy, up to a limit."""
+    waited = 0.0
+    while True:
+        try:
+            return await call()
+        except Busy as busy:
+            if waited >= _BUSY_LIMIT:
+                raise
+            await asyncio.sleep(busy.retry_after)
+            waited += max(busy.retry_after, 0.01)
