@@ -1,20 +1,17 @@
-"""A training run: what is asked for, the plan it follows, what it reports and how it ended."""
+"""A training run: what is asked for, the plan it follows, and what it reports."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc.learning.optimizer import OptimizerName
 from smc.numeric_fields import RealNumber, WholeNumber
 
-if TYPE_CHECKING:  # a commit carries a checkpoint, and a checkpoint its plan
-    from smc.storage.commits import CommitOutcome
-
-__all__ = ["PLAN_END", "Progress", "StepReport", "TrainingConfig", "TrainingPlan", "TrainingResult"]
+__all__ = ["PLAN_END", "Progress", "StepReport", "TrainingConfig", "TrainingPlan"]
 
 # The metric of a commit that is the step at which its plan is done: whether anything is left needs no checkpoint.
 PLAN_END: Final = "plan_end"
@@ -108,24 +105,3 @@ class Progress:
     training: bool
     commits_pending: int = 0
     contracts_per_second: float = 0.0
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a call of `train()` did. `loss` is the last step's; `stopped` tells a run cut short by `stop()`.
-
-    `seconds` is until the last step was done, `flush_seconds` how long it then waited for its commits.
-    """
-
-    batches: int
-    global_step: int
-    loss: float
-    seconds: float
-    flush_seconds: float
-    contracts: int
-    stopped: bool
-    commits: tuple[CommitOutcome, ...] = ()
-
-    def commits_that(self, status: str) -> tuple[CommitOutcome, ...]:
-        """The commits that ended 'committed', 'replaced' or 'failed'."""
-        return tuple(outcome for outcome in self.commits if outcome.status == status)

@@ -30,8 +30,9 @@ from smc.learning.labels import Examples, ExampleSource
 from smc.learning.modules import check_trainable, training, unwrapped
 from smc.learning.network import FEATURES, check_model
 from smc.learning.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
-from smc.learning.plan import PLAN_END, Progress, StepReport, TrainingConfig, TrainingPlan, TrainingResult
+from smc.learning.plan import PLAN_END, Progress, StepReport, TrainingConfig, TrainingPlan
 from smc.learning.replay import ReplayBuffer
+from smc.learning.result import TrainingResult
 from smc.learning.scale import Scaling
 from smc.learning.step import Position, TrainingStep
 from smc.numeric_fields import is_whole

@@ -18,8 +18,8 @@ import torch
 
 from smc.checkpoint.file import Snapshot, decode, encode
 from smc.errors import ConfigError, NumericsError
-from smc.learning.plan import TrainingResult
 from smc.learning.pricer import GbmCVNNPricer, StepReport
+from smc.learning.result import TrainingResult
 from smc.storage import (
     AsyncBlockchainModelStore,
     commit_snapshot,
