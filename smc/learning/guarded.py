@@ -22,7 +22,7 @@ from smc.learning.plan import StepReport
 
 __all__ = ["GuardedLogger", "Logger", "finished_within", "only_training", "stopped_by_signals"]
 
-logger = logging.getLogger("smc.learning.plan")
+logger = logging.getLogger("smc.training")
 
 Logger = Callable[[StepReport], None]
 

@@ -61,7 +61,7 @@ __all__ = [
     "TrainingResult",
 ]
 
-logger = logging.getLogger("smc.learning.plan")
+logger = logging.getLogger("smc.training")
 
 # Contracts that the output scaling is measured on, the first of the training stream.
 _SCALING_CONTRACTS = 512

@@ -27,7 +27,7 @@ from smc.simulation.cuda import NotCapturable, capture
 
 __all__ = ["Position", "TrainingStep"]
 
-logger = logging.getLogger("smc.learning.plan")
+logger = logging.getLogger("smc.training")
 
 # Contracts prepared at a time: on a GPU enough that preparing them is rare, on a CPU a block of the stream.
 _AHEAD = {"cuda": 1 << 15, "cpu": 1 << 10}

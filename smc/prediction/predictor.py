@@ -28,7 +28,7 @@ from smc.simulation.levels import PayoffDistribution, levels_from_spectrum, refl
 
 __all__ = ["Outside", "Predictor"]
 
-logger = logging.getLogger("smc.prediction.predictor")
+logger = logging.getLogger("smc.prediction")
 
 Outside = Literal["refuse", "warn"]
 Array = npt.NDArray[np.float64]

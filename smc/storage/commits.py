@@ -46,7 +46,7 @@ DEFAULT_MESSAGE = "Training checkpoint: step={step}, loss={loss:.6f}"
 # How long the end of training waits for commits; what is not settled then goes to the spool.
 FLUSH_SECONDS: Final = 120.0
 
-logger = logging.getLogger("smc.storage.commits")
+logger = logging.getLogger("smc.commits")
 T = TypeVar("T")
 # Seconds that a commit waits for a ledger that has too much to do.
 _BUSY_LIMIT: Final = 60.0
