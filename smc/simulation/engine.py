@@ -6,8 +6,7 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -19,16 +18,26 @@ from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.numeric_fields import WholeNumber
 from smc.problem.contracts import ContractsLike, contract_array
+from smc.problem.problem import Problem
+from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.products.terminal import TerminalPrice
 from smc.simulation import skeleton
 from smc.simulation.cuda import require_device
-from smc.simulation.normals import box_muller, bridge_increments, philox4x32, sobol_normals, sobol_points
+from smc.simulation.normals import bridge_increments, sobol_points
+from smc.simulation.paths import simulate as simulate_paths
 
 __all__ = ["BlackScholes", "BlackScholesConfig", "SimulationParams"]
 
-# Lanes simulated together on the CPU: three dozen temporaries of this many words fit in its caches.
+# Payoffs that one thread of a CPU makes before it is given more.
 _LANES = 1 << 15
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision, twice.
 _NORMALS = 1 << 28
+
+# Until the targets are payoffs, the engine simulates prices, and the payoff is taken from them.
+_TERMINAL: Mapping[str, Problem] = {
+    "log": Problem(GeometricBrownianMotion(scheme="log"), TerminalPrice()),
+    "euler": Problem(GeometricBrownianMotion(scheme="euler"), TerminalPrice()),
+}
 
 Array = npt.NDArray[np.float64]
 
@@ -103,7 +112,7 @@ class BlackScholes:
         params = config.sim_params
         if params.sampling == "auto":
             quasi = self.device.type == "cpu" and not config.normalize_forwards
-            self.sampling = "sobol" if quasi else "pseudorandom"
+            self.sampling: Literal["pseudorandom", "sobol"] = "sobol" if quasi else "pseudorandom"
         else:
             self.sampling = params.sampling
         if self.sampling == "sobol" and not config.simulate_log_return and params.timesteps > 21201:
@@ -189,62 +198,14 @@ class BlackScholes:
 
     def _on_cpu(self, table: Array, first: int) -> npt.NDArray[Any]:
         params = self.config.sim_params
-        terminal = np.empty((len(table), params.paths), dtype=params.dtype.numpy)
-        walk = self._sobol_walk if self.sampling == "sobol" else self._pseudorandom_walk
-        rows = self.rows_at_once
-
-        def fill(start: int) -> None:
-            part = table[start : start + rows]
-            streams = np.arange(first + start, first + start + len(part), dtype=np.uint64)
-            terminal[start : start + rows] = walk(part, streams)
-
-        starts = range(0, len(table), rows)
-        if len(starts) == 1:
-            fill(0)
-        else:  # NumPy lets go of the interpreter: torch's threads are as many as there is work for
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(fill, starts))
-        return terminal
-
-    def _pseudorandom_walk(self, table: Array, streams: Any) -> Any:
-        params = self.config.sim_params
-        per_block = 4 if params.dtype is Precision.float32 else 2
-        paths = np.arange(params.paths, dtype=np.uint64)[None, :]
-        low, high = (streams & np.uint64(0xFFFFFFFF))[:, None], (streams >> np.uint64(32))[:, None]
-
-        def steps() -> Iterator[Any]:
-            for block in range(-(-params.timesteps // per_block)):
-                words = philox4x32(params.mc_seed, (paths, block, low, high))
-                yield from box_muller(words, params.dtype)[: params.timesteps - block * per_block]
-
-        return self._accumulate(table, steps())
-
-    def _sobol_walk(self, table: Array, streams: Any) -> Any:
-        params = self.config.sim_params
-        seed, paths, steps = params.mc_seed, params.paths, params.timesteps
-        if self.config.simulate_log_return:
-            # A bridge's increments sum to its end point, and the log scheme reads nothing else: the
-            # interior dimensions cancel exactly, so they are not drawn.
-            end = sobol_normals(seed, streams, paths, 1, params.dtype)[:, 0]
-            return self._accumulate(table, iter((end * params.dtype.numpy.type(np.sqrt(steps)),)))
-        normals = sobol_normals(seed, streams, paths, steps, params.dtype)
-        increments = bridge_increments(steps).astype(params.dtype.numpy) @ normals
-        return self._accumulate(table, iter(increments[:, step] for step in range(steps)))
-
-    def _accumulate(self, table: Array, increments: Iterator[Any]) -> Any:
-        X0, _, T, r, d, v = (table[:, i : i + 1] for i in range(6))
-        dt = T / self.config.sim_params.timesteps
-        dtype = self.config.sim_params.dtype.numpy
-        volatility = (v * np.sqrt(dt)).astype(dtype)
-        if self.config.simulate_log_return:
-            total = next(increments)
-            for z in increments:
-                total = total + z
-            drift = ((r - d - 0.5 * v * v) * T).astype(dtype)
-            return X0.astype(dtype) * np.exp(volatility * total + drift)
-        price = X0.astype(dtype)
-        growth = (1.0 + (r - d) * dt).astype(dtype)
-        for z in increments:
-            # Absorption by reflection: one Euler step may cross zero, a price may not.
-            price = np.abs(price * (volatility * z + growth))
-        return price
+        return simulate_paths(
+            _TERMINAL["log" if self.config.simulate_log_return else "euler"],
+            table,
+            first,
+            seed=params.mc_seed,
+            paths=params.paths,
+            steps=params.timesteps,
+            precision=params.dtype,
+            sampling=self.sampling,
+            rows_at_once=self.rows_at_once,
+        )

@@ -1,0 +1,126 @@
+"""A problem is a process and a product; its fields are those of both. The kinds of both are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from smc.errors import ConfigError
+from smc.problem.process import Process
+from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.product import Product
+from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
+from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.digital import DigitalPut
+from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.problem.products.terminal import TerminalPrice
+from smc.problem.schema import EXPIRY, Schema
+
+__all__ = ["Problem", "process_of", "product_of", "register"]
+
+Kind = TypeVar("Kind", bound=type[Process] | type[Product])
+
+_PROCESSES: dict[str, type[Process]] = {}
+_PRODUCTS: dict[str, type[Product]] = {}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is simulated and learnt: how the market moves, and what is paid.
+
+    Raises: ConfigError where the two do not go together: a field that both have, or another number of assets.
+    """
+
+    process: Process
+    product: Product
+
+    def __post_init__(self) -> None:
+        if self.process.assets != self.product.assets:
+            raise ConfigError(
+                f"{self.process.kind} has {self.process.assets} assets and {self.product.kind} is on "
+                f"{self.product.assets}"
+            )
+        for part in (self.process, self.product):
+            for name in ("kind", "fields"):
+                if not hasattr(type(part), name):
+                    raise ConfigError(f"{type(part).__name__} has no {name}: it is an attribute of the class")
+        _ = self.schema
+
+    @cached_property
+    def schema(self) -> Schema:
+        """Its fields: the spots, what the product has, the time to expiry, and the rest of the process."""
+        spots, rest = self.process.fields[: self.process.assets], self.process.fields[self.process.assets :]
+        return Schema((*spots, *self.product.fields, EXPIRY, *rest))
+
+    @property
+    def name(self) -> str:
+        """Both kinds."""
+        return f"{self.process.kind} x {self.product.kind}"
+
+    def check_steps(self, steps: int) -> None:
+        """Raises: ConfigError for a number of time steps that has no step at some date of the product."""
+        if self.product.dates and steps % self.product.dates:
+            raise ConfigError(
+                f"timesteps is {steps}, and {self.product.kind} looks at the price on {self.product.dates} dates: give "
+                f"a multiple of {self.product.dates}"
+            )
+
+
+def register(kind: Kind) -> Kind:
+    """Make a process or a product known by its `kind`, so that a checkpoint that names it can be read.
+
+    Raises: ConfigError if it has none, or another class has it already.
+    """
+    table: dict[str, Any] = _PROCESSES if issubclass(kind, Process) else _PRODUCTS
+    name = getattr(kind, "kind", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ConfigError(f"{kind.__name__}.kind is {name!r}: it must be a name of letters, digits and '_'")
+    known = table.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ConfigError(f"the kind {name!r} is {known.__module__}.{known.__qualname__} already")
+    table[name] = kind
+    return kind
+
+
+def process_of(settings: Mapping[str, Any]) -> Process:
+    """The process that settings with a `kind` describe. Raises: ConfigError for an unknown kind or setting."""
+    return _made("process", _PROCESSES, settings)  # type: ignore[return-value]
+
+
+def product_of(settings: Mapping[str, Any]) -> Product:
+    """The product that settings with a `kind` describe. Raises: ConfigError for an unknown kind or setting."""
+    return _made("product", _PRODUCTS, settings)  # type: ignore[return-value]
+
+
+def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> Process | Product:
+    name = str(settings.get("kind"))
+    if name not in table:
+        raise ConfigError(
+            f"there is no {what} of the kind {name!r}: there are {', '.join(sorted(table))}; import and register your "
+            f"own with smc.problem.problem.register before what names it is read"
+        )
+    try:
+        made: Process | Product = table[name](**{key: value for key, value in settings.items() if key != "kind"})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        setting = ".".join(str(part) for part in wrong["loc"])
+        raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}") from None
+    return made
+
+
+for _kind in (
+    GeometricBrownianMotion,
+    EuropeanPut,
+    EuropeanCall,
+    DigitalPut,
+    ArithmeticAsianPut,
+    ArithmeticAsianCall,
+    UpAndOutCall,
+    DownAndOutCall,
+    TerminalPrice,
+):
+    register(_kind)

@@ -1,0 +1,99 @@
+"""Paths of any problem on a CPU: one module of generated Python a problem, compiled by Numba.
+
+A block of paths is stepped at once, each scalar function applied to all of its lanes, so that the compiler makes vector
+instructions of them. Normals are addressed as in `smc.simulation.normals`, by seed, contract, path and number, and a
+row does not depend on the batch that it is in.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smc.errors import ConfigError
+from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.simulation.normals import sobol_points
+from smc.simulation.walk import compiled_walk
+
+__all__ = ["simulate"]
+
+Array = npt.NDArray[np.float64]
+
+# Bytes of normals that a block of lanes holds at a time: they stay in a core's second cache.
+_NORMALS = 1 << 17
+_MOST_LANES, _LEAST_LANES = 512, 16
+
+
+def simulate(
+    problem: Problem,
+    table: Array,
+    first: int,
+    *,
+    seed: int,
+    paths: int,
+    steps: int,
+    precision: Precision,
+    sampling: Literal["pseudorandom", "sobol"],
+    rows_at_once: int = 1,
+) -> npt.NDArray[Any]:
+    """Discounted payoffs, row 0 being stream `first`; a thread simulates `rows_at_once` before it is given more.
+
+    Shapes: (n, fields) float64 -> (n, paths). Units: currency.
+    Raises: ConfigError for a number of steps that does not fit the product's dates, or a scalar method that cannot be
+    compiled.
+    """
+    problem.check_steps(steps)
+    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
+        # A bridge's increments sum to its end point, and nothing else is read: the others are not drawn.
+        steps = 1
+    stride = steps // problem.product.dates if problem.product.dates else steps
+    walk = compiled_walk(problem, precision)
+    width = problem.process.normals * steps
+    lanes_at_once = _NORMALS // (width * precision.numpy.itemsize) // 16 * 16
+    lanes_at_once = max(_LEAST_LANES, min(_MOST_LANES, lanes_at_once))
+    points = np.zeros((0, 0), dtype=np.uint32)
+    plan, weights = np.zeros((0, 3), dtype=np.int64), np.zeros((0, 3), dtype=precision.numpy)
+    if sampling == "sobol":
+        if width > 21201:
+            raise ConfigError(f"sampling='sobol' has at most 21,201 dimensions, {width} are wanted")
+        points = sobol_points(width, paths)
+        plan, weights = _bridge(steps)
+        weights = weights.astype(precision.numpy)
+    out = np.empty((len(table), paths), dtype=precision.numpy)
+    rows = rows_at_once
+    table, seed_, first_ = np.ascontiguousarray(table), np.uint64(seed), np.uint64(first)
+
+    def fill(start: int) -> None:
+        part, payoffs = table[start : start + rows], out[start : start + rows]
+        walk(part, first_ + np.uint64(start), seed_, steps, stride, lanes_at_once, points, plan, weights, payoffs)
+
+    starts = range(0, len(table), rows)
+    if len(starts) <= 1:
+        for start in starts:
+            fill(start)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, starts))
+    return out
+
+
+@lru_cache(maxsize=8)
+def _bridge(steps: int) -> tuple[npt.NDArray[np.int64], Array]:
+    """In the order in which `normals.bridge_increments` uses its columns: left, right, middle; and their weights."""
+    places, weights, gaps = [], [], [(0, steps)]
+    while gaps:
+        left, right = gaps.pop(0)
+        if right - left < 2:
+            continue
+        middle = (left + right) // 2
+        share = (middle - left) / (right - left)
+        places.append((left, right, middle))
+        weights.append((1 - share, share, np.sqrt((middle - left) * (right - middle) / (right - left))))
+        gaps += [(left, middle), (middle, right)]
+    return np.array(places, dtype=np.int64).reshape(-1, 3), np.array(weights, dtype=np.float64).reshape(-1, 3)

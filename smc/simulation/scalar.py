@@ -1,0 +1,225 @@
+"""The scalar methods of a process or a product as source text that Numba compiles, for a CPU or for a GPU.
+
+A method of plain Python becomes a function without `self`: settings of the instance are constants in it, other methods
+are functions beside it. Numbers of Python are in double precision, and one of them makes everything that it meets so:
+in single precision each number that takes part in arithmetic is wrapped in `real`, which is `float32`.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import math
+import textwrap
+from types import FunctionType, ModuleType
+from typing import Any
+
+from smc.errors import ConfigError
+
+__all__ = ["ScalarSource"]
+
+_Number = int | float | bool
+
+
+class ScalarSource:
+    """Collects functions, each with all that it calls, under names that no two of them share.
+
+    `narrow`: arithmetic is to be in the precision named `real`, not in double.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[tuple[int, str, bool], str] = {}
+        self._texts: list[str] = []
+        self._origins: dict[str, str] = {}
+        self._own_lines: dict[str, list[int]] = {}
+        self._kept: list[object] = []  # so that an id stays one object's
+
+    @property
+    def text(self) -> str:
+        """The functions, callees first."""
+        return "\n\n".join(self._texts)
+
+    def origin(self, text: str, number: int) -> str | None:
+        """Where line `number`, from 1, of a module that holds `text` comes from; None if from no scalar function."""
+        lines = text.splitlines()[:number]
+        start = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("def ")), 0)
+        name = lines[start].removeprefix("def ").partition("(")[0] if lines else ""
+        if name not in self._origins:
+            return None
+        where, own = self._origins[name], self._own_lines[name]
+        return f"{where}, line {own[min(number - 2 - start, len(own) - 1)] if number - 2 >= start else own[0]}"
+
+    def method(self, owner: object, name: str, *, narrow: bool) -> str:
+        """Take in a method of an instance; -> the function's name. Raises: ConfigError saying where and why not."""
+        function = getattr(type(owner), name, None)
+        if not isinstance(function, FunctionType):
+            raise ConfigError(f"{type(owner).__name__}.{name} is no method written in Python")
+        return self._add(function, owner, narrow)
+
+    def _add(self, function: FunctionType, owner: object | None, narrow: bool) -> str:
+        key = (id(owner), function.__qualname__, narrow)
+        if key in self._names:
+            return self._names[key]
+        self._kept.append(owner)
+        name = f"{function.__name__}_{len(self._names)}"
+        self._names[key] = name
+        definition, file, line = _definition(function)
+        known = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+        rewritten = _Rewriting(self, known, owner, narrow, (function.__qualname__, file, line))
+        definition = rewritten.function(definition, name)
+        self._texts.append(f"@_njit(**_FAST)\n{ast.unparse(definition)}")
+        self._origins[name] = f"{function.__qualname__} in {file}"
+        self._own_lines[name] = [line - 1 + number for body in definition.body for number in _lines_of(body)]
+        return name
+
+
+def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str, int]:
+    try:
+        lines, line = inspect.getsourcelines(function)
+    except (OSError, TypeError):
+        raise ConfigError(
+            f"{function.__qualname__} has no source: a scalar function has to stand in a file, and be no lambda"
+        ) from None
+    parsed = ast.parse(textwrap.dedent("".join(lines))).body[0]
+    if not isinstance(parsed, ast.FunctionDef):
+        raise ConfigError(f"{function.__qualname__} is no plain function (line {line})")
+    return parsed, function.__code__.co_filename, line
+
+
+def _lines_of(statement: ast.stmt) -> list[int]:
+    """For each line of a statement as it is written out again, about where it was."""
+    count = len(ast.unparse(statement).splitlines())
+    inner = sorted(node.lineno for node in ast.walk(statement) if isinstance(node, ast.stmt))
+    return [inner[min(i, len(inner) - 1)] for i in range(count)]
+
+
+class _Rewriting(ast.NodeTransformer):
+    """One function's tree, rewritten."""
+
+    def __init__(
+        self,
+        source: ScalarSource,
+        known: dict[str, Any],
+        owner: object | None,
+        narrow: bool,
+        where: tuple[str, str, int],
+    ) -> None:
+        self._source, self._known, self._owner, self._narrow, self._where = source, known, owner, narrow, where
+        self._self: str | None = None
+        self._local: set[str] = set()
+
+    def function(self, node: ast.FunctionDef, name: str) -> ast.FunctionDef:
+        node = copy.deepcopy(node)
+        arguments = node.args.args
+        if self._owner is not None:
+            self._self = arguments.pop(0).arg
+        for argument in arguments:
+            argument.annotation = None
+        if node.args.vararg or node.args.kwarg or node.args.kwonlyargs or node.args.defaults:
+            raise self._error(node, "it takes arguments by position only, without defaults")
+        if isinstance(first := node.body[0], ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = node.body[1:] or [ast.Pass()]
+        self._local = {a.arg for a in arguments} | {
+            n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        node.body = [self.visit(statement) for statement in node.body]
+        node.name, node.decorator_list, node.returns = name, [], None
+        return ast.fix_missing_locations(node)
+
+    # --- names that stand for numbers or functions ---------------------------------------------------
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if isinstance(node.value, ast.Name) and node.value.id == self._self:
+            return self._constant(node, getattr(self._owner, node.attr, None))
+        if isinstance(node.value, ast.Name) and node.value.id not in self._local:
+            holder = self._known.get(node.value.id)
+            if isinstance(holder, ModuleType) and hasattr(holder, node.attr):
+                return self._constant(node, getattr(holder, node.attr))
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if node.id in self._local or not isinstance(node.ctx, ast.Load):
+            return node
+        if node.id == self._self:
+            raise self._error(node, f"{node.id} stands alone: only its settings and methods can be used")
+        if node.id in self._known:
+            return self._constant(node, self._known[node.id])
+        return node  # a builtin
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        callee = node.func
+        if isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name) and callee.value.id == self._self:
+            method = getattr(type(self._owner), callee.attr, None)
+            if not isinstance(method, FunctionType):
+                raise self._error(node, f"self.{callee.attr} is no method written in Python")
+            name = self._source._add(method, self._owner, self._narrow)
+            return self._called(node, ast.Name(name, ast.Load()))
+        return self._called(node, self.visit(callee))
+
+    def _called(self, node: ast.Call, callee: ast.AST) -> ast.AST:
+        if node.keywords:
+            raise self._error(node, "scalar functions are called with arguments by position")
+        counts = isinstance(callee, ast.Name) and callee.id in ("range", "len", "int")
+        arguments: list[Any] = [self.visit(a) if counts else self._real(a) for a in node.args]
+        return ast.copy_location(ast.Call(callee, arguments, []), node)  # type: ignore[arg-type]
+
+    def _constant(self, node: ast.AST, value: Any) -> ast.AST:
+        made: ast.AST
+        if isinstance(value, bool | int | float):
+            made = ast.Constant(value)
+        elif isinstance(value, tuple) and all(isinstance(v, _Number) for v in value):
+            made = ast.Tuple([self._wrapped(ast.Constant(v)) for v in value], ast.Load())
+        elif isinstance(value, FunctionType):
+            made = ast.Name(self._source._add(value, None, self._narrow), ast.Load())
+        elif getattr(math, getattr(value, "__name__", ""), None) is value and callable(value):
+            made = ast.Name(f"_{value.__name__}" if self._narrow else f"_math_{value.__name__}", ast.Load())
+        elif (isinstance(value, type) and value in (int, float, bool, range)) or value in (abs, min, max, len, round):
+            return node
+        else:
+            raise self._error(node, f"it is a {type(value).__name__}, and only numbers and scalar functions can be")
+        return ast.copy_location(made, node)
+
+    # --- numbers in arithmetic ------------------------------------------------------------------------
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return self._wrapped(node) if isinstance(node.value, float) else node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        left = self._real(node.left)
+        right = self.visit(node.right) if isinstance(node.op, ast.Pow) else self._real(node.right)
+        if isinstance(node.op, ast.FloorDiv | ast.Mod):
+            left, right = self.visit(node.left), self.visit(node.right)
+        return ast.copy_location(ast.BinOp(left, node.op, right), node)  # type: ignore[arg-type]
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        parts = [self._real(part) for part in node.comparators]
+        return ast.copy_location(ast.Compare(self._real(node.left), node.ops, parts), node)  # type: ignore[arg-type]
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        body, otherwise = self._real(node.body), self._real(node.orelse)
+        return ast.copy_location(ast.IfExp(self.visit(node.test), body, otherwise), node)  # type: ignore[arg-type]
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        node.value = self.visit(node.value)
+        return node  # an index stays a whole number
+
+    def _real(self, node: ast.AST) -> ast.AST:
+        """A part of arithmetic: a number that stands in it is one of the precision."""
+        visited = self.visit(node)
+        if isinstance(visited, ast.Constant) and isinstance(visited.value, int | float):
+            return visited if isinstance(visited.value, bool) else self._wrapped(visited)
+        if isinstance(visited, ast.UnaryOp) and isinstance(visited.operand, ast.Constant):
+            visited.operand = self._wrapped(visited.operand)
+        return visited
+
+    def _wrapped(self, node: ast.Constant) -> ast.expr:
+        if not self._narrow or isinstance(node.value, bool):
+            return node
+        number = ast.Constant(float(str(node.value)))
+        return ast.copy_location(ast.Call(ast.Name("_real", ast.Load()), [number], []), node)
+
+    def _error(self, node: ast.AST, why: str) -> ConfigError:
+        name, file, first = self._where
+        line = first + getattr(node, "lineno", 1) - 1
+        return ConfigError(f"{name} in {file}, line {line}, cannot be compiled: `{ast.unparse(node)}`: {why}")

@@ -1,0 +1,66 @@
+"""How many numbers the scalar methods of a process and a product give; and that they give what they have to."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+from smc.errors import ConfigError
+from smc.problem.problem import Problem
+
+__all__ = ["Sizes", "sizes_of"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many numbers the scalar methods of a problem give."""
+
+    process: int
+    product: int
+    state: int
+    seen: int
+
+    @property
+    def arrays(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """What a path keeps from step to step: names of its numbers in generated code, and how many there are."""
+        return ("s", self.state), ("a", self.seen)
+
+
+def sizes_of(problem: Problem) -> Sizes:
+    """Measured by calling the methods, as Python, on the contract in the middle of the domain.
+
+    Raises: ConfigError for a method that fails, gives no numbers, or a state of another size than it was given.
+    """
+    process, product, schema = problem.process, problem.product, problem.schema
+    tuples: Any = namedtuple  # of fields that no type checker knows
+    middle = tuples("Contract", schema.names)(*((field.lower + field.upper) / 2 for field in schema))
+
+    def numbers(owner: object, method: str, *arguments: Any) -> tuple[float, ...]:
+        where = f"{type(owner).__name__}.{method}"
+        try:
+            found = getattr(owner, method)(*arguments)
+        except Exception as error:
+            raise ConfigError(f"{where} fails for {middle}: {type(error).__name__}: {error}") from None
+        if not isinstance(found, tuple) or not found or not all(isinstance(v, int | float) for v in found):
+            raise ConfigError(f"{where} gives {found!r}: it must give a tuple of numbers, one at least")
+        return found
+
+    k = numbers(process, "coefficients", middle, middle.T / 4)
+    state = numbers(process, "start", middle)
+    after = numbers(process, "step", state, (0.5,) * process.normals, k)
+    if len(after) != len(state):
+        raise ConfigError(f"{type(process).__name__}.step gives {len(after)} numbers, and start {len(state)}")
+    spot = process.spot(after, k)
+    if process.assets > 1 and (not isinstance(spot, tuple) or len(spot) != process.assets):
+        raise ConfigError(f"{type(process).__name__}.spot gives {spot!r}: it must give {process.assets} prices")
+    q = numbers(product, "coefficients", middle)
+    seen = numbers(product, "begin", q)
+    if product.dates:
+        later = numbers(product, "observe", seen, spot, 1.0, q)
+        if len(later) != len(seen):
+            raise ConfigError(f"{type(product).__name__}.observe gives {len(later)} numbers, and begin {len(seen)}")
+    paid = product.payoff(seen, spot, q)
+    if isinstance(paid, tuple) or not isinstance(paid, int | float) or paid != paid:
+        raise ConfigError(f"{type(product).__name__}.payoff gives {paid!r}: it must give a number")
+    return Sizes(len(k), len(q), len(state), len(seen))

@@ -1,0 +1,235 @@
+"""The loop over the paths of one problem: a module of generated Python, which Numba compiles and keeps.
+
+What is generated is a module's text, because Numba keeps what it compiled beside a file: another process that simulates
+the same problem reads it back in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numba
+
+from smc.errors import ConfigError
+from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.simulation import elementary, lanes
+from smc.simulation.scalar import ScalarSource
+from smc.simulation.sizes import Sizes, sizes_of
+
+__all__ = ["compiled_walk", "walk_source"]
+
+_one_at_a_time = threading.Lock()
+_walks: dict[tuple[Problem, Precision], Callable[..., None]] = {}
+
+_TEMPLATE = """# {name}, {real}. Made by smc.simulation.walk, {version}.
+import math
+from collections import namedtuple
+
+import numpy as np
+from numba import {real} as _real
+from numba import njit as _njit
+
+from smc.simulation.elementary import FAST as _FAST
+from smc.simulation.lanes import bridge_{real} as _bridge
+from smc.simulation.lanes import pseudorandom_{real} as _pseudorandom
+from smc.simulation.lanes import sobol_{real} as _sobol
+
+{functions}
+_Contract = namedtuple("_Contract", {fields!r})
+
+
+{scalar}
+
+
+@_njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
+def walk(table, first, seed, steps, stride, lanes, points, plan, weights, out):
+    rows, paths = out.shape
+    z = np.empty(({normals} * steps, lanes), dtype=np.{real})
+    path = np.empty((steps + 1, lanes), dtype=np.{real})
+{arrays}
+    for row in range(rows):
+{contract}
+        for begin in range(0, paths, lanes):
+            width = min(lanes, paths - begin)
+            if points.shape[0]:
+                _sobol(points, seed, first + np.uint64(row), begin, width, z)
+                if steps > 1:
+                    _bridge(z, {normals}, steps, plan, weights, width, path)
+            else:
+                _pseudorandom(seed, first + np.uint64(row), begin, width, {normals}, steps, z)
+            for lane in range(width):
+{start}
+            for at in range(steps):
+                for lane in range(width):
+{step}
+{look}
+            for lane in range(width):
+                out[row, begin + lane] = {payoff}
+"""
+_LOOK = """                if (at + 1) % stride == 0:
+                    date = _real((at + 1) // stride)
+                    for lane in range(width):
+"""
+
+
+def compiled_walk(problem: Problem, precision: Precision) -> Callable[..., None]:
+    """The loop for a problem, compiled once in a process. Raises: ConfigError saying which line cannot be."""
+    with _one_at_a_time:
+        key = (problem, precision)
+        if key not in _walks:
+            text, source = walk_source(problem, precision)
+            _walks[key] = _typed(_loaded(text), precision, text, source)
+        return _walks[key]
+
+
+# --- the text ---------------------------------------------------------------------------------------------
+
+
+def walk_source(problem: Problem, precision: Precision) -> tuple[str, ScalarSource]:
+    """The module's text, and where its scalar functions come from."""
+    process, product, sizes = problem.process, problem.product, sizes_of(problem)
+    source = ScalarSource()
+    narrow = {"step": process, "spot": process, "begin": product, "payoff": product}
+    if product.dates:
+        narrow["observe"] = product
+    call = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
+    call |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
+    call["terms"] = source.method(product, "coefficients", narrow=False)
+
+    k, q = _tuple("k", sizes.process), _tuple("q", sizes.product)
+    state, seen = _tuple("s", sizes.state, "[lane]"), _tuple("a", sizes.seen, "[lane]")
+    z = "(" + "".join(f"z[{process.normals} * at + {i}, lane], " for i in range(process.normals)) + ")"
+    spot = f"{call['spot']}({state}, {k})"
+    real = precision.value
+    columns = ", ".join(f"table[row, {i}]" for i in range(len(problem.schema)))
+    look = ""
+    if product.dates:
+        observed = _stored("a", sizes.seen, f"{call['observe']}({seen}, {spot}, date, {q})")
+        look = _LOOK + _indented(observed, 6)
+    text = _TEMPLATE.format(
+        name=problem.name,
+        real=real,
+        version=_version(),
+        functions=_functions(precision),
+        fields=problem.schema.names,
+        scalar=source.text,
+        normals=process.normals,
+        arrays=_indented(_arrays(sizes, real), 1),
+        contract=_indented(
+            [
+                f"contract = _Contract({columns})",
+                *_unpacked("k", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
+                *_unpacked("q", sizes.product, f"{call['terms']}(contract)"),
+                *_unpacked("first_s", sizes.state, f"{call['start']}(contract)"),
+                *_unpacked("first_a", sizes.seen, f"{call['begin']}({q})"),
+            ],
+            2,
+        ),
+        start=_indented([f"{n}{i}[lane] = first_{n}{i}" for n, count in sizes.arrays for i in range(count)], 4),
+        step=_indented(_stored("s", sizes.state, f"{call['step']}({state}, {z}, {k})"), 5),
+        look=look,
+        payoff=f"{call['payoff']}({seen}, {spot}, {q})",
+    )
+    return text, source
+
+
+def _tuple(name: str, count: int, index: str = "") -> str:
+    return "(" + "".join(f"{name}{i}{index}, " for i in range(count)) + ")"
+
+
+def _unpacked(name: str, count: int, call: str) -> list[str]:
+    return [f"_{name} = {call}", *(f"{name}{i} = _real(_{name}[{i}])" for i in range(count))]
+
+
+def _stored(name: str, count: int, call: str) -> list[str]:
+    return [f"_{name} = {call}", *(f"{name}{i}[lane] = _{name}[{i}]" for i in range(count))]
+
+
+def _arrays(sizes: Sizes, real: str) -> list[str]:
+    return [f"{n}{i} = np.empty(lanes, dtype=np.{real})" for n, count in sizes.arrays for i in range(count)]
+
+
+def _indented(lines: Iterable[str], depth: int) -> str:
+    return "\n".join("    " * depth + line for line in lines)
+
+
+def _functions(precision: Precision) -> str:
+    """What the functions of `math` are called in scalar functions: `_exp`, and in double precision `_math_exp`."""
+    names = [name for name, value in vars(math).items() if callable(value) and not name.startswith("_")]
+    lines = [f"_math_{name} = _{name} = math.{name}" for name in names]
+    if precision is Precision.float32:
+        lines += [f"from smc.simulation.elementary import {name} as _{name}" for name in ("exp", "log")]
+    return "\n".join(lines)
+
+
+def _version() -> str:
+    """What a module that was compiled depends on, beside its own text."""
+    ours = (Path(str(module.__file__)).read_bytes() for module in (elementary, lanes))
+    return f"numba {numba.__version__}, {hashlib.sha256(b''.join(ours)).hexdigest()[:16]}"
+
+
+# --- the module -------------------------------------------------------------------------------------------
+
+
+def _loaded(text: str) -> Any:
+    folder, digest = _cache_folder(), hashlib.sha256(text.encode()).hexdigest()[:24]
+    path = folder / f"walk_{digest}.py"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise ConfigError(f"{folder} belongs to somebody else: set SMC_CACHE_DIR to a folder of your own")
+        if not path.exists() or path.read_text() != text:
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(text)
+            os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error}: set SMC_CACHE_DIR to a folder that can be written") from None
+    spec = importlib.util.spec_from_file_location(f"_smc_walk_{digest}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.walk
+
+
+def _cache_folder() -> Path:
+    """Where compiled problems are kept: `SMC_CACHE_DIR`, or the user's cache, or a temporary folder."""
+    if given := os.environ.get("SMC_CACHE_DIR"):
+        return Path(given)
+    with suppress(RuntimeError, OSError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectralmc"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir()) / f"spectralmc-{os.getuid()}"
+
+
+def _typed(walk: Any, precision: Precision, text: str, source: ScalarSource) -> Callable[..., None]:
+    """Compile at once, for the arguments that `simulate` gives, so that an error names its line."""
+    real = numba.float32 if precision is Precision.float32 else numba.float64
+    whole, stream = numba.int64, numba.uint64
+    points, plan = numba.uint32[:, ::1], numba.int64[:, ::1]
+    arguments = (numba.float64[:, ::1], stream, stream, whole, whole, whole, points, plan, real[:, ::1], real[:, ::1])
+    try:
+        walk.compile(arguments)
+    except numba.core.errors.NumbaError as error:
+        lines = re.findall(r"walk_\w+\.py\"?(?:, line |:? ?\()(\d+)", str(error))
+        origins = [origin for line in lines if (origin := source.origin(text, int(line))) is not None]
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = next((line for line in said if "pipeline" not in line), "")
+        raise ConfigError(f"{origins[-1] if origins else 'a scalar function'}, cannot be compiled: {why}") from None
+    compiled: Callable[..., None] = walk
+    return compiled
