@@ -18,6 +18,7 @@ from smc.simulation.cuda import Kernel
 
 __all__ = [
     "MOST_ROWS",
+    "NORMALS_SOURCE",
     "PATHS_SOURCE",
     "path_kernel",
     "simulate_pseudorandom",
@@ -26,7 +27,7 @@ __all__ = [
     "walk",
 ]
 
-PATHS_SOURCE = r"""
+NORMALS_SOURCE = r"""
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -72,7 +73,12 @@ __device__ __forceinline__ void normals(u32 c0, u32 c1, u32 c2, u32 c3, real* z)
     pair(c0, c1, z);  pair(c2, c3, z + 2);
 }
 #endif
+"""
+"""Random words and normals, in the precision that DOUBLE says."""
 
+PATHS_SOURCE = (
+    NORMALS_SOURCE
+    + r"""
 struct Dynamics {
     real X0, volatility, growth, drift;  // of one step, but for the drift of the whole log price
     __device__ Dynamics(const double* p, int steps) {
@@ -173,6 +179,7 @@ extern "C" __global__ __launch_bounds__(1024) void walk(
     out[(u64)blockIdx.y * paths + path] = price;
 }
 """
+)
 
 MOST_ROWS = 65535
 """Contracts of one launch: grid dimensions y and z hold no more blocks."""

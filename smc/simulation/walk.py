@@ -28,7 +28,7 @@ from smc.simulation import elementary, lanes
 from smc.simulation.scalar import ScalarSource
 from smc.simulation.sizes import Sizes, sizes_of
 
-__all__ = ["compiled_walk", "walk_source"]
+__all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
 
 _one_at_a_time = threading.Lock()
 _walks: dict[tuple[Problem, Precision], Callable[..., None]] = {}
@@ -184,18 +184,9 @@ def _version() -> str:
 
 
 def _loaded(text: str) -> Any:
-    folder, digest = _cache_folder(), hashlib.sha256(text.encode()).hexdigest()[:24]
-    path = folder / f"walk_{digest}.py"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{folder} belongs to somebody else: set SMC_CACHE_DIR to a folder of your own")
-        if not path.exists() or path.read_text() != text:
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(text)
-            os.replace(part, path)
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error}: set SMC_CACHE_DIR to a folder that can be written") from None
+    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    path = cache_folder() / f"walk_{digest}.py"
+    keep(path, text.encode())
     spec = importlib.util.spec_from_file_location(f"_smc_walk_{digest}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -205,7 +196,7 @@ def _loaded(text: str) -> Any:
     return module.walk
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Where compiled problems are kept: `SMC_CACHE_DIR`, or the user's cache, or a temporary folder."""
     if given := os.environ.get("SMC_CACHE_DIR"):
         return Path(given)
@@ -217,6 +208,21 @@ def _cache_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"spectralmc-{os.getuid()}"
 
 
+def keep(path: Path, data: bytes) -> None:
+    """Have a file with these bytes, written beside and renamed, in a folder of nobody else. Raises: ConfigError."""
+    folder = path.parent
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise ConfigError(f"{folder} belongs to somebody else: set SMC_CACHE_DIR to a folder of your own")
+        if not path.exists() or path.read_bytes() != data:
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part.write_bytes(data)
+            os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error}: set SMC_CACHE_DIR to a folder that can be written") from None
+
+
 def _typed(walk: Any, precision: Precision, text: str, source: ScalarSource) -> Callable[..., None]:
     """Compile at once, for the arguments that `simulate` gives, so that an error names its line."""
     real = numba.float32 if precision is Precision.float32 else numba.float64
@@ -226,10 +232,15 @@ def _typed(walk: Any, precision: Precision, text: str, source: ScalarSource) -> 
     try:
         walk.compile(arguments)
     except numba.core.errors.NumbaError as error:
-        lines = re.findall(r"walk_\w+\.py\"?(?:, line |:? ?\()(\d+)", str(error))
-        origins = [origin for line in lines if (origin := source.origin(text, int(line))) is not None]
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = next((line for line in said if "pipeline" not in line), "")
-        raise ConfigError(f"{origins[-1] if origins else 'a scalar function'}, cannot be compiled: {why}") from None
+        raise numba_error(error, text, source) from None
     compiled: Callable[..., None] = walk
     return compiled
+
+
+def numba_error(error: Exception, text: str, source: ScalarSource) -> ConfigError:
+    """What Numba says of a module of ours, with the line of the user's own that it means."""
+    lines = re.findall(r"walk_\w+\.py\"?(?:, line |:? ?\()(\d+)", str(error))
+    origins = [origin for line in lines if (origin := source.origin(text, int(line))) is not None]
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = next((line for line in said if "pipeline" not in line), "")
+    return ConfigError(f"{origins[-1] if origins else 'a scalar function'}, cannot be compiled: {why}")

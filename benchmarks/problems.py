@@ -1,0 +1,141 @@
+"""Paths of every process and product: rates on a GPU and on a CPU, beside a textbook's loop, and both engines compared.
+
+.venv/bin/python -m benchmarks.problems [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.reporting import Report, captured, gpu_seconds, run
+from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.products.asian import ArithmeticAsianPut
+from smc.problem.products.barrier import UpAndOutCall
+from smc.problem.products.digital import DigitalPut
+from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.simulation import linking, paths
+
+STEPS = 100
+GBM = GeometricBrownianMotion()
+# The least T path-steps a second on an H100, 256 contracts x 131,072 paths x 100 steps.
+PROBLEMS = {
+    "European put": (Problem(GBM, EuropeanPut()), 1.05),
+    "European call": (Problem(GBM, EuropeanCall()), 1.05),
+    "digital put": (Problem(GBM, DigitalPut()), None),
+    "arithmetic Asian put": (Problem(GBM, ArithmeticAsianPut(dates=STEPS)), 0.90),
+    "up-and-out call": (Problem(GBM, UpAndOutCall(dates=STEPS)), 0.95),
+    "arithmetic Asian put, 20 dates": (Problem(GBM, ArithmeticAsianPut(dates=20)), None),
+}
+
+
+def contracts(problem: Problem, count: int) -> np.ndarray:
+    """Uniform over the default domain. Shapes: -> (count, fields)."""
+    uniform = np.random.default_rng(1).random((count, len(problem.schema)))
+    lower, upper = (np.array([getattr(f, end) for f in problem.schema]) for end in ("lower", "upper"))
+    return np.asarray(lower + (upper - lower) * uniform)
+
+
+def on_gpu(report: Report) -> None:
+    first = torch.zeros((), dtype=torch.int64, device="cuda")
+    for name, (problem, bar) in PROBLEMS.items():
+        started = time.perf_counter()
+        kernel = linking.link(problem, Precision.float32, "pseudorandom", first.device, every_step=True)
+        linked = time.perf_counter() - started
+        registers = f"{kernel.raw.num_regs} registers, {kernel.raw.local_size_bytes} bytes of local memory"
+        for n, count in ((256, 131_072), (32, 8192)):
+            table = torch.from_numpy(contracts(problem, n)).cuda()
+            work = partial(
+                linking.simulate, problem, table, first, seed=1, paths=count, steps=STEPS,
+                precision=Precision.float32, sampling="pseudorandom",
+            )  # fmt: skip
+            seconds = gpu_seconds(captured(work))
+            rate = n * count * STEPS / seconds / 1e12
+            report.add(f"{name}, {n} x {count} x {STEPS}", rate, "T path-steps/s", at_least=bar if n == 256 else None)
+        print(f"{name}: linked in {linked:.2f} s, {registers}")
+
+
+def both(report: Report) -> None:
+    """The same paths on CPU and GPU, up to the rounding of the elementary functions."""
+    for name, (problem, _) in PROBLEMS.items():
+        table = contracts(problem, 8)
+        for precision in Precision:
+            for sampling in ("pseudorandom", "sobol"):
+                sizes: dict[str, Any] = {
+                    "seed": 5, "paths": 4096, "steps": STEPS, "precision": precision, "sampling": sampling,
+                }  # fmt: skip
+                here = paths.simulate(problem, table, 7, **sizes)
+                first = torch.tensor(7, dtype=torch.int64, device="cuda")
+                there = linking.simulate(problem, torch.from_numpy(table).cuda(), first, **sizes).cpu().numpy()
+                apart = np.abs(here - there) / table[:, :1]
+                # A path beside a barrier or a strike may fall on the other side of it.
+                share = float(np.mean(apart > (2e-4 if precision is Precision.float32 else 1e-10)))
+                report.add(f"{name}, {precision}, {sampling}: paths that differ", 100 * share, "%", at_most=0.1)
+
+
+def on_cpu(report: Report) -> None:
+    torch.set_num_threads(2)
+    count, n = 8192, 64
+
+    def textbook(table: np.ndarray, average: bool) -> None:
+        rng = np.random.default_rng(1)
+        for X0, K, T, r, d, v in table:
+            dt, price, total = T / STEPS, np.full(count, X0), np.zeros(count)
+            for _ in range(STEPS):
+                price = price * np.exp((r - d - 0.5 * v * v) * dt + v * math.sqrt(dt) * rng.standard_normal(count))
+                if average:
+                    total += price
+            np.maximum(K - (total / STEPS if average else price), 0).mean()
+
+    plain = contracts(PROBLEMS["European put"][0], n)
+    base = {average: 4 * median(partial(textbook, plain[: n // 4], average), 3) for average in (False, True)}
+    report.add("a textbook's loop, European", n * count * STEPS / base[False] / 1e6, "M path-steps/s")
+    for name, (problem, _) in PROBLEMS.items():
+        table = contracts(problem, n)
+        for sampling in ("pseudorandom", "sobol"):
+            started = time.perf_counter()
+            work = partial(
+                paths.simulate, problem, table, 0, seed=1, paths=count, steps=STEPS, precision=Precision.float32,
+                sampling=sampling,
+            )  # fmt: skip
+            work()
+            compiled = time.perf_counter() - started
+            seconds = median(work, 7)
+            looks = problem.product.dates > 0
+            bar = {(False, "pseudorandom"): 5.0, (True, "pseudorandom"): 6.0}.get((looks, str(sampling)))
+            report.add(f"{name}, {sampling}", n * count * STEPS / seconds / 1e6, "M path-steps/s")
+            report.add(f"{name}, {sampling}, of the textbook's contracts a second", base[looks] / seconds, "x",
+                       at_least=bar)  # fmt: skip
+            if sampling == "pseudorandom":
+                report.add(f"{name}: first call, compilation included where it was not kept", compiled, "s", at_most=15)
+
+
+def median(work: Callable[[], object], repeats: int) -> float:
+    spans = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        spans.append(time.perf_counter() - started)
+    return statistics.median(spans)
+
+
+def measure(report: Report, options: argparse.Namespace) -> None:
+    if torch.cuda.is_available():
+        on_gpu(report)
+        both(report)
+    else:
+        on_cpu(report)
+
+
+if __name__ == "__main__":
+    run("Paths of problems, float32", measure)

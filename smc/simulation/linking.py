@@ -1,0 +1,382 @@
+"""Paths of any problem on a GPU: the scalar methods, linked into a kernel that is written in CUDA C++.
+
+Numba compiles the methods to the linker's intermediate form, NVRTC the skeleton around them, and nvJitLink joins the
+two and optimises across: pointers in and out become registers, and a problem runs at the speed of a kernel written by
+hand. What was linked is kept in a file, as `smc.simulation.walk` keeps its modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smc.errors import ConfigError
+from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.simulation.cuda import Kernel
+from smc.simulation.normals import bridge_increments, sobol_points
+from smc.simulation.scalar import ScalarSource
+from smc.simulation.sizes import Sizes, sizes_of
+from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, sobol_normals
+from smc.simulation.walk import cache_folder, keep, numba_error
+
+__all__ = ["LinkedKernel", "link", "simulate"]
+
+# Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
+_NORMALS = 1 << 28
+
+_SKELETON = r"""
+extern "C" __device__ void prepare(const double* contract, int steps, real* s, real* a, real* k, real* q);
+extern "C" __device__ void step_once(real* s, const real* z, const real* k);
+extern "C" __device__ void look(real* a, const real* s, real date, const real* k, const real* q);
+extern "C" __device__ real pays(const real* a, const real* s, const real* k, const real* q);
+
+struct Path {
+    real s[STATE], a[SEEN], k[PROCESS], q[PRODUCT];
+    real date;
+    int until;                              // steps to the next date
+    const int stride;
+    __device__ Path(const double* contract, int steps, int stride) : date(0), until(stride), stride(stride) {
+        prepare(contract, steps, s, a, k, q);
+    }
+    __device__ void step(const real* z) {
+        step_once(s, z, k);
+        if (DATES) {
+            if (EVERY_STEP || --until == 0) {
+                until = stride;
+                date += 1;
+                look(a, s, date, k, q);
+            }
+        }
+    }
+    __device__ real payoff() const { return pays(a, s, k, q); }
+};
+
+extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
+    const double* __restrict__ contracts, const u64* __restrict__ first,
+    const u64 offset, const u64 seed, const int paths, const int steps, const int stride, real* __restrict__ out)
+{
+    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (u32)paths) return;
+    Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+    const u64 stream = *first + offset + blockIdx.y;
+    const u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
+    real z[BLOCKS * PER_BLOCK];             // of GROUP steps, which take whole blocks of random words
+    int block = 0, left = steps;
+    for (; left >= GROUP; left -= GROUP) {
+        #pragma unroll
+        for (int b = 0; b < BLOCKS; ++b, ++block) {
+            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+            philox4x32_10(c0, c1, c2, c3, k0, k1);
+            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
+        }
+        #pragma unroll
+        for (int i = 0; i < GROUP; ++i) path.step(z + i * NORMALS);
+    }
+    if (left > 0) {
+        #pragma unroll
+        for (int b = 0; b < BLOCKS; ++b, ++block) {
+            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+            philox4x32_10(c0, c1, c2, c3, k0, k1);
+            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
+        }
+        #pragma unroll
+        for (int i = 0; i < GROUP - 1; ++i)
+            if (i < left) path.step(z + i * NORMALS);
+    }
+    out[(u64)blockIdx.y * paths + at] = path.payoff();
+}
+
+extern "C" __global__ __launch_bounds__(1024) void walk(
+    const double* __restrict__ contracts, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
+    const int paths, const int steps, const int stride, real* __restrict__ out)
+{
+    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (u32)paths) return;
+    Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+    const real* from = increments + (u64)blockIdx.y * steps * NORMALS * paths + at;
+    real z[NORMALS];
+    for (int i = 0; i < steps; ++i) {
+        #pragma unroll
+        for (int j = 0; j < NORMALS; ++j) z[j] = from[((u64)i * NORMALS + j) * paths];
+        path.step(z);
+    }
+    out[(u64)blockIdx.y * paths + at] = path.payoff();
+}
+"""
+
+_WRAPPERS = """import math
+from collections import namedtuple
+
+from numba import {real} as _real
+
+{functions}
+_Contract = namedtuple("_Contract", {fields!r})
+
+
+{scalar}
+
+
+def prepare(c, steps, s, a, k, q):
+    contract = _Contract({columns})
+{prepare}
+
+
+def step_once(s, z, k):
+{step}
+
+
+def look(a, s, date, k, q):
+{look}
+
+
+def pays(a, s, k, q):
+    return _real({payoff})
+"""
+
+
+class LinkedKernel(Kernel):
+    """A kernel that was linked already. `name` is 'pseudorandom' or 'walk'."""
+
+    def __init__(self, cubin: str, name: str) -> None:
+        super().__init__("", name)
+        self._cubin = cubin
+
+    @cached_property
+    def raw(self) -> Any:
+        """CuPy's function."""
+        import cupy
+
+        return cupy.RawModule(path=self._cubin).get_function(self.name)
+
+
+def simulate(
+    problem: Problem,
+    table: Tensor,
+    first: Tensor,
+    *,
+    seed: int,
+    paths: int,
+    steps: int,
+    precision: Precision,
+    sampling: Literal["pseudorandom", "sobol"],
+    threads: int = 256,
+) -> Tensor:
+    """Discounted payoffs, row 0 being stream `first`, which is read where it is, as the contracts are.
+
+    A CUDA graph that holds this call may be replayed on new ones. Shapes: (n, fields) float64 and () int64, on the
+    device -> (n, paths). Units: currency. Raises: ConfigError as `smc.simulation.paths.simulate`, or for want of
+    numba-cuda.
+    """
+    problem.check_steps(steps)
+    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
+        steps = 1
+    stride = steps // problem.product.dates if problem.product.dates else steps
+    out = torch.empty((len(table), paths), dtype=precision.torch, device=table.device)
+    grid = -(-paths // threads)
+    sizes = (np.int32(paths), np.int32(steps), np.int32(stride))
+    if sampling == "pseudorandom":
+        kernel = link(problem, precision, "pseudorandom", table.device, every_step=stride == 1)
+        for start in range(0, len(table), MOST_ROWS):
+            part = table[start : start + MOST_ROWS]
+            kernel((grid, len(part)), threads, (part, first, np.uint64(start), np.uint64(seed), *sizes, out[start:]))
+        return out
+    width = problem.process.normals * steps
+    if width > 21201:
+        raise ConfigError(f"sampling='sobol' has at most 21,201 dimensions, {width} are wanted")
+    kernel = link(problem, precision, "walk", table.device, every_step=stride == 1)
+    points, bridge = _sobol_constants(width, paths, steps, precision, table.device)
+    rows = min(MOST_ROWS, max(1, _NORMALS // points.numel()))
+    for start in range(0, len(table), rows):
+        part = table[start : start + rows]
+        z = sobol_normals(points, first, start, len(part), seed=seed, threads=threads, precision=precision)
+        if steps > 1:
+            by_factor = z.view(len(part), steps, problem.process.normals * paths)
+            z = bridge @ by_factor
+        kernel((grid, len(part)), threads, (part, z, *sizes, out[start:]))
+    return out
+
+
+_constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _sobol_constants(
+    width: int, paths: int, steps: int, precision: Precision, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    key = (width, paths, steps, precision, device)
+    if key not in _constants:
+        points = torch.from_numpy(sobol_points(width, paths).view(np.int32)).to(device)
+        _constants[key] = points, torch.from_numpy(bridge_increments(steps)).to(device, precision.torch)
+    return _constants[key]
+
+
+# --- linking ----------------------------------------------------------------------------------------------
+
+_one_at_a_time = threading.Lock()
+_linked: dict[tuple[Any, ...], LinkedKernel] = {}
+
+
+def link(problem: Problem, precision: Precision, name: str, device: torch.device, *, every_step: bool) -> LinkedKernel:
+    """A kernel for a problem, linked once in a process. Raises: ConfigError."""
+    major, minor = torch.cuda.get_device_capability(device)
+    with _one_at_a_time:
+        key = (problem, precision, name, every_step, major, minor)
+        if key not in _linked:
+            _linked[key] = LinkedKernel(_cubin(problem, precision, every_step, f"sm_{major}{minor}"), name)
+        return _linked[key]
+
+
+def _cubin(problem: Problem, precision: Precision, every_step: bool, arch: str) -> str:
+    """The path of the file that has both kernels of a problem."""
+    sizes = sizes_of(problem)
+    skeleton = _defines(problem, sizes, precision, every_step) + NORMALS_SOURCE + _SKELETON
+    wrappers, source = _wrappers(problem, sizes, precision)
+    try:
+        import numba_cuda
+        from numba import cuda
+    except ImportError as error:
+        raise ConfigError(
+            f"numba-cuda is not installed, which links a problem into its kernel: pip install 'spectralmc[cuda13]' or "
+            f"'spectralmc[cuda12]' ({error})"
+        ) from None
+    version = f"{numba_cuda.__version__} {arch}"
+    digest = hashlib.sha256("\n".join((version, skeleton, wrappers)).encode()).hexdigest()[:24]
+    path = cache_folder() / f"paths_{digest}.cubin"
+    if not path.exists():
+        modules = [_compiled_skeleton(skeleton, arch), *_compiled_wrappers(cuda, wrappers, source, precision, arch)]
+        keep(path, _joined(modules, arch))
+    return os.fspath(path)
+
+
+def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: bool) -> str:
+    normals, per_block = problem.process.normals, 4 if precision is Precision.float32 else 2
+    group = math.lcm(normals, per_block) // normals
+    values = {
+        "DOUBLE": int(precision is Precision.float64),
+        "STATE": sizes.state,
+        "SEEN": sizes.seen,
+        "PROCESS": sizes.process,
+        "PRODUCT": sizes.product,
+        "FIELDS": len(problem.schema),
+        "NORMALS": normals,
+        "GROUP": group,
+        "BLOCKS": group * normals // per_block,
+        "DATES": int(problem.product.dates > 0),
+        "EVERY_STEP": int(every_step),
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in values.items())
+
+
+def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str, ScalarSource]:
+    process, product = problem.process, problem.product
+    source = ScalarSource()
+    narrow = {"step": process, "spot": process, "begin": product, "payoff": product}
+    if product.dates:
+        narrow["observe"] = product
+    call = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
+    call |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
+    call["terms"] = source.method(product, "coefficients", narrow=False)
+
+    def values(name: str, count: int) -> str:
+        return "(" + "".join(f"{name}[{i}], " for i in range(count)) + ")"
+
+    def stored(name: str, count: int, what: str) -> str:
+        lines = [f"_{name} = {what}", *(f"{name}[{i}] = _real(_{name}[{i}])" for i in range(count))]
+        return "\n".join("    " + line for line in lines)
+
+    k, q, s, a = (
+        values(name, count)
+        for name, count in (("k", sizes.process), ("q", sizes.product), ("s", sizes.state), ("a", sizes.seen))
+    )
+    spot = f"{call['spot']}({s}, {k})"
+    names = [name for name, value in vars(math).items() if callable(value) and not name.startswith("_")]
+    text = _WRAPPERS.format(
+        real=precision.value,
+        functions="\n".join(f"_math_{name} = _{name} = math.{name}" for name in names),
+        fields=problem.schema.names,
+        scalar=source.text,
+        columns=", ".join(f"c[{i}]" for i in range(len(problem.schema))),
+        prepare="\n".join(
+            (
+                stored("k", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
+                stored("q", sizes.product, f"{call['terms']}(contract)"),
+                stored("s", sizes.state, f"{call['start']}(contract)"),
+                stored("a", sizes.seen, f"{call['begin']}({q})"),
+            )
+        ),
+        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', process.normals)}, {k})"),
+        look=stored("a", sizes.seen, f"{call['observe']}({a}, {spot}, date, {q})") if product.dates else "    pass",
+        payoff=f"{call['payoff']}({a}, {spot}, {q})",
+    )
+    return text, source
+
+
+def _compiled_skeleton(text: str, arch: str) -> bytes:
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=arch, link_time_optimization=True, std="c++17")
+    return bytes(Program(text, "c++", options).compile("ltoir").code)
+
+
+def _compiled_wrappers(
+    cuda: Any, text: str, source: ScalarSource, precision: Precision, arch: str
+) -> list[bytes]:  # fmt: skip
+    from numba import core, types
+
+    real = types.float32 if precision is Precision.float32 else types.float64
+    pointer, doubles = types.CPointer(real), types.CPointer(types.float64)
+    signatures = {
+        "prepare": types.void(doubles, types.int32, pointer, pointer, pointer, pointer),
+        "step_once": types.void(pointer, pointer, pointer),
+        "look": types.void(pointer, pointer, real, pointer, pointer),
+        "pays": real(pointer, pointer, pointer, pointer),
+    }
+    fast = precision is Precision.float32
+    module: dict[str, Any] = {"_njit": lambda **options: cuda.jit(device=True, fastmath=fast), "_FAST": {}}
+    capability = (int(arch[3:-1]), int(arch[-1]))
+    try:
+        exec(compile(text, "walk_gpu.py", "exec"), module)  # noqa: S102  our own text, of the caller's own methods
+        return [
+            cuda.compile(
+                module[name],
+                signature,
+                device=True,
+                abi="c",
+                abi_info={"abi_name": name},
+                output="ltoir",
+                fastmath=fast,
+                cc=capability,
+            )[0]
+            for name, signature in signatures.items()
+        ]
+    except core.errors.NumbaError as error:
+        raise numba_error(error, text, source) from None
+
+
+def _joined(modules: list[bytes], arch: str) -> bytes:
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch={arch}", "-lto", "-ftz=1", "-prec-div=0", "-prec-sqrt=0", "-fma=1"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        for number, data in enumerate(modules):
+            nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, data, len(data), f"part {number}")
+        try:
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise ConfigError(f"the kernel cannot be linked: {log.decode(errors='replace').strip() or error}") from None
+        linked = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, linked)
+        return bytes(linked)
+    finally:
+        nvjitlink.destroy(handle)
