@@ -1,0 +1,132 @@
+"""The same paths on a GPU, by the same scalar methods, linked into one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smc.errors import ConfigError
+from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
+from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.digital import DigitalPut
+from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.simulation import linking, paths
+from smc.simulation.cuda import capture
+from tests.test_problem.test_paths import MeanReverting, RangePayoff, Uncompilable, reference_rows
+
+pytestmark = pytest.mark.gpu
+
+LOG, EULER = GeometricBrownianMotion(), GeometricBrownianMotion(scheme="euler")
+PROBLEMS = [
+    *(Problem(LOG, product) for product in (EuropeanPut(), EuropeanCall(), DigitalPut())),
+    *(Problem(LOG, product) for product in (ArithmeticAsianPut(dates=3), ArithmeticAsianCall(dates=12))),
+    *(Problem(LOG, product) for product in (UpAndOutCall(dates=6), DownAndOutCall(dates=12))),
+    *(Problem(EULER, product) for product in (EuropeanPut(), ArithmeticAsianPut(dates=12))),
+    Problem(MeanReverting(), RangePayoff()),
+    Problem(MeanReverting(scale=0.5), EuropeanCall()),
+]
+
+
+def table_of(problem: Problem, count: int = 5) -> np.ndarray:
+    uniform = np.random.default_rng(2).random((count, len(problem.schema)))
+    lower, upper = (np.array([getattr(field, end) for field in problem.schema]) for end in ("lower", "upper"))
+    return np.asarray(lower + (upper - lower) * uniform)
+
+
+def first_of(stream: int) -> torch.Tensor:
+    return torch.tensor(stream, dtype=torch.int64, device="cuda")
+
+
+@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
+def test_cpu_and_gpu_simulate_the_same_paths(problem: Problem, precision: Any, sampling: Any) -> None:
+    table = table_of(problem)
+    sizes: dict[str, Any] = {"seed": 2**50 + 3, "paths": 3001, "steps": 12, "precision": precision}
+    here = paths.simulate(problem, table, 2**33 - 2, sampling=sampling, **sizes)
+    device = torch.from_numpy(table).cuda()
+    there = linking.simulate(problem, device, first_of(2**33 - 2), sampling=sampling, **sizes).cpu().numpy()
+    tolerance = 1e-4 if precision is Precision.float32 else 1e-10
+    apart = np.abs(here - there) > tolerance * table[:, :1]
+    # Where a payoff jumps, rounding may put a path on the other side: a few in ten thousand.
+    assert apart.mean() <= (0 if problem.product.lipschitz else 3e-4)
+    assert here.std() > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8])
+def test_any_number_of_steps_uses_the_normals_of_its_address(steps: int) -> None:
+    for problem in (Problem(LOG, EuropeanPut()), Problem(MeanReverting(), EuropeanPut())):
+        table = table_of(problem)
+        for precision in Precision:
+            sizes: dict[str, Any] = {"seed": 3, "paths": 100, "steps": steps, "precision": precision}
+            here = paths.simulate(problem, table, 5, sampling="pseudorandom", **sizes)
+            device = torch.from_numpy(table).cuda()
+            there = linking.simulate(problem, device, first_of(5), sampling="pseudorandom", **sizes)
+            np.testing.assert_allclose(there.cpu().numpy(), here, atol=2e-3 if "32" in precision else 1e-9)
+
+
+@pytest.mark.parametrize(("product", "contract", "value"), reference_rows())
+def test_reference_values_are_met_at_a_billion_paths(product: Any, contract: list[float], value: float) -> None:
+    problem, paths_, rows = Problem(LOG, product), 1 << 21, 32
+    table = torch.tensor([contract] * rows, dtype=torch.float64, device="cuda")
+    sums = torch.zeros(2, dtype=torch.float64, device="cuda")
+    calls = 16
+    for call in range(calls):
+        payoffs = linking.simulate(
+            problem, table, first_of(call * rows), seed=1, paths=paths_, steps=product.dates,
+            precision=Precision.float32, sampling="pseudorandom",
+        ).double()  # fmt: skip
+        sums += torch.stack([payoffs.sum(), payoffs.square().sum()])
+    count = paths_ * rows * calls
+    mean, square = (sums / count).tolist()
+    assert count > 1e9
+    assert abs(mean - value) < 3 * ((square - mean**2) / count) ** 0.5
+
+
+def test_a_graph_is_replayed_on_other_contracts_and_streams() -> None:
+    problem = Problem(LOG, ArithmeticAsianPut(dates=4))
+    one, two = (torch.from_numpy(table_of(problem)[:, :]).cuda() * factor for factor in (1.0, 0.999))
+    table, first, results = one.clone(), first_of(3), []
+    sizes: dict[str, Any] = {"seed": 3, "paths": 512, "steps": 8, "precision": Precision.float32}
+
+    def work() -> None:
+        results[:] = [linking.simulate(problem, table, first, sampling="pseudorandom", **sizes)]
+
+    replay = capture(work, table.device)
+    for contracts, stream in ((one, 3), (two, 11)):
+        table.copy_(contracts)
+        first.fill_(stream)
+        replay()
+        expected = linking.simulate(problem, contracts, first_of(stream), sampling="pseudorandom", **sizes)
+        assert torch.equal(results[0], expected)
+
+
+def test_a_kernel_uses_registers_alone() -> None:
+    for problem in PROBLEMS:
+        kernel = linking.link(problem, Precision.float32, "pseudorandom", torch.device("cuda", 0), every_step=False)
+        assert kernel.raw.local_size_bytes == 0, problem.name
+        assert kernel.raw.num_regs <= 64
+
+
+def test_no_contracts_and_many() -> None:
+    problem = Problem(LOG, EuropeanPut())
+    sizes: dict[str, Any] = {"seed": 3, "paths": 2, "steps": 2, "precision": Precision.float32}
+    for count in (0, 70_000):
+        table = torch.from_numpy(np.tile(table_of(problem, 1), (count, 1))).cuda()
+        for sampling in ("pseudorandom", "sobol"):
+            assert linking.simulate(problem, table, first_of(0), sampling=sampling, **sizes).shape == (count, 2)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_compiled_is_one_error_with_its_line() -> None:
+    problem = Problem(Uncompilable(), RangePayoff())
+    table = torch.ones((1, 6), dtype=torch.float64, device="cuda")
+    with pytest.raises(ConfigError, match="cannot be compiled"):
+        linking.simulate(
+            problem, table, first_of(0), seed=1, paths=4, steps=4, precision=Precision.float32, sampling="pseudorandom"
+        )
