@@ -25,6 +25,7 @@ from smc.problem.products.barrier import UpAndOutCall
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.simulation import linking, paths
+from smc.simulation.levels import payoff_spectrum
 
 STEPS = 100
 GBM = GeometricBrownianMotion()
@@ -62,6 +63,14 @@ def on_gpu(report: Report) -> None:
             seconds = gpu_seconds(captured(work))
             rate = n * count * STEPS / seconds / 1e12
             report.add(f"{name}, {n} x {count} x {STEPS}", rate, "T path-steps/s", at_least=bar if n == 256 else None)
+            scale = torch.ones(n, device="cuda")
+
+            def chain(work: Callable[[], torch.Tensor] = work, scale: torch.Tensor = scale) -> torch.Tensor:
+                return payoff_spectrum(work(), scale, 1024)
+
+            ratio = gpu_seconds(captured(chain)) / seconds
+            report.add(f"{name}, {n} x {count}: paths to spectrum, of the paths alone", ratio, "x",
+                       at_most=1.6 if n == 256 else None)  # fmt: skip
         print(f"{name}: linked in {linked:.2f} s, {registers}")
 
 

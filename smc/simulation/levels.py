@@ -21,12 +21,13 @@ import torch
 
 from smc.errors import ConfigError
 from smc.problem.oracles.black_scholes import check_probability
-from smc.simulation.levels_cuda import MOST_PATHS, put_levels
+from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, put_levels
 
 __all__ = [
     "PayoffDistribution",
     "bin_weights",
     "levels_from_spectrum",
+    "payoff_spectrum",
     "put_spectrum",
     "put_spectrum_and_slope",
     "quantile_levels",
@@ -59,6 +60,17 @@ def quantile_spectrum(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
         # must not depend on the batch it was simulated in.
         return torch.fft.rfft(levels.repeat(2, 1), norm="forward")[:1]
     return torch.fft.rfft(levels, norm="forward")
+
+
+def payoff_spectrum(payoffs: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:
+    """Spectrum of scale x payoff. `payoffs` may be overwritten.
+
+    Shapes: payoffs (n, M), none negative, scale (n,) -> complex (n, N // 2 + 1).
+    """
+    _check_slices(payoffs.shape[1], network_size)
+    if payoffs.device.type == "cuda" and payoffs.shape[1] <= MOST_PATHS:
+        return torch.fft.rfft(payoff_levels(payoffs, scale, network_size), norm="forward")
+    return quantile_spectrum(payoffs.mul_(scale[:, None]), network_size)
 
 
 def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:

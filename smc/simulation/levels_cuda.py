@@ -21,7 +21,7 @@ from torch import Tensor
 from smc.models.numerical import Precision
 from smc.simulation.cuda import Kernel
 
-__all__ = ["MOST_PATHS", "put_levels"]
+__all__ = ["MOST_PATHS", "payoff_levels", "put_levels"]
 
 MOST_PATHS = 1 << 20
 """Paths of a contract up to which ranking beats a sort."""
@@ -33,19 +33,30 @@ typedef unsigned long long u64;
 typedef double real;
 typedef u64 bits;
 __device__ __forceinline__ bits bits_of(real x) { return (bits)__double_as_longlong(x); }
+__device__ __forceinline__ real real_of(bits b) { return __longlong_as_double((long long)b); }
 #else
 typedef float real;
 typedef u32 bits;
 __device__ __forceinline__ bits bits_of(real x) { return __float_as_uint(x); }
+__device__ __forceinline__ real real_of(bits b) { return __uint_as_float(b); }
 #endif
 
-// Prices are not negative, so that they are ordered as their bits are; a NaN comes last.
+// What is sorted is not negative, so that it is ordered as its bits are; a NaN comes last.
+// Prices below the strike are sorted, near their logarithm; or payoffs above zero, near the logarithm of payoff and mean
+// payoff together: their own would give most of its buckets to the few that are nearly nothing.
+#if PAYOFFS
+#define COUNTS(x) (!((x) <= 0))
+#else
+#define COUNTS(x) (!((x) >= K))
+#endif
 struct Buckets {
     bits lowest;
     float per_bit;
     u32 last;
-    __device__ u32 of(bits b) const {
-        const float at = (float)(b - lowest) * per_bit;   // each step rounds monotonically
+    real shift;
+    __device__ u32 of(real x) const {
+        // Each step rounds monotonically.
+        const float at = (float)(bits_of(PAYOFFS ? x + shift : x) - lowest) * per_bit;
         return min((u32)at, last);
     }
 };
@@ -70,9 +81,9 @@ __device__ u32 warp_prefix(u32 x) {                       // inclusive
     return x;
 }
 
-extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
-    real* prices,                            // (n, paths); overwritten where `scratch` is given
-    const real* __restrict__ strike,         // (n,)
+extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void levels_of(
+    real* prices,                            // (n, paths), or payoffs; overwritten where `scratch` is given
+    const real* __restrict__ strike,         // (n,), of prices
     const real* __restrict__ scale,          // (n,), of the payoff
     real* scratch,                           // (n, paths), or null: shared memory holds it
     const int paths, const int size, const int buckets,
@@ -92,9 +103,9 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     real* const price = prices + row;
     real* const bucketed = scratch ? scratch + row : (real*)(memory + sizeof(u32) * buckets);
     real* const sorted = scratch ? price : bucketed + paths;
-    const real K = strike[blockIdx.x];
+    const real K = PAYOFFS ? (real)0 : strike[blockIdx.x];
 
-    // Range and number of the prices that pay.
+    // Range and number of the paths that pay.
     bits low = ~(bits)0, high = 0;
     u32 count = 0;
     double mass = 0, moment = 0;
@@ -104,7 +115,8 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
             mass += s;
             moment += s * log(s / K);
         }
-        if (!(s >= K)) {
+        if (PAYOFFS && COUNTS(s)) mass += s;
+        if (COUNTS(s)) {
             low = min(low, bits_of(s));
             high = max(high, bits_of(s));
             ++count;
@@ -126,18 +138,22 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
         moment = warp_sum(lane < warps ? moments[lane] : 0.0);
         if (lane == 0) {
             least[0] = low;  greatest[0] = high;  inside = count;
-            moments[0] = mass > 0 ? moment / mass : 0;
+            moments[0] = PAYOFFS ? mass / max(count, 1u) : mass > 0 ? moment / mass : 0;
         }
     }
     __syncthreads();
     const u32 paying = inside;
-    const bits span = paying ? greatest[0] - least[0] : 0;
-    const Buckets bucket{least[0], buckets / ((float)span + 1.0f), (u32)buckets - 1};
+    const bool same = !paying || greatest[0] == least[0];
+    const real shift = (real)moments[0];
+    const bits lowest = PAYOFFS && !same ? bits_of(real_of(least[0]) + shift) : least[0];
+    const bits highest = PAYOFFS && !same ? bits_of(real_of(greatest[0]) + shift) : greatest[0];
+    const bits span = same ? 0 : highest - lowest;
+    const Buckets bucket{lowest, buckets / ((float)span + 1.0f), (u32)buckets - 1, shift};
 
     // How many in each bucket, where each bucket begins, and everyone into theirs.
     for (int i = t; i < paths; i += T) {
         const real s = price[i];
-        if (!(s >= K)) atomicAdd(&counter[bucket.of(bits_of(s))], 1u);
+        if (COUNTS(s)) atomicAdd(&counter[same ? 0 : bucket.of(s)], 1u);
     }
     __syncthreads();
     const int each = buckets / T;
@@ -160,7 +176,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     __syncthreads();
     for (int i = t; i < paths; i += T) {
         const real s = price[i];
-        if (!(s >= K)) bucketed[atomicAdd(&counter[bucket.of(bits_of(s))], 1u)] = s;
+        if (COUNTS(s)) bucketed[atomicAdd(&counter[same ? 0 : bucket.of(s)], 1u)] = s;
     }
     __syncthreads();
 
@@ -169,8 +185,8 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
         const real s = bucketed[i];
         const bits own = bits_of(s);
         u32 rank = i;
-        if (span) {
-            const u32 b = bucket.of(own), end = counter[b];
+        if (!same) {
+            const u32 b = bucket.of(s), end = counter[b];
             u32 j = b ? counter[b - 1] : 0;
             rank = j;
             for (; j < end; ++j) {
@@ -182,7 +198,9 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     }
     __syncthreads();
 
-    // Level l averages the payoffs of slice size - 1 - l of the ascending prices: a few lanes to a slice.
+    // Level l averages slice l of the ascending payoffs, or slice size - 1 - l of the ascending prices: a few lanes to
+    // a slice. Payoffs of nothing come first.
+    const u32 nothing = paths - paying;
     const int slice = paths / size;
     int lanes = 1;
     while (lanes < 32 && lanes * 2 <= slice) lanes *= 2;
@@ -193,7 +211,10 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
     for (int base = 0; base < size; base += groups) {
         const int c = base + t / lanes;
         double sum = 0, moved = 0;  // a slice may hold many thousands
-        if (c < size) {
+        if (PAYOFFS && c < size) {
+            const u32 stop = (u32)(c + 1) * slice;
+            for (u32 j = max((u32)c * slice, nothing) + part; j < stop; j += lanes) sum += sorted[j - nothing];
+        } else if (c < size) {
             const u32 stop = min((u32)(c + 1) * slice, paying);
             for (u32 j = (u32)c * slice + part; j < stop; j += lanes) {
                 const real s = sorted[j];
@@ -206,7 +227,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
             moved += __shfl_xor_sync(~0u, moved, d);
         }
         if (c < size && part == 0) {
-            const u64 at = (u64)blockIdx.x * size + size - 1 - c;
+            const u64 at = (u64)blockIdx.x * size + (PAYOFFS ? c : size - 1 - c);
             levels[at] = (real)(sum * gain);
             if (slopes) slopes[at] = (real)(sum * move[0] / slice - moved * gain);
         }
@@ -216,6 +237,15 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void put_levels(
 
 # Shared memory that the kernel takes beside its counters and prices.
 _STATIC = 2048
+
+
+def payoff_levels(payoffs: Tensor, scale: Tensor, size: int) -> Tensor:
+    """Quantile levels of scale x payoff. `payoffs` may be overwritten.
+
+    Shapes: payoffs (n, M), none negative, and scale (n,), of one precision on one GPU -> (n, size) ascending, for M a
+    multiple of `size` and at most `MOST_PATHS`.
+    """
+    return _levels(payoffs, payoffs.new_empty(0), scale, size, None, normalized=False, of_payoffs=True)[0]
 
 
 def put_levels(
@@ -234,6 +264,13 @@ def put_levels(
     Shapes: prices (n, M), none negative, strike and scale (n,), motion (n, 3), all of one precision on one GPU
     -> (1, n, size) ascending, with motion (2, n, size), for M a multiple of `size` and at most `MOST_PATHS`.
     """
+    return _levels(prices, strike, scale, size, motion, normalized=normalized, of_payoffs=False)
+
+
+def _levels(
+    prices: Tensor, strike: Tensor, scale: Tensor, size: int, motion: Tensor | None, *, normalized: bool,
+    of_payoffs: bool,
+) -> Tensor:  # fmt: skip
     n, paths = prices.shape
     levels = prices.new_empty((1 if motion is None else 2, n, size))
     if n == 0:
@@ -252,10 +289,10 @@ def put_levels(
     given, slopes = (none, none) if motion is None else (motion.contiguous(), levels[1])
     sizes = (np.int32(paths), np.int32(size), np.int32(buckets))
     arguments = (prices, strike, scale, scratch, *sizes, levels[0], given, np.int32(normalized), slopes)
-    _kernel(prices.dtype)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
+    _kernel(prices.dtype, of_payoffs)((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
     return levels
 
 
-@lru_cache(maxsize=2)
-def _kernel(dtype: torch.dtype) -> Kernel:
-    return Kernel(_SOURCE, "put_levels", DOUBLE=int(dtype is Precision.float64.torch))
+@lru_cache(maxsize=4)
+def _kernel(dtype: torch.dtype, of_payoffs: bool) -> Kernel:
+    return Kernel(_SOURCE, "levels_of", DOUBLE=int(dtype is Precision.float64.torch), PAYOFFS=int(of_payoffs))

@@ -18,6 +18,7 @@ from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.simulation import linking, paths
 from smc.simulation.cuda import capture
+from smc.simulation.levels_cuda import payoff_levels
 from tests.test_problem.test_paths import MeanReverting, RangePayoff, Uncompilable, reference_rows
 
 pytestmark = pytest.mark.gpu
@@ -130,3 +131,51 @@ def test_what_cannot_be_compiled_is_one_error_with_its_line() -> None:
         linking.simulate(
             problem, table, first_of(0), seed=1, paths=4, steps=4, precision=Precision.float32, sampling="pseudorandom"
         )
+
+
+def payoffs_of(name: str, paths_: int, dtype: torch.dtype) -> torch.Tensor:
+    torch.manual_seed(5)
+    price = 100 * torch.exp(0.4 * torch.randn(6, paths_, dtype=torch.float64))
+    made = {
+        "puts": (100 - price).clamp(min=0),
+        "calls": (price - 120).clamp(min=0),
+        "heavy tails": price**3,
+        "digitals": (price > 100).double(),
+        "nothing": torch.zeros_like(price),
+        "one path": torch.where(torch.arange(paths_) == 7, 3.0, 0.0).expand(6, -1),
+        "a cap": price.clamp(max=101).sub(99).clamp(min=0),
+        "from tiny to huge": torch.exp(20 * torch.randn(6, paths_, dtype=torch.float64)),
+        "whole numbers": price.round(),
+    }
+    return made[name].to(dtype).contiguous()
+
+
+KINDS = [
+    "puts",
+    "calls",
+    "heavy tails",
+    "digitals",
+    "nothing",
+    "one path",
+    "a cap",
+    "from tiny to huge",
+    "whole numbers",
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("paths_", "size"), [(64, 8), (1000, 8), (4096, 256), (131_072, 1024)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_of_payoffs_are_those_of_a_sort(kind: str, paths_: int, size: int, dtype: torch.dtype) -> None:
+    payoffs = payoffs_of(kind, paths_, dtype)
+    scale = torch.linspace(0.5, 2, 6, dtype=dtype)
+    exact = payoffs.double().sort(dim=1).values.view(6, size, -1).mean(dim=2) * scale.double()[:, None]
+    got = payoff_levels(payoffs.cuda(), scale.cuda(), size)
+    torch.testing.assert_close(got.double().cpu(), exact, rtol=2e-6 if dtype is torch.float32 else 1e-12, atol=1e-30)
+    assert torch.equal(got, payoff_levels(payoffs.cuda(), scale.cuda(), size))
+
+
+def test_a_payoff_that_is_nan_shows() -> None:
+    payoffs = torch.ones((1, 64), device="cuda")
+    payoffs[0, 5] = torch.nan
+    assert payoff_levels(payoffs, torch.ones(1, device="cuda"), 8).isnan().any()
