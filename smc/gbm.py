@@ -3,11 +3,15 @@
 from smc.simulation.engine import (
     BlackScholes,
     BlackScholesConfig,
+    Estimate,
+    Simulation,
     SimulationParams,
 )
 
 __all__ = [
     "BlackScholes",
     "BlackScholesConfig",
+    "Estimate",
+    "Simulation",
     "SimulationParams",
 ]

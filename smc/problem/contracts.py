@@ -1,7 +1,8 @@
 """Contracts and the domain they are drawn from.
 
-A European option under Black-Scholes is six numbers. Everywhere in the library a batch of contracts
-is an (n, 6) array whose columns are `FIELDS`.
+A contract is one number for each field of a problem's schema; a batch of them is an array with a row for each, whose
+columns stand in the order of the schema. Where no schema is given it is that of a European option under Black-Scholes,
+which has six fields.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc.errors import ConfigError
 from smc.numeric_fields import RealNumber
+from smc.problem.problem import EUROPEAN_PUT
+from smc.problem.schema import Schema
 
 __all__ = [
     "DEFAULT_DOMAIN",
     "FIELDS",
+    "SCHEMA",
     "BoundSpec",
     "Contract",
     "ContractsLike",
@@ -30,7 +34,8 @@ __all__ = [
     "unit_of",
 ]
 
-FIELDS: Final = ("X0", "K", "T", "r", "d", "v")
+SCHEMA: Final = EUROPEAN_PUT.schema
+FIELDS: Final = SCHEMA.names
 
 
 class Contract(BaseModel):
@@ -65,91 +70,86 @@ class BoundSpec(BaseModel):
 
 
 DEFAULT_DOMAIN: Final[Mapping[str, BoundSpec]] = {
-    "X0": BoundSpec(lower=50.0, upper=150.0),
-    "K": BoundSpec(lower=50.0, upper=150.0),
-    "T": BoundSpec(lower=0.05, upper=2.0),
-    "r": BoundSpec(lower=0.0, upper=0.08),
-    "d": BoundSpec(lower=0.0, upper=0.04),
-    "v": BoundSpec(lower=0.05, upper=0.6),
+    field.name: BoundSpec(lower=field.lower, upper=field.upper) for field in SCHEMA
 }
-
-_UNITS: Final[Mapping[str, str]] = {
-    "T": "in years, so that 30 days are 0.082",
-    "r": "per year, so that 5 % is 0.05",
-    "d": "per year, so that 5 % is 0.05",
-    "v": "per square root of a year, so that 20 % is 0.2",
-}
-# Beyond these a field is taken for one in days or in percent.
-_LARGEST: Final[Mapping[str, float]] = {"T": 60.0, "r": 1.0, "d": 1.0, "v": 5.0}
 
 ContractsLike = Contract | Mapping[str, Any] | Sequence[Contract | Mapping[str, Any]] | npt.ArrayLike
 
 
-def resolve_domain(bounds: Mapping[str, BoundSpec | Mapping[str, float]]) -> dict[str, BoundSpec]:
-    """Complete `bounds` with `DEFAULT_DOMAIN` and check it; `{}` means the whole default.
+def resolve_domain(
+    bounds: Mapping[str, BoundSpec | Mapping[str, float]], schema: Schema = SCHEMA
+) -> dict[str, BoundSpec]:
+    """Complete `bounds` with the schema's defaults and check it; `{}` means the whole default.
 
     Raises: ConfigError for an unknown field, inverted bounds, or bounds no contract can have.
     """
-    unknown = sorted(set(bounds) - set(FIELDS))
+    unknown = sorted(set(bounds) - set(schema.names))
     if unknown:
-        raise ConfigError(f"domain_bounds: unknown field {unknown[0]!r}; allowed are {', '.join(FIELDS)}")
-    domain = dict(DEFAULT_DOMAIN)
+        raise ConfigError(f"domain_bounds: unknown field {unknown[0]!r}; allowed are {', '.join(schema.names)}")
+    domain = {field.name: BoundSpec(lower=field.lower, upper=field.upper) for field in schema}
     for name, spec in bounds.items():
         try:
             domain[name] = BoundSpec.model_validate(spec)
         except ValueError as error:
             raise ConfigError(f"domain_bounds[{name!r}]: {_first_line(error)}") from None
-    for name in ("X0", "K", "T", "v"):
-        if domain[name].lower <= 0:
+    for field in schema:
+        if domain[field.name].lower <= field.least:
             raise ConfigError(
-                f"domain_bounds[{name!r}]: lower bound must be above 0, got {domain[name].lower}"
-                + (" (T = 0 and v = 0 are priced exactly, without training)" if name in "Tv" else "")
+                f"domain_bounds[{field.name!r}]: lower bound must be above {field.least:g}, got "
+                f"{domain[field.name].lower}"
+                + ("" if field.strict else f" ({field.name} = {field.least:g} is priced exactly, without training)")
             )
     return domain
 
 
-def unit_of(field: str) -> str:
+def unit_of(field: str, schema: Schema = SCHEMA) -> str:
     """What to add to a message about a field that is easily given in another unit; nothing for the others."""
-    return f" ({field} is {_UNITS[field]})" if field in _UNITS else ""
+    known = schema[schema.column(field)]
+    return f" ({field} is {known.unit})" if known.doubtful < float("inf") else ""
 
 
-def question_units(domain: Mapping[str, BoundSpec]) -> None:
+def question_units(domain: Mapping[str, BoundSpec], schema: Schema = SCHEMA) -> None:
     """Warn of bounds that are taken for days or percent: they can be meant, but hardly ever are."""
-    for field, largest in _LARGEST.items():
-        bound = domain[field]
-        if max(abs(bound.lower), abs(bound.upper)) > largest:
+    for field in schema:
+        bound = domain[field.name]
+        if max(abs(bound.lower), abs(bound.upper)) > field.doubtful:
             warnings.warn(
-                f"domain_bounds[{field!r}] reaches from {bound.lower:g} to {bound.upper:g}: is that the right unit?"
-                + unit_of(field),
+                f"domain_bounds[{field.name!r}] reaches from {bound.lower:g} to {bound.upper:g}: is that the right "
+                f"unit?{unit_of(field.name, schema)}",
                 stacklevel=3,
             )
 
 
-def contract_array(contracts: ContractsLike) -> npt.NDArray[np.float64]:
+def contract_array(contracts: ContractsLike, schema: Schema = SCHEMA) -> npt.NDArray[np.float64]:
     """Any form of contracts as a float64 array.
 
     What has names is read by them, in any order: Contracts, mappings of the fields, a mapping of columns, a pandas or
-    polars table, a NumPy array of records. What has none, by position, in the order of `FIELDS`.
-    Shapes: one contract, a sequence or table of n, (6,) or (n, 6) -> (n, 6).
+    polars table, a NumPy array of records. What has none, by position, in the order of the schema.
+    Shapes: one contract, a sequence or table of n, (fields,) or (n, fields) -> (n, fields).
     Raises: ConfigError naming the first contract and field that is wrong, or the fields that are missing or unknown.
     """
     if isinstance(contracts, Contract | Mapping) and not _has_columns(contracts):
         contracts = [contracts]
-    if (columns := _columns(contracts)) is not None:
+    if (columns := _columns(contracts, schema)) is not None:
         array = _joined(columns)
-    elif isinstance(contracts, Sequence) and contracts and all(isinstance(c, Contract) for c in contracts):
+    elif (
+        schema == SCHEMA
+        and isinstance(contracts, Sequence)
+        and contracts
+        and all(isinstance(c, Contract) for c in contracts)
+    ):
         array = np.array([[getattr(c, f) for f in FIELDS] for c in contracts], dtype=np.float64)
     elif isinstance(contracts, Sequence) and contracts and all(isinstance(c, Contract | Mapping) for c in contracts):
-        array = np.empty((len(contracts), len(FIELDS)))
+        array = np.empty((len(contracts), len(schema)))
         for row, contract in enumerate(contracts):
             given = {f: getattr(contract, f) for f in FIELDS} if isinstance(contract, Contract) else contract
-            _check_names(given, f"contracts[{row}]")
-            array[row] = [_number(given[field], row, field) for field in FIELDS]
+            _check_names(given, f"contracts[{row}]", schema)
+            array[row] = [_number(given[field], row, field) for field in schema.names]
     else:
-        array = _by_position(contracts)
+        array = _by_position(contracts, schema)
     if array.size == 0:
-        return np.empty((0, len(FIELDS)))
-    _check_values(array)
+        return np.empty((0, len(schema)))
+    _check_values(array, schema)
     return array
 
 
@@ -157,28 +157,28 @@ def _has_columns(table: object) -> bool:
     return isinstance(table, Mapping) and any(np.ndim(values) > 0 for values in table.values())
 
 
-def _columns(contracts: Any) -> Mapping[str, Any] | None:
+def _columns(contracts: Any, schema: Schema) -> Mapping[str, Any] | None:
     """The columns of something that names them."""
     if _has_columns(contracts):
-        _check_names(contracts, "contracts")
-        return {field: contracts[field] for field in FIELDS}
+        _check_names(contracts, "contracts", schema)
+        return {field: contracts[field] for field in schema.names}
     names = getattr(contracts, "columns", None)
     if names is None and isinstance(contracts, np.ndarray):
         names = contracts.dtype.names
     if names is None or not hasattr(contracts, "__getitem__"):
         return None
-    _check_names(list(names), "contracts")
-    return {field: contracts[field] for field in FIELDS}
+    _check_names(list(names), "contracts", schema)
+    return {field: contracts[field] for field in schema.names}
 
 
-def _check_names(names: Iterable[Any], where: str) -> None:
+def _check_names(names: Iterable[Any], where: str, schema: Schema) -> None:
     given = list(names)
-    wrong = [repr(name) for name in given if name not in FIELDS]
-    missing = [field for field in FIELDS if field not in given]
-    twice = [field for field in FIELDS if given.count(field) > 1]
+    wrong = [repr(name) for name in given if name not in schema.names]
+    missing = [field for field in schema.names if field not in given]
+    twice = [field for field in schema.names if given.count(field) > 1]
     for what, found in (("unknown", wrong), ("missing", missing), ("there twice", twice)):
         if found:
-            raise ConfigError(f"{where}: {', '.join(found)} {what}; the fields are {', '.join(FIELDS)}")
+            raise ConfigError(f"{where}: {', '.join(found)} {what}; the fields are {', '.join(schema.names)}")
 
 
 def _joined(columns: Mapping[str, Any]) -> npt.NDArray[np.float64]:
@@ -204,8 +204,8 @@ def _column(values: Any, field: str) -> npt.NDArray[np.float64]:
     return np.array([_number(value, row, field) for row, value in enumerate(array.tolist())], dtype=np.float64)
 
 
-def _by_position(contracts: Any) -> npt.NDArray[np.float64]:
-    """Shapes: (6,) or (n, 6) -> (n, 6)."""
+def _by_position(contracts: Any, schema: Schema) -> npt.NDArray[np.float64]:
+    """Shapes: (fields,) or (n, fields) -> (n, fields)."""
     if hasattr(contracts, "detach"):  # a torch tensor, possibly on the GPU
         contracts = contracts.detach().cpu().numpy()
     try:
@@ -216,11 +216,12 @@ def _by_position(contracts: Any) -> npt.NDArray[np.float64]:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"contracts: not an array of numbers ({error})") from None
     if array.size == 0:
-        return np.empty((0, len(FIELDS)))
+        return np.empty((0, len(schema)))
     array = array[None] if array.ndim == 1 else array
-    if array.ndim != 2 or array.shape[1] != len(FIELDS):
-        raise ConfigError(f"contracts: expected shape (n, 6) with columns {', '.join(FIELDS)}, got {array.shape}")
-    return _joined(dict(zip(FIELDS, array.T, strict=True)))
+    if array.ndim != 2 or array.shape[1] != len(schema):
+        columns = ", ".join(schema.names)
+        raise ConfigError(f"contracts: expected shape (n, {len(schema)}) with columns {columns}, got {array.shape}")
+    return _joined(dict(zip(schema.names, array.T, strict=True)))
 
 
 def _holds_truth(rows: Any) -> bool:
@@ -243,10 +244,12 @@ def _number(value: Any, row: int, field: str) -> float:
     raise ConfigError(f"contracts: not an array of numbers: contracts[{row}].{field} is {value!r}")
 
 
-def outside_domain(contracts: npt.NDArray[np.float64], domain: Mapping[str, BoundSpec]) -> dict[str, int]:
+def outside_domain(
+    contracts: npt.NDArray[np.float64], domain: Mapping[str, BoundSpec], schema: Schema = SCHEMA
+) -> dict[str, int]:
     """For each field that some contract has outside the domain, the row of the first one."""
     outside = {}
-    for column, name in enumerate(FIELDS):
+    for column, name in enumerate(schema.names):
         bound = domain[name]
         slack = 1e-12 * (bound.upper - bound.lower)
         values = contracts[:, column]
@@ -256,24 +259,15 @@ def outside_domain(contracts: npt.NDArray[np.float64], domain: Mapping[str, Boun
     return outside
 
 
-def _check_values(array: npt.NDArray[np.float64]) -> None:
-    lowest: dict[str, tuple[bool, str]] = {
-        "X0": (True, "above 0"),
-        "K": (True, "above 0"),
-        "T": (False, "at least 0"),
-        "v": (False, "at least 0"),
-    }
-    for column, name in enumerate(FIELDS):
+def _check_values(array: npt.NDArray[np.float64], schema: Schema) -> None:
+    for column, field in enumerate(schema):
         values = array[:, column]
-        bad = ~np.isfinite(values)
-        allowed = "finite"
-        if name in lowest:
-            strict, allowed = lowest[name]
-            bad |= (values <= 0) if strict else (values < 0)
-            allowed = f"finite and {allowed}"
+        bad = ~np.isfinite(values) | ((values <= field.least) if field.strict else (values < field.least))
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise ConfigError(f"contracts[{row}].{name} must be {allowed}, got {values[row]}{unit_of(name)}")
+            raise ConfigError(
+                f"contracts[{row}].{field.name} must be {field.allowed}, got {values[row]}{unit_of(field.name, schema)}"
+            )
 
 
 def _first_line(error: ValueError) -> str:

@@ -20,7 +20,7 @@ from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.problem.schema import EXPIRY, Schema
 
-__all__ = ["Problem", "process_of", "product_of", "register"]
+__all__ = ["EUROPEAN_PUT", "Problem", "process_of", "product_of", "register"]
 
 Kind = TypeVar("Kind", bound=type[Process] | type[Product])
 
@@ -111,6 +111,9 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
         raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}") from None
     return made
 
+
+EUROPEAN_PUT = Problem(GeometricBrownianMotion(), EuropeanPut())
+"""What everything is about unless something else is asked for."""
 
 for _kind in (
     GeometricBrownianMotion,

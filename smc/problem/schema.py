@@ -15,7 +15,7 @@ class Field:
     """One parameter of a contract.
 
     `lower` and `upper` bound the default domain. A contract itself needs only to be at least `least`, or above it
-    where `strict`. `unit` completes "K is ...".
+    where `strict`. `unit` completes "K is ...". Bounds beyond `doubtful` are taken for another unit, and questioned.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Field:
     upper: float
     least: float = float("-inf")
     strict: bool = False
+    doubtful: float = float("inf")
 
     @property
     def allowed(self) -> str:
@@ -38,7 +39,7 @@ class Field:
         return replace(self, lower=lower, upper=upper)
 
 
-EXPIRY = Field("T", "time to expiry", "in years, so that 30 days are 0.082", 0.05, 2.0, least=0.0)
+EXPIRY = Field("T", "time to expiry", "in years, so that 30 days are 0.082", 0.05, 2.0, least=0.0, doubtful=60.0)
 """The field that every problem has."""
 
 

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from scipy.stats import qmc
 
 from smc.errors import ConfigError
-from smc.problem.contracts import FIELDS, BoundSpec, resolve_domain
+from smc.problem.contracts import SCHEMA, BoundSpec, resolve_domain
+from smc.problem.schema import Schema
 
 __all__ = ["SobolSampler"]
 
@@ -28,28 +29,34 @@ class SobolSampler:
     """
 
     def __init__(
-        self, domain_bounds: Mapping[str, BoundSpec | Mapping[str, float]], *, seed: int, skip: int = 0
+        self,
+        domain_bounds: Mapping[str, BoundSpec | Mapping[str, float]],
+        *,
+        seed: int,
+        skip: int = 0,
+        schema: Schema = SCHEMA,
     ) -> None:
         if skip < 0:
             raise ConfigError(f"skip must be at least 0, got {skip}")
-        domain = resolve_domain(domain_bounds)
+        domain = resolve_domain(domain_bounds, schema)
         self.skip = skip
-        self._lower = np.array([domain[f].lower for f in FIELDS])
-        self._width = np.array([domain[f].upper - domain[f].lower for f in FIELDS])
+        self._lower = np.array([domain[f].lower for f in schema.names])
+        self._width = np.array([domain[f].upper - domain[f].lower for f in schema.names])
         self._seed = seed
         self._block_start = -1
-        self._block = np.empty((0, len(FIELDS)))
+        self._fields = len(schema)
+        self._block = np.empty((0, self._fields))
         self._engine: qmc.Sobol | None = None
         self._epoch = 0
 
     def sample(self, n: int) -> npt.NDArray[np.float64]:
-        """The next n contracts. Shapes: -> (n, 6)."""
+        """The next n contracts. Shapes: -> (n, fields)."""
         contracts = self.at(self.skip, n)
         self.skip += n
         return contracts
 
     def at(self, start: int, n: int) -> npt.NDArray[np.float64]:
-        """Contracts start ... start + n - 1, without moving `skip`. Shapes: -> (n, 6)."""
+        """Contracts start ... start + n - 1, without moving `skip`. Shapes: -> (n, fields)."""
         return self._lower + self._width * self.unit_points(start, n)
 
     def unit_points(self, start: int, n: int) -> npt.NDArray[np.float64]:
@@ -62,7 +69,7 @@ class SobolSampler:
             stop = min(start + n, first + _BLOCK)
             pieces.append(block[at - first : stop - first])
             at = stop
-        return np.concatenate(pieces) if pieces else np.empty((0, len(FIELDS)))
+        return np.concatenate(pieces) if pieces else np.empty((0, self._fields))
 
     def _block_at(self, first: int) -> npt.NDArray[np.float64]:
         if first != self._block_start:
@@ -71,7 +78,7 @@ class SobolSampler:
             epoch, position = divmod(first, _EPOCH)
             if self._engine is None or epoch != self._epoch or self._engine.num_generated > position:
                 rng = np.random.default_rng([self._seed, epoch])
-                self._engine, self._epoch = qmc.Sobol(d=len(FIELDS), scramble=True, bits=30, rng=rng), epoch
+                self._engine, self._epoch = qmc.Sobol(d=self._fields, scramble=True, bits=30, rng=rng), epoch
             if position > self._engine.num_generated:
                 self._engine.fast_forward(position - self._engine.num_generated)
             self._block = self._engine.random(_BLOCK)

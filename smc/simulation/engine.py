@@ -1,4 +1,4 @@
-"""The Monte Carlo engine: geometric Brownian motion under every contract of a batch at once.
+"""The Monte Carlo engine: every path of every contract of a batch at once, of any problem.
 
 Sources: Euler-Maruyama and log-Euler schemes, Glasserman, "Monte Carlo Methods in Financial
 Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
@@ -6,7 +6,7 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,23 +23,22 @@ from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.terminal import TerminalPrice
 from smc.simulation import skeleton
 from smc.simulation.cuda import require_device
+from smc.simulation.levels import quantile_levels
+from smc.simulation.linking import simulate as simulate_linked
 from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.paths import simulate as simulate_paths
 
-__all__ = ["BlackScholes", "BlackScholesConfig", "SimulationParams"]
+__all__ = ["BlackScholes", "BlackScholesConfig", "Estimate", "Simulation", "SimulationParams"]
 
 # Payoffs that one thread of a CPU makes before it is given more.
 _LANES = 1 << 15
+# Payoffs that are held at a time where only their mean is wanted.
+_PAYOFFS = 1 << 24
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision, twice.
 _NORMALS = 1 << 28
 
-# Until the targets are payoffs, the engine simulates prices, and the payoff is taken from them.
-_TERMINAL: Mapping[str, Problem] = {
-    "log": Problem(GeometricBrownianMotion(scheme="log"), TerminalPrice()),
-    "euler": Problem(GeometricBrownianMotion(scheme="euler"), TerminalPrice()),
-}
-
 Array = npt.NDArray[np.float64]
+Sampling = Literal["pseudorandom", "sobol"]
 
 
 class SimulationParams(BaseModel):
@@ -100,8 +99,90 @@ class BlackScholesConfig(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """Prices by simulation, and how far off they are likely to be. Shapes: (n,) each. Units: currency."""
+
+    price: Array
+    standard_error: Array
+    paths: int
+
+
+class Simulation:
+    """Simulates any problem. Pure: results depend on the contracts and their stream index only.
+
+    Row i of a call is stream `params.skip + offset + i`, and does not depend on the batch it is in. CPU and GPU
+    simulate the same paths, up to the rounding of elementary functions; `sampling='auto'` is Sobol on a CPU and Philox
+    on a GPU.
+    Raises: ConfigError for a device that cannot be used, or a number of time steps that does not fit the product.
+    """
+
+    def __init__(self, problem: Problem, params: SimulationParams, device: torch.device | str = "cpu") -> None:
+        problem.check_steps(params.timesteps)
+        self.problem, self.params, self.device = problem, params, require_device(device)
+        self.sampling: Sampling = "sobol" if self.device.type == "cpu" else "pseudorandom"
+        if params.sampling != "auto":
+            self.sampling = params.sampling
+
+    @property
+    def rows_at_once(self) -> int:
+        """Contracts that one thread of a CPU simulates together."""
+        return max(1, _LANES // self.params.paths)
+
+    def payoffs(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
+        """Discounted payoffs of every path. Shapes: n contracts -> (n, M), on the device. Units: currency.
+
+        Raises: ConfigError for a contract that cannot exist, or a scalar method that cannot be compiled.
+        """
+        table = torch.from_numpy(contract_array(contracts, self.problem.schema)).to(self.device)
+        first = torch.tensor(self.params.skip + offset, dtype=torch.int64, device=self.device)
+        return self.simulate(table, first)
+
+    def levels(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
+        """The payoff's quantile function, averaged over `network_size` slices of probability; its mean is the price.
+
+        Shapes: n contracts -> (n, N), ascending. Units: currency.
+        """
+        return quantile_levels(self.payoffs(contracts, offset=offset), self.params.network_size)
+
+    def price(self, contracts: ContractsLike, paths: int = 1 << 20, *, offset: int = 0) -> Estimate:
+        """Prices and their standard errors, of eight independent samples or more, `paths` together or more.
+
+        Raises: ConfigError as `payoffs`.
+        """
+        table = contract_array(contracts, self.problem.schema)
+        samples, at_once = max(8, -(-paths // self.params.paths)), max(1, _PAYOFFS // self.params.paths)
+        means = np.empty((len(table), samples))
+        for row, contract in enumerate(table):
+            for start in range(0, samples, at_once):
+                count = min(at_once, samples - start)
+                many = self.payoffs(np.tile(contract, (count, 1)), offset=offset + row * samples + start)
+                means[row, start : start + count] = many.mean(dim=1, dtype=torch.float64).cpu().numpy()
+        error = means.std(axis=1, ddof=1) / np.sqrt(samples)
+        return Estimate(means.mean(axis=1), error, samples * self.params.paths)
+
+    def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+        """Payoffs of contracts known to be good, `first` being row 0's stream.
+
+        Reads both where they are, so that a CUDA graph that holds this call may be replayed on new ones.
+        Shapes: (n, fields) float64 and () int64, on the device -> (n, M).
+        """
+        params = self.params
+        sizes: dict[str, Any] = {
+            "seed": params.mc_seed,
+            "paths": params.paths,
+            "steps": params.timesteps,
+            "precision": params.dtype,
+            "sampling": self.sampling,
+        }
+        if self.device.type == "cuda":
+            return simulate_linked(self.problem, table, first, threads=params.threads_per_block, **sizes)
+        payoffs = simulate_paths(self.problem, table.numpy(), int(first), rows_at_once=self.rows_at_once, **sizes)
+        return torch.from_numpy(payoffs)
+
+
 class BlackScholes:
-    """Simulates terminal prices. Pure: results depend on the contracts and their stream index only.
+    """Simulates terminal prices, from which European payoffs are taken, as purely as `Simulation`.
 
     Row i of a call is stream `sim_params.skip + offset + i`, and does not depend on the batch it is in.
     """
@@ -112,11 +193,14 @@ class BlackScholes:
         params = config.sim_params
         if params.sampling == "auto":
             quasi = self.device.type == "cpu" and not config.normalize_forwards
-            self.sampling: Literal["pseudorandom", "sobol"] = "sobol" if quasi else "pseudorandom"
+            self.sampling: Sampling = "sobol" if quasi else "pseudorandom"
         else:
             self.sampling = params.sampling
         if self.sampling == "sobol" and not config.simulate_log_return and params.timesteps > 21201:
             raise ConfigError("sampling='sobol' has at most 21,201 time steps")
+        scheme: Literal["log", "euler"] = "log" if config.simulate_log_return else "euler"
+        prices = Problem(GeometricBrownianMotion(scheme=scheme), TerminalPrice())
+        self._prices = Simulation(prices, params.model_copy(update={"sampling": self.sampling}), self.device)
         self._constants: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def terminal_prices(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
@@ -143,10 +227,7 @@ class BlackScholes:
         Reads both where they are, so that a CUDA graph that holds this call may be replayed on new ones.
         Shapes: (n, 6) float64 and () int64, on the engine's device -> (n, M).
         """
-        if self.device.type == "cuda":
-            terminal = self._on_gpu(table, first)
-        else:
-            terminal = torch.from_numpy(self._on_cpu(table.numpy(), int(first)))
+        terminal = (self._on_gpu if self.device.type == "cuda" else self._prices.simulate)(table, first)
         if self.config.normalize_forwards:
             forward = table[:, 0] * torch.exp((table[:, 3] - table[:, 4]) * table[:, 2])
             if self.device.type == "cuda":
@@ -189,23 +270,7 @@ class BlackScholes:
             self._constants = points.to(self.device), bridge.to(self.device, params.dtype.torch)
         return self._constants
 
-    # --- on the CPU -----------------------------------------------------------------------------------
-
     @property
     def rows_at_once(self) -> int:
         """Contracts that one thread of a CPU simulates together."""
-        return max(1, _LANES // self.config.sim_params.paths)
-
-    def _on_cpu(self, table: Array, first: int) -> npt.NDArray[Any]:
-        params = self.config.sim_params
-        return simulate_paths(
-            _TERMINAL["log" if self.config.simulate_log_return else "euler"],
-            table,
-            first,
-            seed=params.mc_seed,
-            paths=params.paths,
-            steps=params.timesteps,
-            precision=params.dtype,
-            sampling=self.sampling,
-            rows_at_once=self.rows_at_once,
-        )
+        return self._prices.rows_at_once

@@ -42,8 +42,8 @@ __device__ __forceinline__ real real_of(bits b) { return __uint_as_float(b); }
 #endif
 
 // What is sorted is not negative, so that it is ordered as its bits are; a NaN comes last.
-// Prices below the strike are sorted, near their logarithm; or payoffs above zero, near the logarithm of payoff and mean
-// payoff together: their own would give most of its buckets to the few that are nearly nothing.
+// Prices below the strike are sorted, near their logarithm; or payoffs above zero, near the logarithm of payoff and
+// mean payoff together: their own would give most of its buckets to the few that are nearly nothing.
 #if PAYOFFS
 #define COUNTS(x) (!((x) <= 0))
 #else
