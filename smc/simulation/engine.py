@@ -27,6 +27,7 @@ from smc.simulation.levels import quantile_levels
 from smc.simulation.linking import simulate as simulate_linked
 from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.paths import simulate as simulate_paths
+from smc.simulation.sizes import Sampling
 
 __all__ = ["BlackScholes", "BlackScholesConfig", "Estimate", "Simulation", "SimulationParams"]
 
@@ -38,7 +39,6 @@ _PAYOFFS = 1 << 24
 _NORMALS = 1 << 28
 
 Array = npt.NDArray[np.float64]
-Sampling = Literal["pseudorandom", "sobol"]
 
 
 class SimulationParams(BaseModel):

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.simulation.cuda import Kernel
 from smc.simulation.normals import bridge_increments, sobol_points
-from smc.simulation.scalar import ScalarSource
-from smc.simulation.sizes import Sizes, sizes_of
+from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
+from smc.simulation.sizes import Sampling, Sizes, sizes_of, time_grid
 from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, sobol_normals
 from smc.simulation.walk import cache_folder, keep, numba_error
 
@@ -167,7 +167,7 @@ def simulate(
     paths: int,
     steps: int,
     precision: Precision,
-    sampling: Literal["pseudorandom", "sobol"],
+    sampling: Sampling,
     threads: int = 256,
 ) -> Tensor:
     """Discounted payoffs, row 0 being stream `first`, which is read where it is, as the contracts are.
@@ -176,10 +176,7 @@ def simulate(
     device -> (n, paths). Units: currency. Raises: ConfigError as `smc.simulation.paths.simulate`, or for want of
     numba-cuda.
     """
-    problem.check_steps(steps)
-    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
-        steps = 1
-    stride = steps // problem.product.dates if problem.product.dates else steps
+    steps, stride = time_grid(problem, steps, sampling)
     out = torch.empty((len(table), paths), dtype=precision.torch, device=table.device)
     grid = -(-paths // threads)
     sizes = (np.int32(paths), np.int32(steps), np.int32(stride))
@@ -190,8 +187,6 @@ def simulate(
             kernel((grid, len(part)), threads, (part, first, np.uint64(start), np.uint64(seed), *sizes, out[start:]))
         return out
     width = problem.process.normals * steps
-    if width > 21201:
-        raise ConfigError(f"sampling='sobol' has at most 21,201 dimensions, {width} are wanted")
     kernel = link(problem, precision, "walk", table.device, every_step=stride == 1)
     points, bridge = _sobol_constants(width, paths, steps, precision, table.device)
     rows = min(MOST_ROWS, max(1, _NORMALS // points.numel()))
@@ -276,14 +271,7 @@ def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: b
 
 
 def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str, ScalarSource]:
-    process, product = problem.process, problem.product
-    source = ScalarSource()
-    narrow = {"step": process, "spot": process, "begin": product, "payoff": product}
-    if product.dates:
-        narrow["observe"] = product
-    call = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
-    call |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
-    call["terms"] = source.method(product, "coefficients", narrow=False)
+    source, call = scalar_methods(problem)
 
     def values(name: str, count: int) -> str:
         return "(" + "".join(f"{name}[{i}], " for i in range(count)) + ")"
@@ -297,10 +285,9 @@ def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str
         for name, count in (("k", sizes.process), ("q", sizes.product), ("s", sizes.state), ("a", sizes.seen))
     )
     spot = f"{call['spot']}({s}, {k})"
-    names = [name for name, value in vars(math).items() if callable(value) and not name.startswith("_")]
     text = _WRAPPERS.format(
         real=precision.value,
-        functions="\n".join(f"_math_{name} = _{name} = math.{name}" for name in names),
+        functions=FUNCTIONS,
         fields=problem.schema.names,
         scalar=source.text,
         columns=", ".join(f"c[{i}]" for i in range(len(problem.schema))),
@@ -312,8 +299,10 @@ def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str
                 stored("a", sizes.seen, f"{call['begin']}({q})"),
             )
         ),
-        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', process.normals)}, {k})"),
-        look=stored("a", sizes.seen, f"{call['observe']}({a}, {spot}, date, {q})") if product.dates else "    pass",
+        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', problem.process.normals)}, {k})"),
+        look=stored("a", sizes.seen, f"{call['observe']}({a}, {spot}, date, {q})")
+        if problem.product.dates
+        else "    pass",
         payoff=f"{call['payoff']}({a}, {spot}, {q})",
     )
     return text, source

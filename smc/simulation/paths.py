@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.simulation.normals import sobol_points
+from smc.simulation.sizes import Sampling, time_grid
 from smc.simulation.walk import compiled_walk
 
 __all__ = ["simulate"]
@@ -39,7 +39,7 @@ def simulate(
     paths: int,
     steps: int,
     precision: Precision,
-    sampling: Literal["pseudorandom", "sobol"],
+    sampling: Sampling,
     rows_at_once: int = 1,
 ) -> npt.NDArray[Any]:
     """Discounted payoffs, row 0 being stream `first`; a thread simulates `rows_at_once` before it is given more.
@@ -48,11 +48,7 @@ def simulate(
     Raises: ConfigError for a number of steps that does not fit the product's dates, or a scalar method that cannot be
     compiled.
     """
-    problem.check_steps(steps)
-    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
-        # A bridge's increments sum to its end point, and nothing else is read: the others are not drawn.
-        steps = 1
-    stride = steps // problem.product.dates if problem.product.dates else steps
+    steps, stride = time_grid(problem, steps, sampling)
     walk = compiled_walk(problem, precision)
     width = problem.process.normals * steps
     lanes_at_once = _NORMALS // (width * precision.numpy.itemsize) // 16 * 16
@@ -60,8 +56,6 @@ def simulate(
     points = np.zeros((0, 0), dtype=np.uint32)
     plan, weights = np.zeros((0, 3), dtype=np.int64), np.zeros((0, 3), dtype=precision.numpy)
     if sampling == "sobol":
-        if width > 21201:
-            raise ConfigError(f"sampling='sobol' has at most 21,201 dimensions, {width} are wanted")
         points = sobol_points(width, paths)
         plan, weights = _bridge(steps)
         weights = weights.astype(precision.numpy)

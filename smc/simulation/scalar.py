@@ -16,8 +16,16 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from smc.errors import ConfigError
+from smc.problem.problem import Problem
 
-__all__ = ["ScalarSource"]
+__all__ = ["FUNCTIONS", "ScalarSource", "scalar_methods"]
+
+FUNCTIONS = "\n".join(
+    f"_math_{name} = _{name} = math.{name}"
+    for name, value in vars(math).items()
+    if callable(value) and not name.startswith("_")
+)
+"""Text that gives the functions of `math` their names in scalar functions: `_exp`, in double precision `_math_exp`."""
 
 _Number = int | float | bool
 
@@ -92,6 +100,18 @@ def _lines_of(statement: ast.stmt) -> list[int]:
     count = len(ast.unparse(statement).splitlines())
     inner = sorted(node.lineno for node in ast.walk(statement) if isinstance(node, ast.stmt))
     return [inner[min(i, len(inner) - 1)] for i in range(count)]
+
+
+def scalar_methods(problem: Problem) -> tuple[ScalarSource, dict[str, str]]:
+    """The scalar methods of a problem, and the name of each one's function; a product's coefficients are `terms`."""
+    process, product, source = problem.process, problem.product, ScalarSource()
+    narrow: dict[str, object] = {"step": process, "spot": process, "begin": product, "payoff": product}
+    if product.dates:
+        narrow["observe"] = product
+    names = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
+    names |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
+    names["terms"] = source.method(product, "coefficients", narrow=False)
+    return source, names
 
 
 class _Rewriting(ast.NodeTransformer):

@@ -1,15 +1,19 @@
-"""How many numbers the scalar methods of a process and a product give; and that they give what they have to."""
+"""What a simulation of a problem needs to know beforehand: how many numbers its methods give, and its time steps."""
 
 from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from smc.errors import ConfigError
 from smc.problem.problem import Problem
 
-__all__ = ["Sizes", "sizes_of"]
+__all__ = ["Sampling", "Sizes", "sizes_of", "time_grid"]
+
+Sampling = Literal["pseudorandom", "sobol"]
+
+_MOST_DIMENSIONS = 21201  # of Sobol points, as there are direction numbers for
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,17 @@ def sizes_of(problem: Problem) -> Sizes:
     if isinstance(paid, tuple) or not isinstance(paid, int | float) or paid != paid:
         raise ConfigError(f"{type(product).__name__}.payoff gives {paid!r}: it must give a number")
     return Sizes(len(k), len(q), len(state), len(seen))
+
+
+def time_grid(problem: Problem, steps: int, sampling: Sampling) -> tuple[int, int]:
+    """The steps that are taken, and how many of them lead from one date of the product to the next.
+
+    Raises: ConfigError for steps that miss a date, or more normals than Sobol points have coordinates.
+    """
+    problem.check_steps(steps)
+    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
+        steps = 1  # a bridge's increments sum to its end point, and nothing else is read
+    width = problem.process.normals * steps
+    if sampling == "sobol" and width > _MOST_DIMENSIONS:
+        raise ConfigError(f"sampling='sobol' has at most {_MOST_DIMENSIONS:,} dimensions, {width:,} are wanted")
+    return steps, steps // problem.product.dates if problem.product.dates else steps

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.simulation import elementary, lanes
-from smc.simulation.scalar import ScalarSource
+from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import Sizes, sizes_of
 
 __all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
@@ -100,14 +99,7 @@ def compiled_walk(problem: Problem, precision: Precision) -> Callable[..., None]
 def walk_source(problem: Problem, precision: Precision) -> tuple[str, ScalarSource]:
     """The module's text, and where its scalar functions come from."""
     process, product, sizes = problem.process, problem.product, sizes_of(problem)
-    source = ScalarSource()
-    narrow = {"step": process, "spot": process, "begin": product, "payoff": product}
-    if product.dates:
-        narrow["observe"] = product
-    call = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
-    call |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
-    call["terms"] = source.method(product, "coefficients", narrow=False)
-
+    source, call = scalar_methods(problem)
     k, q = _tuple("k", sizes.process), _tuple("q", sizes.product)
     state, seen = _tuple("s", sizes.state, "[lane]"), _tuple("a", sizes.seen, "[lane]")
     z = "(" + "".join(f"z[{process.normals} * at + {i}, lane], " for i in range(process.normals)) + ")"
@@ -166,12 +158,8 @@ def _indented(lines: Iterable[str], depth: int) -> str:
 
 
 def _functions(precision: Precision) -> str:
-    """What the functions of `math` are called in scalar functions: `_exp`, and in double precision `_math_exp`."""
-    names = [name for name, value in vars(math).items() if callable(value) and not name.startswith("_")]
-    lines = [f"_math_{name} = _{name} = math.{name}" for name in names]
-    if precision is Precision.float32:
-        lines += [f"from smc.simulation.elementary import {name} as _{name}" for name in ("exp", "log")]
-    return "\n".join(lines)
+    ours = [f"from smc.simulation.elementary import {name} as _{name}" for name in ("exp", "log")]
+    return "\n".join([FUNCTIONS, *(ours if precision is Precision.float32 else ())])
 
 
 def _version() -> str:

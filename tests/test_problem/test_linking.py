@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from smc.errors import ConfigError
+from smc.gbm import Simulation, SimulationParams
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
@@ -113,6 +114,19 @@ def test_a_kernel_uses_registers_alone() -> None:
         kernel = linking.link(problem, Precision.float32, "pseudorandom", torch.device("cuda", 0), every_step=False)
         assert kernel.raw.local_size_bytes == 0, problem.name
         assert kernel.raw.num_regs <= 64
+
+
+def test_a_simulation_on_a_gpu_is_that_on_a_cpu() -> None:
+    problem = Problem(LOG, ArithmeticAsianPut(dates=4))
+    params = SimulationParams(
+        timesteps=8, network_size=32, batches_per_mc_run=16, mc_seed=1, sampling="pseudorandom", skip=7
+    )
+    here, there = Simulation(problem, params), Simulation(problem, params, "cuda")
+    table = table_of(problem)
+    assert there.payoffs(table).is_cuda
+    torch.testing.assert_close(there.levels(table, offset=3).cpu(), here.levels(table, offset=3), rtol=1e-4, atol=1e-3)
+    a, b = here.price(table[:2], paths=1 << 14), there.price(table[:2], paths=1 << 14)
+    np.testing.assert_allclose(a.price, b.price, rtol=1e-5)
 
 
 def test_no_contracts_and_many() -> None:
