@@ -1,12 +1,25 @@
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import ndtri
 
 from smc.models.numerical import Precision
-from smc.simulation.normals import _lower_quantile32, box_muller, bridge_increments, philox4x32, sobol_normals
+from smc.simulation import lanes
+from smc.simulation.elementary import exp, log, normal_quantile, sine_and_cosine
+from smc.simulation.normals import box_muller, bridge_increments, philox4x32, sobol_points
+from tests import reference_normals
+
+
+def sobol_normals(seed: int, contracts: np.ndarray, paths: int, dimensions: int, precision: Precision) -> np.ndarray:
+    """Those of the engine. Shapes: contracts (n,) uint64 -> (n, dimensions, paths)."""
+    fill = lanes.sobol_float32 if precision is Precision.float32 else lanes.sobol_float64
+    z = np.empty((len(contracts), dimensions, paths), dtype=precision.numpy)
+    for row, contract in enumerate(contracts):
+        fill(sobol_points(dimensions, paths), np.uint64(seed), contract, 0, paths, z[row])
+    return z
 
 
 @pytest.mark.parametrize(
@@ -40,11 +53,54 @@ def test_box_muller_normals_are_normal_and_independent(precision: Precision) -> 
     assert np.abs(correlation - np.eye(len(normals))).max() < 5 / np.sqrt(250_000)
 
 
+@numba.njit(fastmath=True)  # type: ignore[untyped-decorator]
+def applied(which: int, x: np.ndarray, out: np.ndarray) -> None:
+    """A loop that the compiler makes vector instructions of, as it does of the engine's."""
+    for i in range(len(x)):
+        if which == 0:
+            out[i, 0] = normal_quantile(x[i])
+        elif which == 1:
+            out[i, 0] = exp(x[i])
+        elif which == 2:
+            out[i, 0] = log(x[i])
+        else:
+            out[i, 0], out[i, 1] = sine_and_cosine(x[i])
+
+
+def values_of(which: int, x: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(x), 2), dtype=np.float32)
+    applied(which, x.astype(np.float32), out)
+    return out.astype(np.float64)
+
+
 def test_the_float32_quantile_is_accurate_in_both_regions() -> None:
-    p = np.concatenate([np.logspace(-9.6, np.log10(0.5), 20_001), np.linspace(0.07, 0.5, 5000)]).astype(np.float32)
+    # As far out as a point of 32 bits can be.
+    p = np.concatenate([np.logspace(np.log10(2.0**-33), np.log10(0.5), 20_001), np.linspace(0.07, 0.5, 5000)])
+    p = p.astype(np.float32)
     exact = ndtri(p.astype(np.float64))
     # Relative to max(|z|, 1): next to the median the error is that of p - 1/2 in float32.
-    assert (np.abs(_lower_quantile32(p) - exact) / np.maximum(np.abs(exact), 1)).max() < 6e-7
+    assert (np.abs(values_of(0, p)[:, 0] - exact) / np.maximum(np.abs(exact), 1)).max() < 6e-7
+
+
+def test_elementary_functions_are_right_to_a_few_units_in_the_last_place() -> None:
+    x = np.linspace(-87, 88, 100_001).astype(np.float32)
+    assert np.abs(values_of(1, x)[:, 0] / np.exp(x.astype(np.float64)) - 1).max() < 2e-7
+    assert values_of(1, np.array([-1e4, 1e4]))[:, 0] == pytest.approx(np.exp([-87.0, 88.0]), rel=1e-6)  # held
+    y = np.exp(np.linspace(-85, 85, 100_001)).astype(np.float32)
+    exact = np.log(y.astype(np.float64))
+    assert (np.abs(values_of(2, y)[:, 0] - exact) / np.maximum(np.abs(exact), 1)).max() < 2e-7
+    turns = ((np.arange(100_000) + 0.5) / 100_000).astype(np.float32)
+    angle = 2 * np.pi * turns.astype(np.float64)
+    assert np.abs(values_of(3, turns) - np.stack([np.sin(angle), np.cos(angle)], axis=1)).max() < 2e-7
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(Precision.float32, 2e-6), (Precision.float64, 1e-12)])
+def test_sobol_normals_are_those_of_the_reference(precision: Precision, tolerance: float) -> None:
+    contracts = np.array([0, 5, 2**33 + 1], dtype=np.uint64)
+    got = sobol_normals(2**40 + 9, contracts, 1000, 5, precision)
+    np.testing.assert_allclose(
+        got, reference_normals.sobol_normals(2**40 + 9, contracts, 1000, 5, precision), atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("precision", list(Precision))

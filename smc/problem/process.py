@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +12,7 @@ from smc.problem.schema import Field
 __all__ = ["Process"]
 
 
-class Process(BaseModel):
+class Process(BaseModel, ABC):
     """How the market moves. A subclass is one file: its fields, and four scalar methods.
 
     The methods are compiled, for a CPU by Numba and into one kernel for a GPU, with the settings of the instance as
@@ -34,18 +35,18 @@ class Process(BaseModel):
         """Whether one step of any length has the right law: then a payoff of the last spot needs one normal."""
         return False
 
+    @abstractmethod
     def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
         """What a contract's steps of `dt` years need, in double precision. `c` has the contract's fields by name."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def start(self, c: Any) -> tuple[float, ...]:
         """The state at the beginning."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
         """The state one step later. `k` are the coefficients."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> Any:
         """The price that a state means, or a tuple of as many as there are assets. Units: currency."""
-        raise NotImplementedError  # pragma: no cover

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +12,7 @@ from smc.problem.schema import Field
 __all__ = ["Product"]
 
 
-class Product(BaseModel):
+class Product(BaseModel, ABC):
     """What is paid. A subclass is one file: its fields, and up to four scalar methods, compiled as a process's are.
 
     `kind` is the name in a checkpoint. `lipschitz` says whether the payoff moves little when a price does: only then
@@ -28,9 +29,9 @@ class Product(BaseModel):
 
     dates: int = 0
 
+    @abstractmethod
     def coefficients(self, c: Any) -> tuple[float, ...]:
         """What a contract's payoff needs, in double precision. `c` has the contract's fields by name."""
-        raise NotImplementedError  # pragma: no cover
 
     def begin(self, k: tuple[float, ...]) -> tuple[float, ...]:
         """What is known of a path before the first date."""
@@ -40,6 +41,6 @@ class Product(BaseModel):
         """What is known after date number `date`, from 1 to `dates`, at which the price is `spot`."""
         return seen
 
+    @abstractmethod
     def payoff(self, seen: tuple[float, ...], spot: Any, k: tuple[float, ...]) -> float:
         """What is paid, discounted to today. `spot` is the price at expiry. Units: currency."""
-        raise NotImplementedError  # pragma: no cover

@@ -8,7 +8,6 @@ row does not depend on the batch that it is in.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
-from smc.simulation.normals import sobol_points
+from smc.simulation.normals import bridge_plan, sobol_points
 from smc.simulation.sizes import Sampling, time_grid
 from smc.simulation.walk import compiled_walk
 
@@ -57,7 +56,7 @@ def simulate(
     plan, weights = np.zeros((0, 3), dtype=np.int64), np.zeros((0, 3), dtype=precision.numpy)
     if sampling == "sobol":
         points = sobol_points(width, paths)
-        plan, weights = _bridge(steps)
+        plan, weights = bridge_plan(steps)
         weights = weights.astype(precision.numpy)
     out = np.empty((len(table), paths), dtype=precision.numpy)
     rows = rows_at_once
@@ -75,19 +74,3 @@ def simulate(
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(fill, starts))
     return out
-
-
-@lru_cache(maxsize=8)
-def _bridge(steps: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """In the order in which `normals.bridge_increments` uses its columns: left, right, middle; and their weights."""
-    places, weights, gaps = [], [], [(0, steps)]
-    while gaps:
-        left, right = gaps.pop(0)
-        if right - left < 2:
-            continue
-        middle = (left + right) // 2
-        share = (middle - left) / (right - left)
-        places.append((left, right, middle))
-        weights.append((1 - share, share, np.sqrt((middle - left) * (right - middle) / (right - left))))
-        gaps += [(left, middle), (middle, right)]
-    return np.array(places, dtype=np.int64).reshape(-1, 3), np.array(weights, dtype=np.float64).reshape(-1, 3)

@@ -28,7 +28,8 @@ from smc.problem.products.european import STRIKE, EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.problem.schema import EXPIRY, Field, Schema
 from smc.simulation import paths, walk
-from smc.simulation.normals import box_muller, bridge_increments, philox4x32, sobol_normals
+from smc.simulation.normals import box_muller, bridge_increments, philox4x32
+from tests.reference_normals import sobol_normals
 
 GBM = GeometricBrownianMotion()
 CONTRACTS = np.array([[100, 105, 1.0, 0.03, 0.01, 0.25], [80, 70, 0.5, 0.0, 0.04, 0.6], [150, 60, 2.0, 0.08, 0, 0.05]])
