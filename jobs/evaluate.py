@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from jobs.session import run_job
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import Measure, evaluate, price_error
-from smc.problem.contracts import FIELDS
+from smc.problem.contracts import FIELDS, columns
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import replace_file, say
@@ -138,7 +138,7 @@ def quantlib_values(contracts: Array) -> tuple[Array, Greeks]:
 def _against_quantlib(pricer: GbmCVNNPricer, contracts: Array) -> Mapping[str, float]:
     """RMSE of prices, in bp of spot, and of Greeks."""
     price, greeks = quantlib_values(contracts)
-    errors = {"price": (np.asarray(pricer.predict_price(contracts)) - price) / contracts[:, 0] * 1e4}
+    errors = {"price": (np.asarray(pricer.predict_price(contracts)) - price) / columns(contracts).X0 * 1e4}
     learnt = pricer.predict_greeks(contracts)
     errors |= {n: ours - theirs for n, ours, theirs in zip(learnt._fields, learnt, greeks, strict=True)}
     return {name: Measure(name, "", values).rmse for name, values in errors.items()}

@@ -23,7 +23,7 @@ from torch import Tensor
 from smc.errors import ConfigError
 from smc.learning.scale import features, intrinsic, spread_of, unit_of_price
 from smc.models.numerical import Precision
-from smc.problem.contracts import BoundSpec
+from smc.problem.contracts import BoundSpec, columns
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes
 from smc.simulation.levels import put_spectrum, put_spectrum_and_slope
@@ -123,10 +123,10 @@ class ExampleSource:
             if self.engine.config.normalize_forwards:
                 constant = d_law[:, 0] + law[:, 1] * d_law[:, 1]  # of ln F = mean + deviation^2 / 2
             else:
-                constant = d_law[:, 0] + slope * (torch.log(table[:, 1]) - law[:, 0])
+                constant = d_law[:, 0] + slope * (torch.log(columns(table).K) - law[:, 0])
             inputs = torch.stack([value, d_value], dim=1)
             terms = torch.cat([terms, d_terms[:, 1:], torch.stack([constant, slope], dim=1)], dim=1)
-        weights = (unit_of_price(table) / table[:, 0]) ** _WEIGHT_EXPONENT
+        weights = (unit_of_price(table) / columns(table).X0) ** _WEIGHT_EXPONENT
         return Contracts(table, *(values.to(dtype) for values in (inputs, terms, weights)))
 
     def _along(self, table: Tensor, direction: Tensor) -> Any:
@@ -143,10 +143,11 @@ class ExampleSource:
         low, high = index & np.uint64(0xFFFFFFFF), index >> np.uint64(32)
         words = (philox4x32(self._params.mc_seed, (low, high, part, _DIRECTIONS)) for part in range(3))
         normals = [z for word in words for z in box_muller(word, Precision.float64)]
-        X0, _, T, _, _, v = table.unbind(dim=1)
+        c = columns(table)
         # Of the size of what the price can tell apart, or of the domain's.
-        ones = torch.ones_like(T)
-        sizes = [X0 * v * torch.sqrt(T), 0 * ones, T / 2, *(spread_of(self._domain[n]) * ones for n in "rd"), v / 2]
+        ones = torch.ones_like(c.T)
+        rates = {name: spread_of(self._domain[name]) * ones for name in ("r", "d")}
+        sizes = c._replace(X0=c.X0 * c.v * torch.sqrt(c.T), K=0 * ones, T=c.T / 2, v=c.v / 2, **rates)
         return torch.stack(sizes, dim=1) * torch.from_numpy(np.stack(normals, axis=1)).to(table.device)
 
 
@@ -197,11 +198,12 @@ class ExamplesAhead:
 
 
 def _terms(table: Tensor) -> Tensor:
-    discount = torch.exp(-table[:, 3] * table[:, 2])
-    return torch.stack([table[:, 1], discount / unit_of_price(table), intrinsic(table)], dim=1)
+    c = columns(table)
+    discount = torch.exp(-c.r * c.T)
+    return torch.stack([c.K, discount / unit_of_price(table), intrinsic(table)], dim=1)
 
 
 def _law(table: Tensor) -> Tensor:
     """Mean and standard deviation of the logarithm of the price at expiry. Shapes: (n, 6) -> (n, 2)."""
-    X0, _, T, r, d, v = table.unbind(dim=1)
-    return torch.stack([torch.log(X0) + (r - d - v.square() / 2) * T, v * torch.sqrt(T)], dim=1)
+    c = columns(table)
+    return torch.stack([torch.log(c.X0) + (c.r - c.d - c.v.square() / 2) * c.T, c.v * torch.sqrt(c.T)], dim=1)

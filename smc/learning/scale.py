@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from smc.problem.contracts import BoundSpec
+from smc.problem.contracts import BoundSpec, columns
 
 __all__ = ["Scaling", "features", "intrinsic", "spread_of", "unit_of_price"]
 
@@ -63,7 +63,8 @@ def features(contracts: Tensor, domain: Mapping[str, BoundSpec]) -> Tensor:
     """
     m, w = _moneyness(contracts)
     resolved = [torch.tanh(m / (width * w)) for width in _WIDTHS]
-    standard = [_standardised(contracts[:, column], domain[name]) for column, name in _STANDARDISED]
+    c = columns(contracts)
+    standard = [_standardised(getattr(c, name), domain[name]) for name in _STANDARDISED]
     return torch.stack([m, w, torch.log(w + _LEAST_VOLATILITY), *resolved, *standard], dim=1)
 
 
@@ -75,7 +76,8 @@ def spread_of(bound: BoundSpec) -> float:
 def unit_of_price(contracts: Tensor) -> Tensor:
     """K df w, the scale of a put. Shapes: (n, 6) -> (n,). Units: currency."""
     _, w = _moneyness(contracts)
-    return contracts[:, 1] * torch.exp(-contracts[:, 3] * contracts[:, 2]) * w
+    c = columns(contracts)
+    return c.K * torch.exp(-c.r * c.T) * w
 
 
 def intrinsic(contracts: Tensor) -> Tensor:
@@ -84,12 +86,12 @@ def intrinsic(contracts: Tensor) -> Tensor:
     return functional.softplus(-_SHARPNESS * torch.expm1(m) / w) / _SHARPNESS
 
 
-_STANDARDISED = ((2, "T"), (3, "r"), (4, "d"))
+_STANDARDISED = ("T", "r", "d")
 
 
 def _moneyness(contracts: Tensor) -> tuple[Tensor, Tensor]:
-    X0, K, T, r, d, v = contracts.unbind(dim=1)
-    return torch.log(X0 / K) + (r - d) * T, v * torch.sqrt(T)
+    c = columns(contracts)
+    return torch.log(c.X0 / c.K) + (c.r - c.d) * c.T, c.v * torch.sqrt(c.T)
 
 
 def _standardised(values: Tensor, bound: BoundSpec) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from smc.problem.contracts import BoundSpec, ContractsLike
+from smc.problem.contracts import BoundSpec, ContractsLike, columns
 from smc.problem.oracles import black_scholes
 from smc.problem.oracles.black_scholes import Greeks, OptionKind
 from smc.problem.sobol_sampler import SobolSampler
@@ -116,16 +116,17 @@ def price_error(pricer: Predicts, contracts: Array) -> Measure:
 
 
 def _of_price(contracts: Array, learnt: Array) -> Measure:
-    return Measure("price", "bp of spot", (learnt - black_scholes.price(contracts)) / contracts[:, 0] * 1e4)
+    return Measure("price", "bp of spot", (learnt - black_scholes.price(contracts)) / columns(contracts).X0 * 1e4)
 
 
 def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
-    basis = 1e4 / contracts[:, 0]
+    c = columns(contracts)
+    basis = 1e4 / c.X0
     learnt = np.asarray(pricer.predict_price(contracts))
     yield _of_price(contracts, learnt)
     greeks, exact = pricer.predict_greeks(contracts), black_scholes.greeks(contracts)
-    implied = black_scholes.implied_volatility(contracts, learnt) - contracts[:, 5]
-    sensitive = exact.vega >= _LEAST_VEGA * contracts[:, 0]
+    implied = black_scholes.implied_volatility(contracts, learnt) - c.v
+    sensitive = exact.vega >= _LEAST_VEGA * c.X0
     yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4)
     for name, ours, theirs in zip(exact._fields, greeks, exact, strict=True):
         yield Measure(name, "", ours - theirs, float(np.abs(theirs).mean()))

@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from smc.errors import ConfigError
 from smc.learning.modules import evaluating
 from smc.learning.scale import Scaling, features, intrinsic, unit_of_price
-from smc.problem.contracts import FIELDS, BoundSpec, ContractsLike, contract_array, outside_domain, unit_of
+from smc.problem.contracts import (
+    FIELDS,
+    BoundSpec,
+    ContractsLike,
+    columns,
+    contract_array,
+    is_random,
+    outside_domain,
+    unit_of,
+)
 from smc.problem.oracles import black_scholes
 from smc.problem.oracles.black_scholes import Greeks, OptionKind, OptionKinds
 from smc.simulation.cuda import NotCapturable, capture
@@ -106,22 +115,23 @@ class Predictor:
     def _greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
         table, _ = self._table(contracts, outside)
         array = table.cpu().numpy()
-        learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
+        learnt = np.flatnonzero(is_random(array))
         out = Greeks(*(np.array(values) for values in black_scholes.greeks(array, "put")))
         for rows in (learnt[i : i + _CHUNK] for i in range(0, len(learnt), _CHUNK)):
             part = torch.from_numpy(array[rows]).to(self._device).requires_grad_()
             value, _ = self._spectrum(part)
             (first,) = torch.autograd.grad(value[:, 0].sum(), part, create_graph=True)
-            (second,) = torch.autograd.grad(first[:, 0].sum(), part)
-            delta, dT, rho, vega = (first[:, i].detach().cpu().numpy() for i in (0, 2, 3, 5))
-            for target, values in zip(out, (delta, second[:, 0].cpu().numpy(), vega, -dT, rho), strict=True):
+            (second,) = torch.autograd.grad(columns(first).X0.sum(), part)
+            by, twice = columns(first.detach().cpu().numpy()), columns(second.cpu().numpy())
+            for target, values in zip(out, (by.X0, twice.X0, by.v, -by.T, by.r), strict=True):
                 target[rows] = values
         if kind == "put":
             return out
-        X0, K, T, r, d, _ = array.T
-        df, q = np.exp(-r * T), np.exp(-d * T)
+        c = columns(array)
+        df, q = np.exp(-c.r * c.T), np.exp(-c.d * c.T)
         # Call = put + X0 q - K df, differentiated.
-        return Greeks(out.delta + q, out.gamma, out.vega, out.theta + d * X0 * q - r * K * df, out.rho + T * K * df)
+        theta = out.theta + c.d * c.X0 * q - c.r * c.K * df
+        return Greeks(out.delta + q, out.gamma, out.vega, theta, out.rho + c.T * c.K * df)
 
     def _each(
         self,
@@ -166,7 +176,7 @@ class Predictor:
         learnt, certain = _known(table)
         lower, upper = _put_bounds(table)
         price = self._spectrum(learnt)[0][:, 0]
-        return torch.where(_random(table), torch.clamp(price, lower, upper), certain)
+        return torch.where(is_random(table), torch.clamp(price, lower, upper), certain)
 
     def _put_levels(self, table: Tensor) -> Tensor:
         learnt, certain = _known(table)
@@ -174,23 +184,23 @@ class Predictor:
         real, imag = self._spectrum(learnt)
         levels = levels_from_spectrum(torch.complex(real, imag), self._size)
         valid = valid_levels(levels, torch.clamp(real[:, 0], lower, upper), upper)
-        return torch.where(_random(table)[:, None], valid, certain[:, None])
+        return torch.where(is_random(table)[:, None], valid, certain[:, None])
 
     def _call_levels(self, table: Tensor) -> Tensor:
         """By reflection of a put's, shifted onto the price that parity gives."""
         learnt, _ = _known(table)
-        X0, K, T, r, d, v = learnt.unbind(dim=1)
-        discount = torch.exp(-r * T)
-        reflected = (X0 * torch.exp((r - d - v.square() / 2) * T)).square() / K
-        put = self._put_levels(torch.stack([X0, reflected, T, r, d, v], dim=1))
-        levels = reflected_levels(put, K, reflected, discount, v * torch.sqrt(T))
+        c = columns(learnt)
+        discount = torch.exp(-c.r * c.T)
+        reflected = (c.X0 * torch.exp((c.r - c.d - c.v.square() / 2) * c.T)).square() / c.K
+        put = self._put_levels(torch.stack(c._replace(K=reflected), dim=1))
+        levels = reflected_levels(put, c.K, reflected, discount, c.v * torch.sqrt(c.T))
         price = (self._put(table) + _forward_value(table)).clamp(min=0)
         # An error of the put's level is carried over by the square of the price there; nothing is known to be 0
         # better than where neither pays. From there on without a jump, or rounding would show.
-        pays = levels / (discount * K)[:, None]
+        pays = levels / (discount * c.K)[:, None]
         variances = (1 + pays) ** 4 * pays / (pays + _LEAST_PAYOFF) + 1e-6
         valid = valid_levels(levels, price, torch.full_like(price, torch.inf), variances)
-        return torch.where(_random(table)[:, None], valid, price[:, None])
+        return torch.where(is_random(table)[:, None], valid, price[:, None])
 
     def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
         n = len(table)
@@ -264,7 +274,7 @@ class Predictor:
         return bool(((low >= limits[:, 0]) & (high <= limits[:, 1])).all())
 
     def _checked(self, array: Array, outside: Outside) -> Array:
-        learnt = np.flatnonzero((array[:, 2] > 0) & (array[:, 5] > 0))
+        learnt = np.flatnonzero(is_random(array))
         inside = array if len(learnt) == len(array) else array[learnt]
         for name, row in outside_domain(inside, self.domain).items():
             at = int(learnt[row])
@@ -289,20 +299,17 @@ def _returned(values: Tensor, home: torch.device | None) -> Array | Tensor:
     return values.cpu().numpy() if home is None else values.to(home)
 
 
-def _random(table: Tensor) -> Tensor:
-    return (table[:, 2] > 0) & (table[:, 5] > 0)
-
-
 def _known(table: Tensor) -> tuple[Tensor, Tensor]:
     """Contracts fit for the network, and the put's value where T = 0 or v = 0 and nothing is random."""
-    learnt = torch.where(_random(table)[:, None], table, torch.ones_like(table))
+    learnt = torch.where(is_random(table)[:, None], table, torch.ones_like(table))
     return learnt, (-_forward_value(table)).clamp(min=0) + 0.0  # not -0
 
 
 def _put_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
-    return (-_forward_value(table)).clamp(min=0), table[:, 1] * torch.exp(-table[:, 3] * table[:, 2])
+    c = columns(table)
+    return (-_forward_value(table)).clamp(min=0), c.K * torch.exp(-c.r * c.T)
 
 
 def _forward_value(table: Tensor) -> Tensor:
-    X0, K, T, r, d, _ = table.unbind(dim=1)
-    return X0 * torch.exp(-d * T) - K * torch.exp(-r * T)
+    c = columns(table)
+    return c.X0 * torch.exp(-c.d * c.T) - c.K * torch.exp(-c.r * c.T)

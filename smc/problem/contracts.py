@@ -27,7 +27,9 @@ __all__ = [
     "BoundSpec",
     "Contract",
     "ContractsLike",
+    "columns",
     "contract_array",
+    "is_random",
     "outside_domain",
     "question_units",
     "resolve_domain",
@@ -242,6 +244,17 @@ def _number(value: Any, row: int, field: str) -> float:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"contracts: not an array of numbers: contracts[{row}].{field} is {value!r}")
+
+
+def columns(table: Any, schema: Schema = SCHEMA) -> Any:
+    """A table's columns by their names: `columns(table).K`. Shapes: (n, fields), an array or a tensor -> each (n,)."""
+    return schema.row(*(table[:, i] for i in range(len(schema))))
+
+
+def is_random(table: Any) -> Any:
+    """Which contracts have an outcome that is not known today. Shapes: (n, fields) -> (n,)."""
+    c = columns(table)
+    return (c.T > 0) & (c.v > 0)
 
 
 def outside_domain(

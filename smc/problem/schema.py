@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from smc.errors import ConfigError
 
@@ -73,6 +76,11 @@ class Schema(Sequence[Field]):
 
     def __hash__(self) -> int:
         return hash(self._fields)
+
+    @cached_property
+    def row(self) -> Any:
+        """A named tuple of the fields: one contract's values, or its columns."""
+        return namedtuple("Contract", self.names)  # of names that no type checker knows
 
     def column(self, name: str) -> int:
         """Where a field stands. Raises: ConfigError if it does not."""

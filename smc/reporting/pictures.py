@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smc.errors import ConfigError
-from smc.problem.contracts import FIELDS
+from smc.problem.contracts import FIELDS, columns
 from smc.problem.oracles import black_scholes
 from smc.reporting.command_line import replace_file
 
@@ -43,10 +43,10 @@ def draw_errors(axes: Axes, contracts: Array, errors: Array, label: str) -> None
 
     Shapes: (n, 6), (n,); NaN is left out.
     """
-    X0, K, T, r, d, v = contracts.T
+    c = columns(contracts)
     limit = float(np.nanquantile(np.abs(errors), 0.99)) or 1.0
     shown = ~np.isnan(errors)
-    moneyness, w = np.log(X0 / K) + (r - d) * T, v * np.sqrt(T)
+    moneyness, w = np.log(c.X0 / c.K) + (c.r - c.d) * c.T, c.v * np.sqrt(c.T)
     points = axes.scatter(
         moneyness[shown], w[shown], c=errors[shown], s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True
     )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.numeric_fields import WholeNumber
-from smc.problem.contracts import ContractsLike, contract_array
+from smc.problem.contracts import ContractsLike, columns, contract_array
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.terminal import TerminalPrice
@@ -216,10 +216,9 @@ class BlackScholes:
         """Discounted put payoffs df max(K - S_T, 0). Shapes: n contracts -> (n, M). Units: currency."""
         array = contract_array(contracts)
         terminal = self.terminal_prices(array, offset=offset)
-        columns = torch.from_numpy(array).to(self.device)
-        strike = columns[:, 1:2].to(terminal.dtype)
-        discount = torch.exp(-columns[:, 3:4] * columns[:, 2:3]).to(terminal.dtype)
-        return (strike - terminal).clamp_(min=0).mul_(discount)
+        c = columns(torch.from_numpy(array).to(self.device))
+        strike, discount = c.K.to(terminal.dtype), torch.exp(-c.r * c.T).to(terminal.dtype)
+        return (strike[:, None] - terminal).clamp_(min=0).mul_(discount[:, None])
 
     def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Terminal prices of contracts known to be good, `first` being row 0's stream.
@@ -229,7 +228,8 @@ class BlackScholes:
         """
         terminal = (self._on_gpu if self.device.type == "cuda" else self._prices.simulate)(table, first)
         if self.config.normalize_forwards:
-            forward = table[:, 0] * torch.exp((table[:, 3] - table[:, 4]) * table[:, 2])
+            c = columns(table)
+            forward = c.X0 * torch.exp((c.r - c.d) * c.T)
             if self.device.type == "cuda":
                 mean = terminal.mean(dim=1, dtype=torch.float64)
             else:  # torch's mean of a single row depends on the number of threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,8 +36,7 @@ def sizes_of(problem: Problem) -> Sizes:
     Raises: ConfigError for a method that fails, gives no numbers, or a state of another size than it was given.
     """
     process, product, schema = problem.process, problem.product, problem.schema
-    tuples: Any = namedtuple  # of fields that no type checker knows
-    middle = tuples("Contract", schema.names)(*((field.lower + field.upper) / 2 for field in schema))
+    middle = schema.row(*((field.lower + field.upper) / 2 for field in schema))
 
     def numbers(owner: object, method: str, *arguments: Any) -> tuple[float, ...]:
         where = f"{type(owner).__name__}.{method}"
