@@ -139,7 +139,9 @@ async def difference(
     return Difference((a, b), _unequal(said_a, said_b), settings, tensors)
 
 
-_SAID = {"experiment", "step", "loss", "metrics", "commit_message", "resumed_from", "size", "content_hash"}
+_SAID = {
+    "experiment", "step", "loss", "metrics", "parameters", "commit_message", "resumed_from", "size", "content_hash",
+}  # fmt: skip
 
 
 def settings_of(header: TensorHeader) -> dict[str, Any]:

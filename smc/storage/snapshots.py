@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -26,8 +27,11 @@ async def commit_snapshot(
     experiment: str = "",
     loss: float | None = None,
     metrics: Mapping[str, float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
 ) -> ModelVersion:
     """Commit a pricer's state now, and return the version it became.
+
+    `parameters`, whatever JSON holds, stand in the entry as those of `train` do.
 
     Raises: ConfigError for what an entry cannot hold, before anything is uploaded; and what the store raises.
     """
@@ -38,6 +42,7 @@ async def commit_snapshot(
         loss=loss,
         experiment=experiment,
         metrics=dict(metrics or {}),
+        parameters=dict(parameters or {}),
         resumed_from=snapshot.resumed_from,
     )
     data = await asyncio.to_thread(lambda: encode(Snapshot.of(snapshot)))

@@ -229,3 +229,18 @@ async def test_a_picture_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path)
             save_lineage(path, runs, {})
     assert path.read_bytes() == b"the old one"
     assert os.listdir(tmp_path) == ["lineage.png"]
+
+
+async def test_what_was_chosen_for_a_version_is_in_its_entry_and_in_a_difference() -> None:
+    async with opened() as store:
+        pricer = GbmCVNNPricer(small_config())
+        pricer.train(small_training(2))
+        a, b = [
+            await commit_snapshot(store, pricer.snapshot(), "m", parameters={"width": {"hidden": n}, "same": "x"})
+            for n in (16, 32)
+        ]
+        assert a.parameters == {"width": {"hidden": 16}, "same": "x"}
+        found = await difference(store, a, b)
+        assert found.fields == {"parameters.width.hidden": (16, 32)}
+        with pytest.raises(ConfigError, match=r"parameters\.a"):
+            await commit_snapshot(store, pricer.snapshot(), "m", parameters={"a": float("nan")})
