@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
@@ -51,6 +51,7 @@ from smc.storage.commits import (
     check_entry,
     check_template,
 )
+from smc.storage.spool import CommitRecord
 
 __all__ = [
     "GbmCVNNPricer",
@@ -71,6 +72,9 @@ _PRICE_WEIGHT = 10.0
 _REPORT_EVERY = {"cpu": 1, "cuda": 50}
 # Seconds that another thread may keep Python's lock from the one that launches a GPU's work; Python's own are 0.005.
 _SWITCH_INTERVAL = 1e-4
+
+
+Metrics = Callable[["GbmCVNNPricer"], Mapping[str, float]]
 
 
 class GbmCVNNPricer:
@@ -131,6 +135,7 @@ class GbmCVNNPricer:
         experiment: str = "",
         parameters: Mapping[str, Any] | None = None,
         flush_seconds: float = FLUSH_SECONDS,
+        metrics: Metrics | None = None,
     ) -> TrainingResult:
         """Train for `config.num_batches` more batches, committing as asked; return when all is settled.
 
@@ -139,6 +144,10 @@ class GbmCVNNPricer:
         its snapshot kept in the spool. After the last step commits have `flush_seconds` to reach the ledger; what has
         not goes to the spool. `experiment` and `parameters`, whatever JSON holds, stand in every entry. Works the same
         inside a running event loop, which it blocks.
+
+        `metrics` is called with the pricer at each commit, and the finite numbers that it gives by name stand in the
+        entry beside ours: an error on contracts of one's own, say. Training waits for it; one that fails is dropped
+        with one line. What it draws of torch's random numbers does not change what is trained.
 
         `logger`, one or several, is called with each report, in a thread that this one waits for; one that fails, or
         takes longer than 30 s, is dropped with one line, and training goes on. In the main thread SIGINT and SIGTERM,
@@ -182,6 +191,7 @@ class GbmCVNNPricer:
                     experiment,
                     parameters or {},
                     only_final=commit_interval is None,
+                    metrics=metrics,
                 )
             given = [logger] if callable(logger) else list(logger or ())
             loggers = [GuardedLogger(each, self._serve_requests, self.device) for each in given]
@@ -521,8 +531,10 @@ class _Commits:
         parameters: Mapping[str, Any],
         *,
         only_final: bool,
+        metrics: Metrics | None,
     ) -> None:
         assert target is not None
+        self._metrics = metrics
         self._pricer, self._plan, self._template = pricer, plan, template
         self._experiment, self._parameters = experiment, parameters
         state = pricer._state()
@@ -544,6 +556,7 @@ class _Commits:
             experiment=self._experiment,
             resumed_from=state.resumed_from,
             metrics={
+                **self._measured(),
                 "learning_rate": self._plan.learning_rate(state.global_step - 1),
                 "contracts": state.cfg.sim_params.skip,
                 PLAN_END: self._plan.end,
@@ -553,6 +566,21 @@ class _Commits:
             final=final,
         )
         self._background.submit(request, tensors_of(state), metadata_of(state), step.outcome())
+
+    def _measured(self) -> dict[str, float]:
+        """What the user's own hook gives."""
+        if self._metrics is None:
+            return {}
+        device = self._pricer.device
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                found = dict(self._metrics(self._pricer))
+            CommitRecord.checked(ledger="", message="", step=0, loss=None, metrics=found)
+        except Exception as error:  # it may raise anything; a KeyboardInterrupt ends training as elsewhere
+            logger.warning("metrics failed, and commits go on without it: %r", error)
+            self._metrics = None
+            return {}
+        return found
 
     def hurry(self, within: float) -> None:
         self._background.hurry(within)

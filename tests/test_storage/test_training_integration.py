@@ -298,3 +298,50 @@ def test_parameters_that_no_entry_can_hold_are_refused_before_training() -> None
         with pytest.raises(ConfigError, match=message):
             pricer.train(small_training(2), blockchain_store=store, auto_commit=True, parameters=bad)
     assert pricer.progress.step == 0
+
+
+def test_a_users_metrics_stand_in_the_entries_and_change_nothing(memory_store: AsyncBlockchainModelStore) -> None:
+    asked: list[int] = []
+
+    def metrics(pricer: GbmCVNNPricer) -> dict[str, float]:
+        asked.append(pricer.progress.step)
+        torch.rand(100)
+        return {"price": float(pricer.predict_price([[100, 105, 1.0, 0.03, 0.01, 0.25]])[0]), "learning_rate": -1.0}
+
+    plain, measured = (GbmCVNNPricer(small_config()) for _ in range(2))
+    plain.train(small_training(6))
+    measured.train(
+        small_training(6), blockchain_store=memory_store, auto_commit=True, commit_interval=2, metrics=metrics
+    )
+    assert encode(Snapshot.of(plain.snapshot())) == encode(Snapshot.of(measured.snapshot()))
+    assert len(asked) == 3
+
+    async def entries() -> Any:
+        async with memory_store as store:
+            return await store.list_versions()
+
+    for version in asyncio.run(entries()):
+        assert version.metrics["price"] > 0
+        assert version.metrics["learning_rate"] > 0  # ours are ours
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda pricer: 1 / 0,
+        lambda pricer: {"a": float("nan")},
+        lambda pricer: {"a": "text"},
+        lambda pricer: {1: 2.0},
+        lambda pricer: None,
+        lambda pricer: {"\ud800": 1.0},
+    ],
+)
+def test_metrics_that_fail_are_dropped_with_one_line(
+    memory_store: AsyncBlockchainModelStore, wrong: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pricer = GbmCVNNPricer(small_config())
+    result = pricer.train(
+        small_training(6), blockchain_store=memory_store, auto_commit=True, commit_interval=2, metrics=wrong
+    )
+    assert len(result.commits_that("committed")) == 3
+    assert caplog.text.count("metrics failed, and commits go on without it") == 1
