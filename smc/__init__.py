@@ -5,3 +5,7 @@ levels (`simulation`), a network learns the levels' spectrum (`learning`) and is
 (`checkpoint`) is committed beside training as an entry of the ledger (`storage`), from which it is served (`serving`)
 and reported (`reporting`). The modules `gbm`, `gbm_trainer`, `cvnn` and `models` are names that users import.
 """
+
+from smc.moved import go_on_working
+
+go_on_working()
