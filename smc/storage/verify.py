@@ -38,6 +38,8 @@ _SIGNATURE_KEY = re.compile(r"^log/[0-9]{10}\.sig$")
 _INDEX_KEY = re.compile(r"^index/[0-9]{10}\.json$")
 # Blocks that may be missing one after the other in a log. What stands further behind was never part of it.
 _LONGEST_GAP = 256
+# A first checkpoint is there before the first block that names it, by what it takes to write one.
+_LOOKS_FOR_A_LOG, _UNTIL_A_LOG = 13, 0.25
 
 
 @dataclass
@@ -80,6 +82,22 @@ async def verify_ledger(
     the hash of an entry that was there before, like (41, "3f..."): the log has to go on from it. Never raises Corrupt:
     every problem is in the result. Raises: Unavailable, ConfigError.
     """
+    for _ in range(_LOOKS_FOR_A_LOG):
+        report = await _verified(objects, blobs, full, since, progress)
+        if not report.problems or any(key != "log/" for key, _ in report.problems):
+            break
+        # Checkpoints without a log: a fault, unless somebody is just about to write the first block.
+        await asyncio.sleep(_UNTIL_A_LOG)
+    return report
+
+
+async def _verified(
+    objects: ObjectStore,
+    blobs: bool,
+    full: bool,
+    since: tuple[int | None, str] | None,
+    progress: Callable[[int], None] | None,
+) -> Verification:
     report = Verification()
     seen = await _head(objects)  # before the log, which may grow meanwhile
     listed = {info.key: info async for info in objects.list("log/")}

@@ -371,3 +371,25 @@ def test_what_is_no_file_is_not_replaced_by_one(
     assert old.read_text() == "the old page"
     assert set(os.listdir(tmp_path)) == {"pipe", "page.html"}
     capsys.readouterr()
+
+
+async def test_verification_beside_a_first_commit_waits_for_the_first_block(
+    memory_store: AsyncBlockchainModelStore,
+) -> None:
+    async with memory_store as store:
+        for number in range(4):
+            await store.upload(b"checkpoint %d" % number)
+        verifying = asyncio.create_task(store.verify(blobs=True))
+        await asyncio.sleep(0.6)
+        assert not verifying.done()
+        await store.commit(b"checkpoint 0", CommitRecord(ledger=store.uri, message="", step=1, loss=None))
+        report = await verifying
+        assert report.ok
+        assert report.versions == 1
+
+
+async def test_checkpoints_whose_log_does_not_come_are_a_fault(memory_store: AsyncBlockchainModelStore) -> None:
+    async with memory_store as store:
+        await store.upload(b"checkpoint")
+        report = await store.verify()
+        assert report.problems == [("log/", "there is no log, and there are 1 checkpoints")]
