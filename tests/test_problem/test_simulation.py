@@ -24,6 +24,7 @@ from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.asian import ArithmeticAsianPut
 from smc.problem.products.barrier import UpAndOutCall
 from smc.problem.sobol_sampler import SobolSampler
+from smc.simulation.sizes import time_grid
 
 BARRIER = Problem(GeometricBrownianMotion(), UpAndOutCall(dates=4))
 SCHEMA = BARRIER.schema
@@ -135,3 +136,17 @@ def test_the_page_on_extending_runs(tmp_path: Path) -> None:
     lowest, middle, highest = (float(x) for x in levels.strip("[]").split())
     assert lowest < middle < highest
     assert lowest < float(found[1]) < highest
+
+
+def test_more_paths_than_are_held_at_a_time_are_all_counted() -> None:
+    contract = [[100, 105, 1.0, 0.03, 0.01, 0.25]]
+    estimate = Simulation(EUROPEAN_PUT, params(timesteps=1)).price(contract, paths=(1 << 24) + (1 << 20))
+    assert estimate.paths == (1 << 24) + (1 << 20)
+    assert abs(estimate.price - black_scholes.price(contract))[0] < 1e-3
+
+
+def test_more_coordinates_than_sobol_points_have_are_refused() -> None:
+    barrier = Problem(GeometricBrownianMotion(), UpAndOutCall(dates=21202 // 2))
+    with pytest.raises(ConfigError, match="at most 21,201 dimensions, 21,202 are wanted"):
+        time_grid(barrier, 21202, "sobol")
+    assert time_grid(barrier, 21202, "pseudorandom") == (21202, 2)
