@@ -17,6 +17,7 @@ from jobs.search import Random, Search, draws, grid, nested, search_prefix, tria
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
 from smc.numeric_fields import WholeNumber
+from smc.simulation.config import CONFIG_TAGS, ProblemConfig
 
 __all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep", "read_yaml"]
 
@@ -111,8 +112,12 @@ def make_experiment(
     """
     if recipe not in RECIPES:
         raise ConfigError(f"{where}recipe {recipe!r} is unknown; there are {', '.join(RECIPES)}")
-    settings: dict[str, Any] = {}
-    for layer in (RECIPES[recipe], *layers):
+    settings: dict[str, Any] = dict(RECIPES[recipe])
+    if any({"process", "product"} & set(layer.get("simulation") or {}) for layer in layers):
+        # What a recipe says of geometric Brownian motion is not meant for another problem.
+        known = settings["simulation"].items()
+        settings["simulation"] = {key: value for key, value in known if key in ProblemConfig.model_fields}
+    for layer in layers:
         settings = overlaid(settings, layer)
     if given := _GIVEN & settings.keys():
         allowed = ", ".join(_fields_at(Experiment, ()))
@@ -186,7 +191,7 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> str:
     problem = error.errors()[0]
-    path = ".".join(map(str, problem["loc"]))
+    path = ".".join(str(part) for part in problem["loc"] if part not in CONFIG_TAGS)
     if problem["type"] == "extra_forbidden":
         allowed = _fields_at(model, problem["loc"][:-1])
         return f"unknown key {path!r}" + (f"; allowed are {', '.join(allowed)}" if allowed else "")
@@ -201,6 +206,11 @@ _GIVEN: Final = frozenset({"name", "parameters"})
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     for part in location:
+        if part in CONFIG_TAGS:
+            model = CONFIG_TAGS[str(part)]
+            continue
+        if str(part) == "simulation":  # which of the two, the next part says
+            continue
         annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []

@@ -4,6 +4,7 @@ from smc.simulation.engine import (
     BlackScholes,
     BlackScholesConfig,
     Estimate,
+    ProblemConfig,
     Simulation,
     SimulationParams,
 )
@@ -12,6 +13,7 @@ __all__ = [
     "BlackScholes",
     "BlackScholesConfig",
     "Estimate",
+    "ProblemConfig",
     "Simulation",
     "SimulationParams",
 ]

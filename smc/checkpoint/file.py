@@ -31,9 +31,10 @@ from smc.learning.modules import check_copyable, is_made_like, unwrapped
 from smc.learning.network import CVNN, CVNNConfig, RealNetwork, build_cvnn
 from smc.learning.optimizer import OptimizerName, OptimizerState
 from smc.learning.plan import TrainingPlan
-from smc.learning.scale import Scaling
+from smc.learning.scale import Scaling, input_count
 from smc.problem.contracts import BoundSpec
-from smc.simulation.engine import BlackScholesConfig, SimulationParams
+from smc.problem.problem import Problem, process_of, product_of
+from smc.simulation.config import CONFIG_TAGS, SimulationConfig, SimulationParams
 
 __all__ = [
     "CheckpointMetadata",
@@ -59,7 +60,7 @@ class CheckpointMetadata(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[3] = 3
-    simulation: BlackScholesConfig
+    simulation: SimulationConfig
     domain: dict[str, BoundSpec]
     network: CVNNConfig | None = Field(description="None for a model that build_cvnn did not make")
     model_class: str
@@ -104,7 +105,7 @@ def metadata_of(config: GbmCVNNPricerConfig) -> CheckpointMetadata:
     model = unwrapped(config.cvnn)
     # What a hook or a replaced part does stands in no checkpoint: only a network as build_cvnn makes it is built again.
     network = model.config if isinstance(model, CVNN | RealNetwork) else None
-    if network is not None and not is_made_like(model, _outline(config.cfg.sim_params, network)):
+    if network is not None and not is_made_like(model, _outline(config.cfg.sim_params, network, config.cfg.problem)):
         network = None
     optimizer = config.optimizer_state
     return CheckpointMetadata(
@@ -169,11 +170,21 @@ def read_metadata(header: TensorHeader) -> CheckpointMetadata:
         fields = orjson.loads(text)
         if isinstance(fields, dict) and (written := fields.get("format")) != 3:
             raise ConfigError(f"the checkpoint has format {written}, this version of spectralmc reads format 3")
+        _check_kinds(fields)
         return CheckpointMetadata.model_validate_json(text)
     except orjson.JSONDecodeError as error:
         raise Corrupt(f"checkpoint metadata is not JSON ({error})") from None
     except ValidationError as error:
-        raise Corrupt(f"checkpoint metadata: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+        where = tuple(part for part in error.errors()[0]["loc"] if part not in CONFIG_TAGS)
+        raise Corrupt(f"checkpoint metadata: {where}: {error.errors()[0]['msg']}") from None
+
+
+def _check_kinds(fields: Any) -> None:
+    """Raises: ConfigError for a process or a product that is not known here: nothing that a file names is imported."""
+    simulation = fields.get("simulation") if isinstance(fields, dict) else None
+    for part, made in (("process", process_of), ("product", product_of)):
+        if isinstance(simulation, dict) and isinstance(settings := simulation.get(part), dict):
+            made(settings)
 
 
 def restore(
@@ -278,16 +289,17 @@ def _described(snapshot: Snapshot) -> nn.Module:
             f"the checkpoint contradicts itself: its network has {len(metadata.network.hidden)} hidden layers, "
             f"its model {len(state)} tensors"
         )
-    model = copy.deepcopy(_outline(metadata.simulation.sim_params, metadata.network))
+    model = copy.deepcopy(_outline(metadata.simulation.sim_params, metadata.network, metadata.simulation.problem))
     _check_fits(model, state, "the checkpoint contradicts itself", Corrupt)
     return model
 
 
 @lru_cache(maxsize=16)
-def _outline(params: SimulationParams, network: CVNNConfig) -> nn.Module:
+def _outline(params: SimulationParams, network: CVNNConfig, problem: Problem) -> nn.Module:
     """The network that these settings describe, without memory for its parameters."""
+    input_count(problem)  # is counted, once, on a contract that exists
     with torch.device("meta"):
-        return build_cvnn(params, network)
+        return build_cvnn(params, network, problem)
 
 
 def _check_fits(
@@ -322,6 +334,11 @@ def first_difference(
 
 
 def _check_same(metadata: CheckpointMetadata, template: GbmCVNNPricerConfig) -> None:
+    if template.cfg.problem != metadata.simulation.problem:
+        raise ConfigError(
+            f"config_template.cfg is about {template.cfg.problem}, the checkpoint was trained on "
+            f"{metadata.simulation.problem}"
+        )
     ours, theirs = (config.model_dump(mode="json") for config in (template.cfg, metadata.simulation))
     if (found := first_difference(ours, theirs, {"sim_params.skip"})) is not None:
         name, value, other = found

@@ -11,7 +11,7 @@ from smc.learning.optimizer import OptimizerState
 from smc.learning.plan import TrainingPlan
 from smc.learning.scale import Scaling
 from smc.problem.contracts import BoundSpec
-from smc.simulation.engine import BlackScholesConfig
+from smc.simulation.config import BlackScholesConfig, ProblemConfig
 
 __all__ = ["GbmCVNNPricerConfig"]
 
@@ -25,7 +25,7 @@ class GbmCVNNPricerConfig:
     `resumed_from` is the version this state was loaded from, for the ledger; it is not part of the state.
     """
 
-    cfg: BlackScholesConfig
+    cfg: BlackScholesConfig | ProblemConfig
     domain_bounds: Mapping[str, BoundSpec]
     cvnn: nn.Module
     optimizer_state: OptimizerState | None = None

@@ -6,11 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from smc.checkpoint.file import CheckpointMetadata, first_difference
 from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.learning.labels import check_derivatives
 from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.plan import TrainingConfig
 from smc.numeric_fields import RealNumber, WholeNumber
 from smc.problem.contracts import BoundSpec, resolve_domain
-from smc.simulation.engine import BlackScholesConfig
+from smc.simulation.config import SimulationConfig
 from smc.storage.commits import DEFAULT_MESSAGE, check_template
 
 __all__ = ["Experiment"]
@@ -25,7 +26,7 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/=-]{0,127}$")
-    simulation: BlackScholesConfig
+    simulation: SimulationConfig
     domain: dict[str, BoundSpec] = Field(default_factory=dict)
     network: CVNNConfig = CVNNConfig()
     training: TrainingConfig
@@ -37,7 +38,9 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
-        resolve_domain(self.domain)
+        self._whole_domain()
+        if self.training.differential > 0:
+            check_derivatives(self.simulation.problem)
         check_template(self.commit_message_template)
         return self
 
@@ -46,10 +49,14 @@ class Experiment(BaseModel):
         """Where the model lives: 'cuda' or 'cpu'."""
         return "cuda" if self.num_gpus > 0 else "cpu"
 
+    def _whole_domain(self) -> dict[str, BoundSpec]:
+        return resolve_domain(self.domain, self.simulation.problem.schema)
+
     def fresh(self) -> GbmCVNNPricerConfig:
         """The state of a run that has not begun."""
-        model = build_cvnn(self.simulation.sim_params, self.network).to(self.device)
-        return GbmCVNNPricerConfig(cfg=self.simulation, domain_bounds=resolve_domain(self.domain), cvnn=model)
+        simulation = self.simulation
+        model = build_cvnn(simulation.sim_params, self.network, simulation.problem).to(self.device)
+        return GbmCVNNPricerConfig(cfg=self.simulation, domain_bounds=self._whole_domain(), cvnn=model)
 
     def difference(self, trained: CheckpointMetadata) -> str | None:
         """The first setting that is another than a checkpoint was trained with, in words; None if there is none.
@@ -58,7 +65,7 @@ class Experiment(BaseModel):
         """
         ours = {
             "simulation": self.simulation.model_dump(),
-            "domain": {name: bound.model_dump() for name, bound in resolve_domain(self.domain).items()},
+            "domain": {name: bound.model_dump() for name, bound in self._whole_domain().items()},
             "network": self.network.model_dump(),
             "training": self.training.model_dump(),
         }

@@ -2,7 +2,7 @@
 
 With differential labels an example is a value and a derivative: along one random direction for each contract, of
 what the network sees and of every bin of the target, the latter as the mean over the paths of each slice of the
-payoff's pathwise derivative. It costs no second simulation.
+payoff's derivative along the path.
 
 Source: Huge and Savine, "Differential machine learning" (2020); pathwise derivatives, Glasserman, "Monte Carlo
 Methods in Financial Engineering" (2003), section 7.2. A slice's bounds move with the contract, but so that it keeps
@@ -14,30 +14,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from smc.errors import ConfigError
-from smc.learning.scale import features, intrinsic, spread_of, unit_of_price
+from smc.learning.scale import View
 from smc.models.numerical import Precision
-from smc.problem.contracts import BoundSpec, columns
+from smc.problem.contracts import BoundSpec
+from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
-from smc.simulation.engine import BlackScholes
-from smc.simulation.levels import put_spectrum, put_spectrum_and_slope
+from smc.simulation.engine import BlackScholes, Simulation
+from smc.simulation.levels import payoff_spectrum, payoff_spectrum_and_slope, put_spectrum, put_spectrum_and_slope
 from smc.simulation.normals import box_muller, philox4x32
 
-__all__ = ["Contracts", "ExampleSource", "Examples", "ExamplesAhead"]
+__all__ = ["Contracts", "ExampleSource", "Examples", "ExamplesAhead", "check_derivatives"]
 
 # On a CPU rows are made in whole blocks of the stream: vectorised functions round the ends of an array
 # differently, and a row must not depend on the range that it is asked for in.
 _BLOCK = 1024
 # Sets the random numbers of directions apart from those of paths, which have the same key.
 _DIRECTIONS = 0x5EED0D1F
-# Between weights equal in units of price (exponent 0) and in bp of spot (2): measured by benchmarks.accuracy.
-_WEIGHT_EXPONENT: Final = 0.5
+# How far a contract is moved along its direction, whose parts are of the size that a price can tell apart: the bias of
+# a difference is that share of a second derivative, and what single precision loses is divided by it.
+_STEP: Final = 2.0**-9
 
 
 class Examples(NamedTuple):
@@ -53,16 +55,16 @@ class Examples(NamedTuple):
 class Contracts(NamedTuple):
     """Contracts on a device, and what follows from them alone.
 
-    Shapes: table (n, 6) float64; inputs (n, order, features); terms (n, 3): the strike, the scale of the payoff and
-    what is taken off the price; with differential labels (n, 7): the derivatives of the latter two, and a and b of
-    d ln S = a + b ln(S / K), the derivative of a price at expiry, or where forwards are normalised that of ln F, and
-    b; weights (n,).
+    Shapes: table (n, fields) float64; inputs (n, order, features); terms (n, k): what is taken off the price, its
+    derivative, and what the labels need; weights (n,); moved (n, fields) float64, each contract a little along its
+    direction, or (n, 0) without derivatives.
     """
 
     table: Tensor
     inputs: Tensor
     terms: Tensor
     weights: Tensor
+    moved: Tensor
 
     def select(self, rows: Tensor) -> Contracts:
         """The rows with these numbers, copied."""
@@ -72,17 +74,22 @@ class Contracts(NamedTuple):
 class ExampleSource:
     """Makes example i of the training stream, a function of seeds and i alone.
 
-    Raises: ConfigError for differential labels of the Euler scheme: only the log scheme says from a price at expiry
-    how that price moves with the contract.
+    Raises: ConfigError for differential labels where there are none: of a payoff that jumps, and of the Euler scheme of
+    `BlackScholes`, whose prices at expiry do not say how they move with the contract.
     """
 
-    def __init__(self, engine: BlackScholes, domain: Mapping[str, BoundSpec], *, differential: bool = False) -> None:
-        if differential and not engine.config.simulate_log_return:
-            raise ConfigError("differential labels need simulate_log_return=True")
+    def __init__(
+        self, engine: BlackScholes | Simulation, domain: Mapping[str, BoundSpec], *, differential: bool = False
+    ) -> None:
         self.engine, self.differential = engine, differential
-        self._domain = domain
-        self._params = engine.config.sim_params
-        self._sampler = SobolSampler(domain, seed=self._params.mc_seed)
+        self.view = View(engine.problem, domain)
+        self._params = engine.params
+        self._sampler = SobolSampler(domain, seed=self._params.mc_seed, schema=engine.problem.schema)
+        self._labels = _TerminalLabels(engine) if isinstance(engine, BlackScholes) else _PathLabels(engine)
+        if differential:
+            if isinstance(engine, BlackScholes) and not engine.config.simulate_log_return:
+                raise ConfigError("differential labels need simulate_log_return=True")
+            check_derivatives(engine.problem)
 
     def contracts(self, start: int, count: int) -> Contracts:
         """Contracts start ... start + count - 1 of the Sobol stream."""
@@ -94,18 +101,14 @@ class ExampleSource:
 
     def simulate(self, contracts: Contracts, first: Tensor) -> Examples:
         """Simulated examples, row 0 being stream `first`. Shapes: first () int64 on the engine's device."""
-        strike, scale, shift, *slopes = contracts.terms.T.contiguous()
-        terminal, size = self.engine.simulate(contracts.table, first), self._params.network_size
+        anchors = contracts.terms[:, :2].T
         if not self.differential:
-            targets = torch.view_as_real(put_spectrum(terminal, strike, scale, size))[:, None]
-            targets[:, 0, 0, 0] -= shift
-            return Examples(contracts.inputs, targets, contracts.weights)
-        d_scale, d_shift, constant, slope = slopes
-        d_log, normalized = (constant, slope), self.engine.config.normalize_forwards
-        spectra = put_spectrum_and_slope(terminal, strike, scale, d_scale, d_log, size, normalized=normalized)
+            spectra = [self._labels.spectrum(contracts, first)]
+        else:
+            spectra = list(self._labels.spectrum_and_slope(contracts, first))
         targets = torch.stack([torch.view_as_real(spectrum) for spectrum in spectra], dim=1)
-        targets[:, 0, 0, 0] -= shift
-        targets[:, 1, 0, 0] -= d_shift
+        for order in range(len(spectra)):
+            targets[:, order, 0, 0] -= anchors[order]
         return Examples(contracts.inputs, targets, contracts.weights)
 
     def _describe(self, start: int, count: int) -> Contracts:
@@ -113,42 +116,111 @@ class ExampleSource:
         if self.engine.device.type == "cuda":  # from pinned memory, so that nothing waits for the copy
             points = points.pin_memory()
         table = points.to(self.engine.device, non_blocking=True)
-        dtype = self._params.dtype.torch
-        if not self.differential:
-            inputs, terms = features(table, self._domain)[:, None], _terms(table)
-        else:
-            (value, terms, law), (d_value, d_terms, d_law) = self._along(table, self._directions(start, table))
-            # The log scheme: ln S = mean + deviation Z, and Z does not depend on the contract.
-            slope = d_law[:, 1] / law[:, 1]
-            if self.engine.config.normalize_forwards:
-                constant = d_law[:, 0] + law[:, 1] * d_law[:, 1]  # of ln F = mean + deviation^2 / 2
-            else:
-                constant = d_law[:, 0] + slope * (torch.log(columns(table).K) - law[:, 0])
-            inputs = torch.stack([value, d_value], dim=1)
-            terms = torch.cat([terms, d_terms[:, 1:], torch.stack([constant, slope], dim=1)], dim=1)
-        weights = (unit_of_price(table) / columns(table).X0) ** _WEIGHT_EXPONENT
-        return Contracts(table, *(values.to(dtype) for values in (inputs, terms, weights)))
-
-    def _along(self, table: Tensor, direction: Tensor) -> Any:
-        """Features, terms and law of the contracts, and their derivatives along a direction."""
+        dtype, view = self._params.dtype.torch, self.view
 
         def described(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return features(table, self._domain), _terms(table), _law(table)
+            return view.features(table), view.anchor(table), self._labels.terms(view, table)
 
-        return torch.func.jvp(described, (table,), (direction,))
+        if not self.differential:
+            value, anchor, terms = described(table)
+            inputs, terms = value[:, None], torch.cat([anchor[:, None], 0 * anchor[:, None], terms], dim=1)
+            moved = table[:, :0]
+        else:
+            direction = self._directions(start, table)
+            found, derivatives = torch.func.jvp(described, (table,), (direction,))  # type: ignore[misc]
+            (value, anchor, terms), (d_value, d_anchor, d_terms) = found, derivatives
+            inputs = torch.stack([value, d_value], dim=1)
+            terms = torch.cat([torch.stack([anchor, d_anchor], dim=1), self._labels.moving(terms, d_terms)], dim=1)
+            moved = table + _STEP * direction
+        weights = view.weight(table)
+        return Contracts(table, inputs.to(dtype), terms.to(dtype), weights.to(dtype), moved)
 
     def _directions(self, start: int, table: Tensor) -> Tensor:
-        """How each contract moves: normal in every parameter but K, whose part follows from that of X0."""
+        """How each contract moves: normal in every parameter, by as much as `View.moves` says."""
         index = np.arange(start, start + len(table), dtype=np.uint64)
         low, high = index & np.uint64(0xFFFFFFFF), index >> np.uint64(32)
-        words = (philox4x32(self._params.mc_seed, (low, high, part, _DIRECTIONS)) for part in range(3))
-        normals = [z for word in words for z in box_muller(word, Precision.float64)]
-        c = columns(table)
-        # Of the size of what the price can tell apart, or of the domain's.
-        ones = torch.ones_like(c.T)
-        rates = {name: spread_of(self._domain[name]) * ones for name in ("r", "d")}
-        sizes = c._replace(X0=c.X0 * c.v * torch.sqrt(c.T), K=0 * ones, T=c.T / 2, v=c.v / 2, **rates)
-        return torch.stack(sizes, dim=1) * torch.from_numpy(np.stack(normals, axis=1)).to(table.device)
+        parts = range(-(-table.shape[1] // 2))
+        words = (philox4x32(self._params.mc_seed, (low, high, part, _DIRECTIONS)) for part in parts)
+        normals = np.stack([z for word in words for z in box_muller(word, Precision.float64)], axis=1)
+        return self.view.moves(table) * torch.from_numpy(normals[:, : table.shape[1]]).to(table.device)
+
+
+def check_derivatives(problem: Problem) -> None:
+    """Raises: ConfigError where derivatives cannot be labels."""
+    product = problem.product
+    if not product.lipschitz:
+        raise ConfigError(
+            f"differential labels need a payoff that moves little when a price does, and that of {product.kind} may "
+            "jump: train with differential=0"
+        )
+
+
+class _PathLabels:
+    """Of any problem: payoffs of paths; derivatives by the same random numbers at a contract a little beside it."""
+
+    def __init__(self, engine: Simulation) -> None:
+        self._engine = engine
+
+    def terms(self, view: View, table: Tensor) -> Tensor:
+        """The scale of payoffs. Shapes: (n, fields) -> (n, 1)."""
+        return 1 / view.unit(table)[:, None]
+
+    def moving(self, terms: Tensor, d_terms: Tensor) -> Tensor:
+        """The same, and its derivative. Shapes: (n, 1) each -> (n, 2)."""
+        return torch.cat([terms, d_terms], dim=1)
+
+    def spectrum(self, contracts: Contracts, first: Tensor) -> Tensor:
+        payoffs = self._engine.simulate(contracts.table, first)
+        return payoff_spectrum(payoffs, contracts.terms[:, 2].contiguous(), self._engine.params.network_size)
+
+    def spectrum_and_slope(self, contracts: Contracts, first: Tensor) -> tuple[Tensor, Tensor]:
+        payoffs, moved = self._engine.simulate_moved(contracts.table, contracts.moved, first)
+        scale, d_scale = contracts.terms[:, 2], contracts.terms[:, 3]
+        slopes = moved.sub_(payoffs).div_(_STEP)
+        return payoff_spectrum_and_slope(payoffs, slopes, scale, d_scale, self._engine.params.network_size)
+
+
+class _TerminalLabels:
+    """Of European puts under geometric Brownian motion: prices at expiry, and derivatives along them in closed form."""
+
+    def __init__(self, engine: BlackScholes) -> None:
+        self._engine = engine
+
+    def terms(self, view: View, table: Tensor) -> Tensor:
+        """Strike, scale of the payoff, and mean and deviation of the logarithm of the price at expiry.
+
+        Shapes: (n, fields) -> (n, 4).
+        """
+        law = view.problem.law(table)
+        mean = torch.log(law.spot) + law.growth - law.deviation.square() / 2
+        return torch.stack([law.c.K, law.discount / view.unit(table), mean, law.deviation], dim=1)
+
+    def moving(self, terms: Tensor, d_terms: Tensor) -> Tensor:
+        """Strike, scale and its derivative; a and b of d ln S = a + b ln(S / K), the derivative of a price at expiry,
+        or where forwards are normalised that of ln F, and b. Shapes: (n, 4) each -> (n, 5).
+        """
+        strike, scale, mean, deviation = terms.T
+        _, d_scale, d_mean, d_deviation = d_terms.T
+        # The log scheme: ln S = mean + deviation Z, and Z does not depend on the contract.
+        slope = d_deviation / deviation
+        if self._engine.config.normalize_forwards:
+            constant = d_mean + deviation * d_deviation  # of ln F = mean + deviation^2 / 2
+        else:
+            constant = d_mean + slope * (torch.log(strike) - mean)
+        return torch.stack([strike, scale, d_scale, constant, slope], dim=1)
+
+    def spectrum(self, contracts: Contracts, first: Tensor) -> Tensor:
+        _, _, strike, scale, *_ = contracts.terms.T.contiguous()
+        return put_spectrum(
+            self._engine.simulate(contracts.table, first), strike, scale, self._engine.params.network_size
+        )
+
+    def spectrum_and_slope(self, contracts: Contracts, first: Tensor) -> tuple[Tensor, Tensor]:
+        _, _, strike, scale, d_scale, constant, slope = contracts.terms.T.contiguous()
+        return put_spectrum_and_slope(
+            self._engine.simulate(contracts.table, first), strike, scale, d_scale, (constant, slope),
+            self._engine.params.network_size, normalized=self._engine.config.normalize_forwards,
+        )  # fmt: skip
 
 
 class ExamplesAhead:
@@ -195,15 +267,3 @@ class ExamplesAhead:
         contracts, first = self._contracts.popleft(), torch.tensor(self._simulated)
         self._simulated += len(contracts.table)
         return contracts, first
-
-
-def _terms(table: Tensor) -> Tensor:
-    c = columns(table)
-    discount = torch.exp(-c.r * c.T)
-    return torch.stack([c.K, discount / unit_of_price(table), intrinsic(table)], dim=1)
-
-
-def _law(table: Tensor) -> Tensor:
-    """Mean and standard deviation of the logarithm of the price at expiry. Shapes: (n, 6) -> (n, 2)."""
-    c = columns(table)
-    return torch.stack([torch.log(c.X0) + (c.r - c.d - c.v.square() / 2) * c.T, c.v * torch.sqrt(c.T)], dim=1)

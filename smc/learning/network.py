@@ -23,14 +23,16 @@ from torch.nn import functional
 
 from smc.errors import ConfigError
 from smc.learning.modules import check_copyable, evaluating, unwrapped
+from smc.learning.scale import input_count
 from smc.numeric_fields import WholeNumber
+from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.simulation.cuda import require_device
 from smc.simulation.engine import SimulationParams
 
 __all__ = ["CVNN", "FEATURES", "CVNNConfig", "ComplexLinear", "ModReLU", "RealNetwork", "build_cvnn", "check_model"]
 
-FEATURES: Final = 9
-"""Inputs of a model: the features of one contract, see `smc.learning.scale`."""
+FEATURES: Final = input_count(EUROPEAN_PUT)
+"""Inputs of a model of European puts: the features of one contract, see `smc.learning.scale`."""
 
 Activation = Literal["split_silu", "cardioid", "modrelu", "zrelu"]
 
@@ -128,25 +130,29 @@ class RealNetwork(nn.Module):
         return self.layers[-1](x).chunk(2, dim=-1)
 
 
-def build_cvnn(sim_params: SimulationParams, config: CVNNConfig = CVNNConfig()) -> CVNN | RealNetwork:
-    """A network of the right shape for these simulations, initialised from `config.seed`.
+def build_cvnn(
+    sim_params: SimulationParams, config: CVNNConfig = CVNNConfig(), problem: Problem = EUROPEAN_PUT
+) -> CVNN | RealNetwork:
+    """A network of the right shape for these simulations of a problem, initialised from `config.seed`.
 
-    Shapes: two of (n, FEATURES) -> two of (n, sim_params.bins). On the CPU; move it with `.cuda()`.
+    Shapes: two of (n, inputs of the problem) -> two of (n, sim_params.bins). On the CPU; move it with `.cuda()`.
     """
+    inputs = input_count(problem)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = CVNN if config.numbers == "complex" else RealNetwork
-        return network(FEATURES, sim_params.bins, config, dtype=sim_params.dtype.torch)
+        return network(inputs, sim_params.bins, config, dtype=sim_params.dtype.torch)
 
 
-def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device:
+def check_model(model: nn.Module, bins: int, dtype: torch.dtype, inputs: int = FEATURES) -> torch.device:
     """Check that a model can serve, and return the device its parameters are on.
 
     Raises: ConfigError saying what is wrong with the model, the shape that is wanted, and how to get it.
     """
     wanted = (
-        f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {FEATURES}) and must "
-        f"return two of shape (batch, {bins}); smc.learning.network.build_cvnn(sim_params) makes one"
+        f"the model is called as model(real, imag) with two ({dtype}) tensors of shape (batch, {inputs}) and must "
+        f"return two of shape (batch, {bins}); smc.learning.network.build_cvnn(sim_params) makes one, with the problem "
+        "as a third argument where it is none of European puts"
     )
     check_copyable(unwrapped(model))
     parameters = list(model.parameters())
@@ -164,7 +170,7 @@ def check_model(model: nn.Module, bins: int, dtype: torch.dtype) -> torch.device
         )
     if wrong is not None:
         raise ConfigError(f"the model's parameters are {wrong}, the simulation is {dtype}: use one of them for both")
-    probe = torch.zeros(2, FEATURES, dtype=dtype, device=device)
+    probe = torch.zeros(2, inputs, dtype=dtype, device=device)
     try:
         inspect.signature(model.forward).bind(probe, probe)
         with torch.no_grad(), evaluating(model):

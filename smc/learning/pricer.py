@@ -28,18 +28,18 @@ from smc.errors import ConfigError, NumericsError
 from smc.learning.guarded import GuardedLogger, Logger, only_training, stopped_by_signals
 from smc.learning.labels import Examples, ExampleSource
 from smc.learning.modules import check_trainable, training, unwrapped
-from smc.learning.network import FEATURES, check_model
+from smc.learning.network import check_model
 from smc.learning.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.learning.plan import PLAN_END, Progress, StepReport, TrainingConfig, TrainingPlan
 from smc.learning.replay import ReplayBuffer
 from smc.learning.result import TrainingResult
-from smc.learning.scale import Scaling
+from smc.learning.scale import Scaling, input_count
 from smc.learning.step import Position, TrainingStep
 from smc.numeric_fields import is_whole
-from smc.prediction.predictor import Array, Outside, Predictor
+from smc.prediction.predictor import LEARNT, Array, Kind, Kinds, Outside, Predictor
 from smc.problem.contracts import ContractsLike, question_units, resolve_domain
-from smc.problem.oracles.black_scholes import Greeks, OptionKinds
-from smc.simulation.engine import BlackScholes
+from smc.problem.oracles.black_scholes import Greeks
+from smc.simulation.engine import engine_of
 from smc.simulation.levels import PayoffDistribution, bin_weights
 from smc.storage.commits import (
     DEFAULT_MESSAGE,
@@ -78,7 +78,8 @@ Metrics = Callable[["GbmCVNNPricer"], Mapping[str, float]]
 
 
 class GbmCVNNPricer:
-    """Learns the discounted put payoff's quantile spectrum over a domain of contracts.
+    """Learns the discounted payoff's quantile spectrum over a domain of contracts: of European puts under geometric
+    Brownian motion, or of any problem that `config.cfg` names.
 
     Lives where its model's parameters live. `snapshot`, `stop` and `progress` may be called from other
     threads while `train` runs; everything else belongs to the thread that trains.
@@ -89,11 +90,13 @@ class GbmCVNNPricer:
     def __init__(self, config: GbmCVNNPricerConfig) -> None:
         self._cfg = config.cfg
         self._params = config.cfg.sim_params
-        self.domain = resolve_domain(config.domain_bounds)
-        question_units(self.domain)
+        self.problem = config.cfg.problem
+        self.domain = resolve_domain(config.domain_bounds, self.problem.schema)
+        question_units(self.domain, self.problem.schema)
         self.model = config.cvnn
-        self.device = check_model(self.model, self._params.bins, self._params.dtype.torch)
-        self._engine = BlackScholes(config.cfg, self.device)
+        inputs = input_count(self.problem)
+        self.device = check_model(self.model, self._params.bins, self._params.dtype.torch, inputs)
+        self._engine = engine_of(config.cfg, self.device)
         self._position = Position(config.global_step, config.sobol_skip, self._params.skip)
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
@@ -165,7 +168,7 @@ class GbmCVNNPricer:
         at = self._position
         if any(parameter.is_inference() for parameter in self.model.parameters()):
             raise ConfigError("the model was made inside torch.inference_mode(), where nothing can be trained")
-        probe = torch.zeros(2, FEATURES, dtype=self._params.dtype.torch, device=self.device)
+        probe = torch.zeros(2, input_count(self.problem), dtype=self._params.dtype.torch, device=self.device)
         with (
             stopped_by_signals(lambda within: self.stop(within=within)),
             torch.inference_mode(False),
@@ -279,19 +282,20 @@ class GbmCVNNPricer:
     # --- prediction -----------------------------------------------------------------------------------
 
     def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Array | Tensor:
-        """Present values, calls by parity, held within the no-arbitrage bounds.
+        """Present values, held within the no-arbitrage bounds. `kind`: of a European put, calls follow by parity.
 
-        Shapes: n contracts, or an (n, 6) array or tensor -> (n,) float64, a tensor on its device if given one.
-        T = 0 and v = 0 are exact, without the network.
-        Raises: ConfigError for a contract outside the trained domain, unless outside='warn'.
+        Shapes: n contracts, or an (n, fields) array or tensor -> (n,) float64, a tensor on its device if given one.
+        What is certain (T = 0, v = 0) is exact, without the network.
+        Raises: ConfigError for a contract outside the trained domain, unless outside='warn', and for a `kind` that does
+        not follow from what was learnt.
         """
         self._warn_if_untrained()
         return self._predictor.predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """Distribution of the discounted payoff, its mean the price. Shapes: n contracts -> levels (n, N).
 
@@ -301,11 +305,18 @@ class GbmCVNNPricer:
         return self._predictor.predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Greeks:
         """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
         self._warn_if_untrained()
         return self._predictor.predict_greeks(contracts, kind, outside=outside)
+
+    def predict_sensitivities(
+        self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
+    ) -> Any:
+        """Derivatives of the learnt price by every field of a contract, by name. Shapes: -> (n,) each."""
+        self._warn_if_untrained()
+        return self._predictor.predict_sensitivities(contracts, kind, outside=outside)
 
     def _warn_if_untrained(self) -> None:
         if self._position.step == 0:
@@ -316,7 +327,7 @@ class GbmCVNNPricer:
 
     @cached_property
     def _predictor(self) -> Predictor:
-        return Predictor(self.model, self._measured_scaling(), self.domain, self._params.network_size)
+        return Predictor(self.model, self._measured_scaling(), self.domain, self._params.network_size, self.problem)
 
     # --- state ----------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,68 +20,108 @@ from torch import Tensor, nn
 
 from smc.errors import ConfigError
 from smc.learning.modules import evaluating
-from smc.learning.scale import Scaling, features, intrinsic, unit_of_price
-from smc.problem.contracts import (
-    FIELDS,
-    BoundSpec,
-    ContractsLike,
-    columns,
-    contract_array,
-    is_random,
-    outside_domain,
-    unit_of,
-)
-from smc.problem.oracles import black_scholes
+from smc.learning.scale import Scaling, View
+from smc.problem.contracts import BoundSpec, ContractsLike, contract_array, outside_domain, unit_of
 from smc.problem.oracles.black_scholes import Greeks, OptionKind, OptionKinds
+from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.simulation.cuda import NotCapturable, capture
-from smc.simulation.levels import PayoffDistribution, levels_from_spectrum, reflected_levels, valid_levels
+from smc.simulation.levels import PayoffDistribution, levels_from_spectrum, valid_levels
 
-__all__ = ["Outside", "Predictor"]
+__all__ = ["LEARNT", "Kind", "Kinds", "Outside", "Predictor"]
 
 logger = logging.getLogger("smc.prediction")
 
 Outside = Literal["refuse", "warn"]
+Kind = OptionKind | Literal["learnt"]
+Kinds = OptionKinds | Literal["learnt"]
+"""Which option is asked about, one word for all contracts of a call, or one for each."""
+LEARNT: Final = "learnt"
 Array = npt.NDArray[np.float64]
 
 _CHUNK = 65536
-# Of a call's level, in units of the discounted strike: below, it may well be none.
-_LEAST_PAYOFF = 1e-4
 # Rows of the graphs that are captured when first needed: a few contracts do not pay for a whole chunk.
 _GRAPH_ROWS = (256, 4096, _CHUNK)
+# By how much a field is moved for the derivative of a payoff that is certain, relative to its size.
+_DIFFERENCE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Contracts on the device of the model, `home` being where the answer belongs (None: to NumPy).
+
+    What is certain needs no network: `learnt` has another contract in these rows, and `payoffs` what they pay.
+    """
+
+    table: Tensor
+    home: torch.device | None
+    learnt: Tensor
+    certain: Tensor
+    payoffs: Tensor
+
+    def settle(self, values: Tensor) -> Tensor:
+        """Fill in what is certain. Shapes: (n,) or (n, N)."""
+        if len(self.certain):
+            values[self.certain] = self.payoffs if values.ndim == 1 else self.payoffs[:, None]
+        return values
+
+    def returned(self, values: Tensor) -> Array | Tensor:
+        return values.cpu().numpy() if self.home is None else values.to(self.home)
 
 
 class Predictor:
-    """A network with the scaling and domain that give its output a meaning. Any thread may ask it."""
+    """A network with the scaling and domain that give its output a meaning. Any thread may ask it.
 
-    def __init__(self, model: nn.Module, scaling: Scaling, domain: Mapping[str, BoundSpec], network_size: int) -> None:
+    `kind` is "put" or "call", one for all contracts or one for each: of the two one may be what was learnt, and the
+    other may follow from it. The default, "learnt", is what was learnt.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scaling: Scaling,
+        domain: Mapping[str, BoundSpec],
+        network_size: int,
+        problem: Problem = EUROPEAN_PUT,
+    ) -> None:
         self._model, self._scaling, self.domain, self._size = model, scaling, domain, network_size
+        self.problem = problem
+        self._view = View(problem, domain)
         self._device = scaling.spread.device
         self._graphs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
         self._one_at_a_time = threading.RLock()  # of the threads that share a graph's memory
         self._capturable = self._device.type == "cuda"
 
+    @property
+    def price_kinds(self) -> tuple[Kind, ...]:
+        """What there are prices of: what was learnt, first, and the other option where its price follows."""
+        option = self.problem.product.option
+        if option is None:
+            return (LEARNT,)
+        if self.problem.product.parity(self.problem.law(self._view.middle())) is None:
+            return (option,)
+        return (option, "call" if option == "put" else "put")
+
+    @property
+    def distribution_kinds(self) -> tuple[Kind, ...]:
+        """What there are distributions of, as `price_kinds`."""
+        reflects = self.problem.product.reflection is not None and self.problem.process.log_normal
+        return self.price_kinds if reflects else self.price_kinds[:1]
+
     def predict_price(
-        self,
-        contracts: ContractsLike | Tensor,
-        kind: OptionKinds = "put",
-        *,
-        outside: Outside = "refuse",
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Array | Tensor:
         """Prices within the no-arbitrage bounds. Shapes: -> (n,) float64."""
         if not isinstance(kind, str):
             return self._each(self.predict_price, contracts, kind, outside)
-        _check_kind(kind)
-        table, home = self._table(contracts, outside)
-        put = self._in_chunks("price", self._put, table)
-        value = put if kind == "put" else (put + _forward_value(table)).clamp_(min=0)
-        return _returned(value, home)
+        other = self._is_other(kind)
+        asked = self._asked(contracts, outside)
+        value = asked.settle(self._in_chunks("price", self._price, asked.learnt))
+        if other:
+            value = (value + self._parity(asked.table)).clamp_(min=0)
+        return asked.returned(value)
 
     def predict_distribution(
-        self,
-        contracts: ContractsLike | Tensor,
-        kind: OptionKinds = "put",
-        *,
-        outside: Outside = "refuse",
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """Valid distributions whose means are the prices. Shapes: -> levels (n, N)."""
         if not isinstance(kind, str):
@@ -89,49 +130,85 @@ class Predictor:
                 return self.predict_distribution(rows, one, outside=outside).levels
 
             return PayoffDistribution(self._each(levels_of, contracts, kind, outside))
-        _check_kind(kind)
-        table, home = self._table(contracts, outside)
-        levels = self._put_levels if kind == "put" else self._call_levels
-        return PayoffDistribution(_returned(self._in_chunks(f"{kind} levels", levels, table), home))
+        other = self._is_other(kind)
+        if other and kind not in self.distribution_kinds:
+            raise ConfigError(
+                f"the distribution of a {kind} does not follow from {self.problem.name}, which was learnt, though its "
+                "price does: train a product of its own"
+            )
+        asked = self._asked(contracts, outside)
+        if not other:
+            levels = asked.settle(self._in_chunks("levels", self._levels, asked.learnt))
+        else:
+            levels = self._in_chunks("other levels", self._other_levels, asked.learnt)
+            if len(asked.certain):
+                parity = self._parity(asked.table)[asked.certain]
+                levels[asked.certain] = (asked.payoffs + parity).clamp(min=0)[:, None]
+        return PayoffDistribution(asked.returned(levels))
 
     def predict_greeks(
-        self,
-        contracts: ContractsLike | Tensor,
-        kind: OptionKinds = "put",
-        *,
-        outside: Outside = "refuse",
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Greeks:
-        """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,)."""
+        """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,).
+
+        Raises: ConfigError for a problem without the fields `r` and `v`: `predict_sensitivities` has those it has.
+        """
         if not isinstance(kind, str):
 
             def stacked(rows: Any, one: OptionKind, *, outside: Outside) -> Array:
                 return np.stack(self.predict_greeks(rows, one, outside=outside), axis=1)
 
             return Greeks(*np.asarray(self._each(stacked, contracts, kind, outside)).T.copy())
-        _check_kind(kind)
-        with torch.inference_mode(False), torch.enable_grad():
-            return self._greeks(contracts, kind, outside)
+        if missing := [name for name in ("r", "v") if name not in self.problem.schema.names]:
+            raise ConfigError(
+                f"{self.problem.name} has no field {missing[0]!r}, and so no such Greek: predict_sensitivities has the "
+                f"derivatives by {', '.join(self.problem.schema.names)}"
+            )
+        first, gamma = self._derivatives(contracts, kind, outside)
+        spot = getattr(first, self.problem.process.fields[0].name)
+        return Greeks(spot, gamma, first.v, -first.T, first.r)
 
-    def _greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind, outside: Outside) -> Greeks:
-        table, _ = self._table(contracts, outside)
-        array = table.cpu().numpy()
-        learnt = np.flatnonzero(is_random(array))
-        out = Greeks(*(np.array(values) for values in black_scholes.greeks(array, "put")))
-        for rows in (learnt[i : i + _CHUNK] for i in range(0, len(learnt), _CHUNK)):
-            part = torch.from_numpy(array[rows]).to(self._device).requires_grad_()
-            value, _ = self._spectrum(part)
-            (first,) = torch.autograd.grad(value[:, 0].sum(), part, create_graph=True)
-            (second,) = torch.autograd.grad(columns(first).X0.sum(), part)
-            by, twice = columns(first.detach().cpu().numpy()), columns(second.cpu().numpy())
-            for target, values in zip(out, (by.X0, twice.X0, by.v, -by.T, by.r), strict=True):
-                target[rows] = values
-        if kind == "put":
-            return out
-        c = columns(array)
-        df, q = np.exp(-c.r * c.T), np.exp(-c.d * c.T)
-        # Call = put + X0 q - K df, differentiated.
-        theta = out.theta + c.d * c.X0 * q - c.r * c.K * df
-        return Greeks(out.delta + q, out.gamma, out.vega, theta, out.rho + c.T * c.K * df)
+    def predict_sensitivities(
+        self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
+    ) -> Any:
+        """Derivatives of the price by every field of a contract, a named tuple. Shapes: -> (n,) each."""
+        return self._derivatives(contracts, kind, outside)[0]
+
+    def _derivatives(self, contracts: ContractsLike | Tensor, kind: Kind, outside: Outside) -> tuple[Any, Array]:
+        """First derivatives by name, and the second by the first spot. Shapes: -> (n,) each."""
+        other = self._is_other(kind)
+        with torch.inference_mode(False), torch.enable_grad():
+            asked = self._asked(contracts, outside)
+            first, second = np.empty((len(asked.table), len(self.problem.schema))), np.zeros(len(asked.table))
+            for start in range(0, len(asked.table), _CHUNK):
+                part = asked.learnt[start : start + _CHUNK].clone().requires_grad_()
+                value, _ = self._spectrum(part)
+                (once,) = torch.autograd.grad(value[:, 0].sum(), part, create_graph=True)
+                spot = self.problem.schema.column(self.problem.process.fields[0].name)
+                (twice,) = torch.autograd.grad(once[:, spot].sum(), part)
+                first[start : start + _CHUNK] = once.detach().cpu().numpy()
+                second[start : start + _CHUNK] = twice[:, spot].cpu().numpy()
+            if len(asked.certain):
+                rows = asked.certain.cpu().numpy()
+                # A payoff that is certain is straight almost everywhere.
+                first[rows], second[rows] = self._certain_derivatives(asked.table[asked.certain].cpu()), 0.0
+            if other:
+                table = asked.table.clone().requires_grad_()
+                (more,) = torch.autograd.grad(self._parity(table).sum(), table)
+                first = first + more.cpu().numpy()
+        return self.problem.schema.row(*np.ascontiguousarray(first.T)), second
+
+    def _certain_derivatives(self, table: Tensor) -> Array:
+        """Of the certain payoff by each field, by differences. Shapes: (n, fields) -> the same."""
+        derivatives = []
+        for column, field in enumerate(self.problem.schema):
+            step = _DIFFERENCE * table[:, column].abs().clamp(min=1.0)
+            up, down = table.clone(), table.clone()
+            up[:, column] += step
+            down[:, column] = torch.maximum(down[:, column] - step, torch.full_like(step, field.least))
+            width = (up[:, column] - down[:, column]).numpy()
+            derivatives.append((self.problem.certain_payoffs(up) - self.problem.certain_payoffs(down)) / width)
+        return np.stack(derivatives, axis=1)
 
     def _each(
         self,
@@ -141,11 +218,13 @@ class Predictor:
         outside: Outside,
     ) -> Array | Tensor:
         """Answers for contracts of both kinds, `kinds` being one for each. Raises: ConfigError."""
-        table, home = self._table(contracts, outside)
-        rows = contracts if isinstance(contracts, Tensor) else table.cpu().numpy()
+        asked = self._asked(contracts, outside)
+        rows = contracts if isinstance(contracts, Tensor) else asked.table.cpu().numpy()
         named = np.asarray(kinds, dtype=object)
-        if named.shape != (len(table),):
-            raise ConfigError(f"kind must be one word, or one for each of {len(table)} contracts; got {named.shape}")
+        if named.shape != (len(asked.table),):
+            raise ConfigError(
+                f"kind must be one word, or one for each of {len(asked.table)} contracts; got {named.shape}"
+            )
         for row, kind in enumerate(named.tolist()):
             if kind not in ("put", "call"):
                 raise ConfigError(f"kind[{row}] must be 'put' or 'call', got {kind!r}")
@@ -156,57 +235,51 @@ class Predictor:
             parts = [
                 ask(rows[place], kind, outside=outside) for place, kind in zip(places, ("put", "call"), strict=True)
             ]
-        if home is not None:
+        if asked.home is not None:
             return torch.cat([torch.as_tensor(part) for part in parts])[torch.from_numpy(order)]
         return np.concatenate([np.asarray(part) for part in parts])[order]
 
     # --- from contracts to values, on the device ------------------------------------------------------
 
     def _spectrum(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Spectrum of the discounted put payoff. Shapes: (n, 6) float64 -> two of (n, bins) float64."""
-        inputs = features(table, self.domain).to(self._scaling.spread.dtype)
+        """Spectrum of the discounted payoff. Shapes: (n, fields) float64 -> two of (n, bins) float64."""
+        inputs = self._view.features(table).to(self._scaling.spread.dtype)
         with evaluating(self._model):
             real, imag = self._scaling.restore(*self._model(inputs, torch.zeros_like(inputs)))
-        unit = unit_of_price(table)[:, None]
+        unit = self._view.unit(table)[:, None]
         real, imag = real.double() * unit, imag.double() * unit
-        price = real[:, :1] + intrinsic(table)[:, None] * unit
+        price = real[:, :1] + self._view.anchor(table)[:, None] * unit
         return torch.cat([price, real[:, 1:]], dim=1), imag
 
-    def _put(self, table: Tensor) -> Tensor:
-        learnt, certain = _known(table)
-        lower, upper = _put_bounds(table)
-        price = self._spectrum(learnt)[0][:, 0]
-        return torch.where(is_random(table), torch.clamp(price, lower, upper), certain)
+    def _price(self, table: Tensor) -> Tensor:
+        bounds = self._view.bounds(table)
+        return torch.clamp(self._spectrum(table)[0][:, 0], bounds.lower, bounds.upper)
 
-    def _put_levels(self, table: Tensor) -> Tensor:
-        learnt, certain = _known(table)
-        lower, upper = _put_bounds(table)
-        real, imag = self._spectrum(learnt)
+    def _levels(self, table: Tensor) -> Tensor:
+        bounds = self._view.bounds(table)
+        real, imag = self._spectrum(table)
         levels = levels_from_spectrum(torch.complex(real, imag), self._size)
-        valid = valid_levels(levels, torch.clamp(real[:, 0], lower, upper), upper)
-        return torch.where(is_random(table)[:, None], valid, certain[:, None])
+        return valid_levels(levels, torch.clamp(real[:, 0], bounds.lower, bounds.upper), bounds.payoff)
 
-    def _call_levels(self, table: Tensor) -> Tensor:
-        """By reflection of a put's, shifted onto the price that parity gives."""
-        learnt, _ = _known(table)
-        c = columns(learnt)
-        discount = torch.exp(-c.r * c.T)
-        reflected = (c.X0 * torch.exp((c.r - c.d - c.v.square() / 2) * c.T)).square() / c.K
-        put = self._put_levels(torch.stack(c._replace(K=reflected), dim=1))
-        levels = reflected_levels(put, c.K, reflected, discount, c.v * torch.sqrt(c.T))
-        price = (self._put(table) + _forward_value(table)).clamp(min=0)
-        # An error of the put's level is carried over by the square of the price there; nothing is known to be 0
-        # better than where neither pays. From there on without a jump, or rounding would show.
-        pays = levels / (discount * c.K)[:, None]
-        variances = (1 + pays) ** 4 * pays / (pays + _LEAST_PAYOFF) + 1e-6
-        valid = valid_levels(levels, price, torch.full_like(price, torch.inf), variances)
-        return torch.where(is_random(table)[:, None], valid, price[:, None])
+    def _other_levels(self, table: Tensor) -> Tensor:
+        """By reflection of what was learnt, shifted onto the price that parity gives."""
+        law, reflection = self.problem.law(table), self.problem.product.reflection
+        assert reflection is not None
+        learnt = self._levels(torch.stack(list(reflection.contracts(law)), dim=1))
+        levels, variances = reflection.levels(law, learnt)
+        price = (self._price(table) + self._parity(table)).clamp(min=0)
+        return valid_levels(levels, price, torch.full_like(price, torch.inf), variances)
+
+    def _parity(self, table: Tensor) -> Tensor:
+        parity = self.problem.product.parity(self.problem.law(table))
+        assert parity is not None
+        return parity
 
     def _in_chunks(self, name: str, function: Callable[[Tensor], Tensor], table: Tensor) -> Tensor:
         n = len(table)
         with torch.no_grad():
             if n == 0:  # no FFT of nothing: the answer for some contract says what it looks like
-                return function(self._middle(1))[:0]
+                return function(self._view.middle().to(self._device))[:0]
             rows = next((r for r in _GRAPH_ROWS if r >= n), _CHUNK)
             with self._one_at_a_time:
                 work = self._graph(name, function, rows) if self._capturable else function
@@ -216,7 +289,7 @@ class Predictor:
     def _graph(self, name: str, function: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
         """`function` on up to `rows` contracts as one CUDA graph, captured once; as it is, if it cannot be."""
         if (name, rows) not in self._graphs:
-            given = self._middle(rows)
+            given = self._view.middle(rows).to(self._device)
             results: list[Tensor] = []
 
             def work() -> None:
@@ -244,72 +317,61 @@ class Predictor:
             self._graphs[name, rows] = replayed
         return self._graphs[name, rows]
 
-    def _middle(self, rows: int) -> Tensor:
-        """The contract in the middle of the domain, so many times."""
-        middle = [(b.lower + b.upper) / 2 for b in (self.domain[field] for field in FIELDS)]
-        return torch.tensor(middle, dtype=torch.float64, device=self._device).expand(rows, -1).contiguous()
-
     # --- what was asked -------------------------------------------------------------------------------
 
-    def _table(self, contracts: ContractsLike | Tensor, outside: Outside) -> tuple[Tensor, torch.device | None]:
-        """The contracts on this device, checked, and where the answer belongs (None: to NumPy)."""
+    def _is_other(self, kind: Kind) -> bool:
+        """Whether it is not what was learnt but follows from it. Raises: ConfigError."""
+        if kind in (LEARNT, self.problem.product.option):
+            return False
+        if kind not in ("put", "call"):
+            raise ConfigError(f"kind must be 'put' or 'call', got {kind!r}")
+        if kind not in self.price_kinds:
+            raise ConfigError(
+                f"kind={kind!r} does not follow from {self.problem.name}, which was learnt: leave kind out to ask for "
+                "that, or train a product of its own"
+            )
+        return True
+
+    def _asked(self, contracts: ContractsLike | Tensor, outside: Outside) -> _Asked:
+        """The contracts on this device, checked."""
         if outside not in ("refuse", "warn"):
             raise ConfigError(f"outside must be 'refuse' or 'warn', got {outside!r}")
+        home = contracts.device if isinstance(contracts, Tensor) else None
+        none = torch.empty(0, dtype=torch.int64, device=self._device)
         if isinstance(contracts, Tensor) and (contracts.is_floating_point() or len(contracts) == 0):
             table = contracts.detach().to(self._device, torch.float64)
-            if not self._is_within(table):
-                table = torch.from_numpy(self._checked(contract_array(contracts), outside)).to(self._device)
-            return table, contracts.device
-        array = self._checked(contract_array(contracts), outside)
-        home = contracts.device if isinstance(contracts, Tensor) else None
-        return torch.from_numpy(array).to(self._device), home
+            if self._is_within(table):  # and what is within is random
+                return _Asked(table, home, table, none, none.double())
+        array = contract_array(contracts, self.problem.schema)
+        host = torch.from_numpy(array)
+        certain = torch.nonzero(~self.problem.is_random(host))[:, 0]
+        learnt = host
+        if len(certain):
+            learnt = host.clone()
+            learnt[certain] = self._view.middle()
+        self._check_inside(learnt.numpy(), outside)
+        payoffs = torch.from_numpy(self.problem.certain_payoffs(host[certain]))
+        table, learnt, certain, payoffs = (x.to(self._device) for x in (host, learnt, certain, payoffs))
+        return _Asked(table, home, learnt, certain, payoffs)
 
     def _is_within(self, table: Tensor) -> bool:
         """Whether the device sees nothing to complain of: one number read back, however many contracts."""
-        if table.ndim != 2 or table.shape[1] != len(FIELDS) or len(table) == 0:
+        names = self.problem.schema.names
+        if table.ndim != 2 or table.shape[1] != len(names) or len(table) == 0:
             return False
-        bounds = [self.domain[field] for field in FIELDS]
+        bounds = [self.domain[name] for name in names]
         limits = torch.tensor([[b.lower, b.upper] for b in bounds], dtype=torch.float64).to(self._device)
         low, high = torch.aminmax(table, dim=0)  # NaN in, NaN out
         return bool(((low >= limits[:, 0]) & (high <= limits[:, 1])).all())
 
-    def _checked(self, array: Array, outside: Outside) -> Array:
-        learnt = np.flatnonzero(is_random(array))
-        inside = array if len(learnt) == len(array) else array[learnt]
-        for name, row in outside_domain(inside, self.domain).items():
-            at = int(learnt[row])
+    def _check_inside(self, array: Array, outside: Outside) -> None:
+        schema = self.problem.schema
+        for name, row in outside_domain(array, self.domain, schema).items():
             bound = self.domain[name]
-            value = array[at, FIELDS.index(name)]
             text = (
-                f"contracts[{at}].{name} = {value:g} is outside the trained domain "
-                f"[{bound.lower:g}, {bound.upper:g}]{unit_of(name)}"
+                f"contracts[{row}].{name} = {array[row, schema.column(name)]:g} is outside the trained domain "
+                f"[{bound.lower:g}, {bound.upper:g}]{unit_of(name, schema)}"
             )
             if outside == "refuse":
                 raise ConfigError(text + "; pass outside='warn' to extrapolate")
             warnings.warn(text + ": extrapolated", stacklevel=5)
-        return array
-
-
-def _check_kind(kind: OptionKind) -> None:
-    if kind not in ("put", "call"):
-        raise ConfigError(f"kind must be 'put' or 'call', got {kind!r}")
-
-
-def _returned(values: Tensor, home: torch.device | None) -> Array | Tensor:
-    return values.cpu().numpy() if home is None else values.to(home)
-
-
-def _known(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Contracts fit for the network, and the put's value where T = 0 or v = 0 and nothing is random."""
-    learnt = torch.where(is_random(table)[:, None], table, torch.ones_like(table))
-    return learnt, (-_forward_value(table)).clamp(min=0) + 0.0  # not -0
-
-
-def _put_bounds(table: Tensor) -> tuple[Tensor, Tensor]:
-    c = columns(table)
-    return (-_forward_value(table)).clamp(min=0), c.K * torch.exp(-c.r * c.T)
-
-
-def _forward_value(table: Tensor) -> Tensor:
-    c = columns(table)
-    return c.X0 * torch.exp(-c.d * c.T) - c.K * torch.exp(-c.r * c.T)

@@ -27,6 +27,7 @@ __all__ = [
     "BoundSpec",
     "Contract",
     "ContractsLike",
+    "bound_of",
     "columns",
     "contract_array",
     "is_random",
@@ -90,10 +91,7 @@ def resolve_domain(
         raise ConfigError(f"domain_bounds: unknown field {unknown[0]!r}; allowed are {', '.join(schema.names)}")
     domain = {field.name: BoundSpec(lower=field.lower, upper=field.upper) for field in schema}
     for name, spec in bounds.items():
-        try:
-            domain[name] = BoundSpec.model_validate(spec)
-        except ValueError as error:
-            raise ConfigError(f"domain_bounds[{name!r}]: {_first_line(error)}") from None
+        domain[name] = bound_of(name, spec)
     for field in schema:
         if domain[field.name].lower <= field.least:
             raise ConfigError(
@@ -102,6 +100,14 @@ def resolve_domain(
                 + ("" if field.strict else f" ({field.name} = {field.least:g} is priced exactly, without training)")
             )
     return domain
+
+
+def bound_of(name: str, bound: BoundSpec | Mapping[str, float]) -> BoundSpec:
+    """The bounds of a field. Raises: ConfigError naming the field."""
+    try:
+        return BoundSpec.model_validate(bound)
+    except ValueError as error:
+        raise ConfigError(f"domain_bounds[{name!r}]: {_first_line(error)}") from None
 
 
 def unit_of(field: str, schema: Schema = SCHEMA) -> str:

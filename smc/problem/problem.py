@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from smc.errors import ConfigError
+from smc.problem.law import Law
 from smc.problem.process import Process
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.product import Product
@@ -19,6 +22,9 @@ from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.problem.schema import EXPIRY, Schema
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["EUROPEAN_PUT", "Problem", "process_of", "product_of", "register"]
 
@@ -60,6 +66,32 @@ class Problem:
     def name(self) -> str:
         """Both kinds."""
         return f"{self.process.kind} x {self.product.kind}"
+
+    def law(self, table: Tensor) -> Law:
+        """What is known of the prices of a table of contracts. Shapes: (n, fields)."""
+        return Law(self.process, self.schema.row(*table.unbind(dim=1)))
+
+    def is_random(self, table: Tensor) -> Tensor:
+        """Which contracts have an outcome that is not known today. Shapes: (n, fields) -> (n,)."""
+        law = self.law(table)
+        return law.c.T > 0 if not law.known else law.deviation > 0
+
+    def certain_payoffs(self, table: Tensor) -> npt.NDArray[np.float64]:
+        """What contracts pay whose prices are certain: those of their forwards. Shapes: (n, fields) -> (n,).
+
+        Units: currency, discounted.
+        """
+        product, dates = self.product, max(1, self.product.dates)
+        prices = self.law(table).on_dates(dates)[0].tolist()
+        paid = np.empty(len(table))
+        for row, (contract, path) in enumerate(zip(table.tolist(), prices, strict=True)):
+            q = product.coefficients(self.schema.row(*contract))
+            seen = product.begin(q)
+            if product.dates:
+                for date, price in enumerate(path, 1):
+                    seen = product.observe(seen, price, float(date), q)
+            paid[row] = product.payoff(seen, path[-1], q)
+        return paid + 0.0  # what is worth nothing is 0, not -0
 
     def check_steps(self, steps: int) -> None:
         """Raises: ConfigError for a number of time steps that has no step at some date of the product."""

@@ -1,4 +1,4 @@
-"""What a process is: how the state of one path moves, in scalar functions of plain Python."""
+"""What a process is: how the state of one path moves, in scalar functions of plain Python; and what is known of it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class Process(BaseModel, ABC):
 
     Attributes of the class: `kind`, the name in a checkpoint; `fields`, the spots first; `normals`, how many a step
     takes; `assets`, how many spots there are.
+
+    What is known of prices without simulating them makes a problem easier to learn, and lets prices be held within
+    bounds: `growth` and `deviation`, of tensors. A process may leave them out. `inputs` names the fields that the
+    network sees as they are, beside what the deviation says of them; None, which is always right, all but the spots.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +33,9 @@ class Process(BaseModel, ABC):
     fields: ClassVar[tuple[Field, ...]]
     normals: ClassVar[int] = 1
     assets: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...] | None] = None
+    log_normal: ClassVar[bool] = False
+    """Whether the logarithm of the price at expiry is normal."""
 
     @property
     def exact(self) -> bool:
@@ -50,3 +57,23 @@ class Process(BaseModel, ABC):
     @abstractmethod
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> Any:
         """The price that a state means, or a tuple of as many as there are assets. Units: currency."""
+
+    # --- for a whole table of contracts, in torch -----------------------------------------------------
+
+    def growth(self, c: Any, t: Any) -> Any:
+        """Logarithm of the expected price after t years over the spot; None if it is not known.
+
+        Shapes: columns of (n,) or (n, 1), t of (n,) or (n, dates) -> as t.
+        """
+        return None
+
+    def deviation(self, c: Any, t: Any) -> Any:
+        """Standard deviation of the logarithm of the price after t years; None if it is not known. Shapes: as `growth`.
+
+        It may be a good guess, but it is 0 exactly where prices are certain.
+        """
+        return None
+
+    def discount(self, c: Any, t: Any) -> Any:
+        """What one unit of currency after t years is worth today: by the rate `r`, where there is such a field."""
+        return (-c.r * t).exp() if hasattr(c, "r") else (0 * t).exp()

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from smc.problem.schema import Field
 
-__all__ = ["Product"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smc.problem.law import Law
+    from smc.problem.reflection import Reflection
+
+__all__ = ["Bounds", "Product"]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What prices and payoffs cannot be beyond, discounted. Shapes: (n,) each. Units: currency."""
+
+    lower: Tensor
+    upper: Tensor
+    payoff: Tensor
 
 
 class Product(BaseModel, ABC):
@@ -18,6 +34,12 @@ class Product(BaseModel, ABC):
     `kind` is the name in a checkpoint. `lipschitz` says whether the payoff moves little when a price does: only then
     has it a derivative along a path. A product that looks at prices before expiry says on how many equally spaced
     dates, the last of which is expiry: `dates`. `observe` is called at each, and never where `dates` is 0.
+
+    The rest makes a product easier to learn and its answers narrower, and may be left out: the scale of its price, a
+    guess of it, how far its strikes and barriers are, bounds. All of it follows from the law of the prices, so that it
+    holds for every process. `inputs` names the fields that the network sees as they are; None, which is always right,
+    all, and the spots. `still` names those that derivatives as labels do not move, because only their ratio to a spot
+    matters. `notional` names what errors of prices are told in basis points of.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +48,13 @@ class Product(BaseModel, ABC):
     fields: ClassVar[tuple[Field, ...]]
     lipschitz: ClassVar[bool] = False
     assets: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...] | None] = None
+    still: ClassVar[tuple[str, ...]] = ()
+    option: ClassVar[Literal["put", "call"] | None] = None
+    """Which of the two it is, if it is one of them."""
+    notional: ClassVar[str] = "spot"
+    reflection: ClassVar[Reflection | None] = None
+    """How the distribution of the other option follows from this one's, where logarithms of prices are normal."""
 
     dates: int = 0
 
@@ -44,3 +73,38 @@ class Product(BaseModel, ABC):
     @abstractmethod
     def payoff(self, seen: tuple[float, ...], spot: Any, k: tuple[float, ...]) -> float:
         """What is paid, discounted to today. `spot` is the price at expiry. Units: currency."""
+
+    # --- for a whole table of contracts, in torch -----------------------------------------------------
+
+    def unit(self, law: Law) -> Tensor:
+        """The scale of the price, above 0: what is learnt is divided by it. Shapes: -> (n,). Units: currency."""
+        return law.spot * law.discount * law.deviation
+
+    def anchor(self, law: Law) -> Tensor:
+        """A smooth guess of the price, in units of `unit`. Shapes: -> (n,)."""
+        return 0 * law.spot
+
+    def distances(self, law: Law) -> tuple[Tensor, ...]:
+        """How far the forward is above each strike or barrier: differences of logarithms. Shapes: -> of (n,) each."""
+        return ()
+
+    def width(self, law: Law) -> Tensor:
+        """The deviation that distances are to be measured by. Shapes: -> (n,)."""
+        return law.deviation
+
+    def features(self, law: Law) -> tuple[Tensor, ...]:
+        """What else a network should see, of order one. Shapes: -> of (n,) each."""
+        return ()
+
+    def bounds(self, law: Law) -> Bounds:
+        """What holds without arbitrage. Shapes: -> (n,) each."""
+        nothing = 0 * law.spot
+        return Bounds(nothing, nothing + float("inf"), nothing + float("inf"))
+
+    def parity(self, law: Law) -> Tensor | None:
+        """By how much the other option of the two is worth more, if that is known. Shapes: -> (n,). Units: currency."""
+        return None
+
+    def notionals(self, law: Law) -> Tensor:
+        """What `notional` names. Shapes: -> (n,). Units: currency."""
+        return law.spot

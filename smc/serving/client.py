@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from smc.checkpoint.file import decode_parts, restore
 from smc.checkpoint.tensor_header import TensorHeader
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
-from smc.prediction.predictor import Outside, Predictor
-from smc.problem.contracts import FIELDS, BoundSpec, ContractsLike, resolve_domain, unit_of
-from smc.problem.oracles.black_scholes import Greeks, OptionKinds
+from smc.prediction.predictor import LEARNT, Kind, Kinds, Outside, Predictor
+from smc.problem.contracts import BoundSpec, ContractsLike, bound_of, resolve_domain, unit_of
+from smc.problem.oracles.black_scholes import Greeks
 from smc.simulation.cuda import require_device, synchronize
 from smc.simulation.levels import PayoffDistribution
 from smc.storage.catalog import Catalog
@@ -62,22 +62,28 @@ class _Predicting(ABC):
         """The predictor to ask now."""
 
     def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Array | Tensor:
         """As `GbmCVNNPricer.predict_price`. Shapes: -> (n,)."""
         return self._predictor().predict_price(contracts, kind, outside=outside)
 
     def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> PayoffDistribution:
         """As `GbmCVNNPricer.predict_distribution`. Shapes: -> levels (n, N)."""
         return self._predictor().predict_distribution(contracts, kind, outside=outside)
 
     def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: OptionKinds = "put", *, outside: Outside = "refuse"
+        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> Greeks:
         """As `GbmCVNNPricer.predict_greeks`. Shapes: -> five of (n,)."""
         return self._predictor().predict_greeks(contracts, kind, outside=outside)
+
+    def predict_sensitivities(
+        self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
+    ) -> Any:
+        """As `GbmCVNNPricer.predict_sensitivities`. Shapes: -> (n,) each."""
+        return self._predictor().predict_sensitivities(contracts, kind, outside=outside)
 
 
 @dataclass(frozen=True)
@@ -139,12 +145,13 @@ def _built(
     if state.scaling is None:
         raise ConfigError(f"{version.version_id} was committed before any training: it has no output scaling")
     model = state.cvnn.to(device).eval().requires_grad_(False)
-    domain = resolve_domain(state.domain_bounds)
-    predictor = Predictor(model, state.scaling.to(device), domain, state.cfg.sim_params.network_size)
+    problem = state.cfg.problem
+    domain = resolve_domain(state.domain_bounds, problem.schema)
+    predictor = Predictor(model, state.scaling.to(device), domain, state.cfg.sim_params.network_size, problem)
     # A first call sets up what later ones use, on a GPU the graphs; and a model that cannot predict is not served.
-    middle = np.array([[(domain[field].lower + domain[field].upper) / 2 for field in FIELDS]])
-    prices = [predictor.predict_price(middle, "put"), predictor.predict_price(middle, "call")]
-    levels = [predictor.predict_distribution(middle, kind).host_levels for kind in ("put", "call")]
+    middle = np.array([[(domain[name].lower + domain[name].upper) / 2 for name in problem.schema.names]])
+    prices = [predictor.predict_price(middle, kind) for kind in predictor.price_kinds]
+    levels = [predictor.predict_distribution(middle, kind).host_levels for kind in predictor.distribution_kinds]
     if not all(np.isfinite(np.asarray(values)).all() for values in (*prices, *levels)):
         raise NumericsError(f"{version.version_id} does not predict: a price in the middle of its domain is not finite")
     return predictor
@@ -172,8 +179,7 @@ class ModelFollower:
         domain: Mapping[str, BoundSpec | Mapping[str, float]] | None = None,
     ) -> None:
         self._store, self._reference, self._track = store, reference, track
-        resolved = resolve_domain(domain or {})
-        self._domain = {field: resolved[field] for field in domain or {}}
+        self._domain = {name: bound_of(name, bound) for name, bound in (domain or {}).items()}
         self._device, self._template = require_device(device), model_template
         self._memory = memory
         self._remembered = read_memory(memory, store.uri)
@@ -311,12 +317,14 @@ class ModelFollower:
         return predictor
 
     def _check_domain(self, version: ModelVersion, predictor: Predictor) -> None:
+        schema = predictor.problem.schema
         for field, asked in self._domain.items():
+            schema.column(field)
             learnt = predictor.domain[field]
             if not (learnt.lower <= asked.lower and asked.upper <= learnt.upper):
                 raise ConfigError(
                     f"{version.version_id} was trained on {field} from {learnt.lower:g} to {learnt.upper:g}, and is to "
-                    f"be asked from {asked.lower:g} to {asked.upper:g}{unit_of(field)}"
+                    f"be asked from {asked.lower:g} to {asked.upper:g}{unit_of(field, schema)}"
                 )
 
     async def _exists(self, key: str) -> bool:

@@ -7,21 +7,18 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc.errors import ConfigError
-from smc.models.numerical import Precision
-from smc.numeric_fields import WholeNumber
 from smc.problem.contracts import ContractsLike, columns, contract_array
 from smc.problem.problem import Problem
-from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.terminal import TerminalPrice
 from smc.simulation import skeleton
+from smc.simulation.config import BlackScholesConfig, ProblemConfig, SimulationParams
 from smc.simulation.cuda import require_device
 from smc.simulation.levels import quantile_levels
 from smc.simulation.linking import simulate as simulate_linked
@@ -29,7 +26,15 @@ from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.paths import simulate as simulate_paths
 from smc.simulation.sizes import Sampling
 
-__all__ = ["BlackScholes", "BlackScholesConfig", "Estimate", "Simulation", "SimulationParams"]
+__all__ = [
+    "BlackScholes",
+    "BlackScholesConfig",
+    "Estimate",
+    "ProblemConfig",
+    "Simulation",
+    "SimulationParams",
+    "engine_of",
+]
 
 # Payoffs that one thread of a CPU makes before it is given more.
 _LANES = 1 << 15
@@ -39,64 +44,6 @@ _PAYOFFS = 1 << 24
 _NORMALS = 1 << 28
 
 Array = npt.NDArray[np.float64]
-
-
-class SimulationParams(BaseModel):
-    """How many paths are simulated, and with which random numbers.
-
-    `network_size` is N, the number of levels of the quantile spectrum; each level averages
-    `batches_per_mc_run` sorted payoffs, so a contract takes M = N x batches_per_mc_run paths.
-    `skip` counts the contracts already simulated: it is the whole state of the random numbers.
-    `sampling`: 'pseudorandom' (Philox), 'sobol' (scrambled, Brownian bridge), or 'auto': Sobol on a CPU,
-    where paths are dear, unless forwards are normalised, which would undo its accuracy; else Philox.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    timesteps: WholeNumber = Field(ge=1, le=16384)
-    network_size: WholeNumber = Field(ge=2)
-    batches_per_mc_run: WholeNumber = Field(ge=1)
-    threads_per_block: WholeNumber = Field(default=256, ge=32, le=1024, multiple_of=32)
-    mc_seed: WholeNumber = Field(ge=0, lt=2**64)
-    buffer_size: WholeNumber = Field(default=10_000, ge=1)
-    skip: WholeNumber = Field(default=0, ge=0)
-    dtype: Precision = Precision.float32
-    sampling: Literal["auto", "pseudorandom", "sobol"] = "auto"
-
-    @model_validator(mode="after")
-    def _paths_fit_the_counter(self) -> SimulationParams:
-        if self.paths >= 2**31:
-            raise ValueError(f"network_size x batches_per_mc_run must be below 2^31, got {self.paths}")
-        return self
-
-    @property
-    def paths(self) -> int:
-        """M, the paths simulated for one contract."""
-        return self.network_size * self.batches_per_mc_run
-
-    @property
-    def bins(self) -> int:
-        """Complex bins of the spectrum, network_size // 2 + 1."""
-        return self.network_size // 2 + 1
-
-
-class BlackScholesConfig(BaseModel):
-    """The dynamics: which scheme, and whether terminal prices are rescaled to the exact forward."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sim_params: SimulationParams
-    simulate_log_return: bool = True
-    normalize_forwards: bool = False
-
-    @model_validator(mode="after")
-    def _sobol_needs_no_normalisation(self) -> BlackScholesConfig:
-        if self.normalize_forwards and self.sim_params.sampling == "sobol":
-            raise ValueError(
-                "normalize_forwards with sampling='sobol' makes prices worse than either alone: "
-                "choose one (normalize_forwards=False, or sampling='pseudorandom' or 'auto')"
-            )
-        return self
 
 
 @dataclass(frozen=True)
@@ -161,6 +108,15 @@ class Simulation:
         error = means.std(axis=1, ddof=1) / np.sqrt(samples)
         return Estimate(means.mean(axis=1), error, samples * self.params.paths)
 
+    def simulate_moved(
+        self, table: torch.Tensor, moved: torch.Tensor, first: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Payoffs of contracts, and of contracts a little beside them on the same random numbers, as `simulate` does.
+
+        Shapes: two of (n, fields) float64 and () int64, on the device -> two of (n, M).
+        """
+        return self.simulate(table, first), self.simulate(moved, first)
+
     def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Payoffs of contracts known to be good, `first` being row 0's stream.
 
@@ -181,6 +137,15 @@ class Simulation:
         return torch.from_numpy(payoffs)
 
 
+def engine_of(
+    config: BlackScholesConfig | ProblemConfig, device: torch.device | str = "cpu"
+) -> BlackScholes | Simulation:
+    """What simulates a configuration. Raises: ConfigError as the two do."""
+    if isinstance(config, BlackScholesConfig):
+        return BlackScholes(config, device)
+    return Simulation(config.problem, config.sim_params, device)
+
+
 class BlackScholes:
     """Simulates terminal prices, from which European payoffs are taken, as purely as `Simulation`.
 
@@ -190,7 +155,8 @@ class BlackScholes:
     def __init__(self, config: BlackScholesConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.device = require_device(device)
-        params = config.sim_params
+        self.problem = config.problem
+        self.params = params = config.sim_params
         if params.sampling == "auto":
             quasi = self.device.type == "cpu" and not config.normalize_forwards
             self.sampling: Sampling = "sobol" if quasi else "pseudorandom"
@@ -198,8 +164,7 @@ class BlackScholes:
             self.sampling = params.sampling
         if self.sampling == "sobol" and not config.simulate_log_return and params.timesteps > 21201:
             raise ConfigError("sampling='sobol' has at most 21,201 time steps")
-        scheme: Literal["log", "euler"] = "log" if config.simulate_log_return else "euler"
-        prices = Problem(GeometricBrownianMotion(scheme=scheme), TerminalPrice())
+        prices = Problem(self.problem.process, TerminalPrice())
         self._prices = Simulation(prices, params.model_copy(update={"sampling": self.sampling}), self.device)
         self._constants: tuple[torch.Tensor, torch.Tensor] | None = None
 

@@ -21,6 +21,7 @@ import torch
 
 from smc.errors import ConfigError
 from smc.problem.oracles.black_scholes import check_probability
+from smc.problem.reflection import reflected_levels
 from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, put_levels
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "bin_weights",
     "levels_from_spectrum",
     "payoff_spectrum",
+    "payoff_spectrum_and_slope",
     "put_spectrum",
     "put_spectrum_and_slope",
     "quantile_levels",
@@ -40,6 +42,8 @@ Array = npt.NDArray[np.float64]
 
 # Of the interval of shifts that may be needed: what is left is a 2^-32 of the payoff's range.
 _HALVINGS = 32
+# Of a number in single precision: the sign, and the bits of its magnitude.
+_SIGN, _MAGNITUDE = -0x80000000, 0x7FFFFFFF
 
 
 def quantile_levels(payoffs: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -71,6 +75,24 @@ def payoff_spectrum(payoffs: torch.Tensor, scale: torch.Tensor, network_size: in
     if payoffs.device.type == "cuda" and payoffs.shape[1] <= MOST_PATHS:
         return torch.fft.rfft(payoff_levels(payoffs, scale, network_size), norm="forward")
     return quantile_spectrum(payoffs.mul_(scale[:, None]), network_size)
+
+
+def payoff_spectrum_and_slope(
+    payoffs: torch.Tensor, slopes: torch.Tensor, scale: torch.Tensor, d_scale: torch.Tensor, network_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`payoff_spectrum`, and its derivative as `scale` moves by `d_scale` and each payoff by its slope.
+
+    A slice keeps its probability as the payoffs move, so that the derivative of its mean is the mean of theirs.
+    Shapes: payoffs and slopes (n, M), scale and d_scale (n,) -> two of complex (n, N // 2 + 1).
+    """
+    _check_slices(payoffs.shape[1], network_size)
+    levels = torch.stack(
+        [part.view(len(payoffs), network_size, -1).mean(dim=2) for part in _sorted_with(payoffs, slopes)]
+    )
+    value = levels[0] * scale[:, None]
+    derivative = levels[0] * d_scale[:, None] + levels[1] * scale[:, None]
+    spectra = torch.fft.rfft(torch.cat([value, derivative]), norm="forward").chunk(2)
+    return spectra[0], spectra[1]
 
 
 def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:
@@ -232,38 +254,29 @@ def _sorted(rows: torch.Tensor) -> torch.Tensor:
     return rows.sort(dim=1).values
 
 
+def _sorted_with(rows: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in ascending order, and what belongs to each number; equal numbers stand in the order of the others."""
+    if rows.dtype != torch.float32:
+        by_others = others.argsort(dim=1, stable=True)
+        order = by_others.gather(1, rows.gather(1, by_others).argsort(dim=1, stable=True))
+        return rows.gather(1, order), others.gather(1, order)
+    # Both in one whole number of 64 bits, the others below, so that one sort of numbers does it.
+    keys = torch.empty((*rows.shape, 2), dtype=torch.int32, device=rows.device)
+    keys[..., 0] = _ordered(others) ^ _SIGN
+    keys[..., 1] = _ordered(rows)
+    both = _sorted(keys.view(torch.int64)[..., 0]).view(torch.int32).view(*rows.shape, 2)
+    return _ordered(both[..., 1]).view(torch.float32), _ordered(both[..., 0] ^ _SIGN).view(torch.float32)
+
+
+def _ordered(numbers: torch.Tensor) -> torch.Tensor:
+    """The bits of numbers as whole numbers in the same order, or back."""
+    bits = numbers.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & _MAGNITUDE)
+
+
 def _check_slices(samples: int, network_size: int) -> None:
     if samples % network_size:
         raise ConfigError(f"{samples} payoffs cannot be averaged into {network_size} equal slices")
-
-
-def reflected_levels(
-    levels: torch.Tensor,
-    strike: torch.Tensor,
-    reflected: torch.Tensor,
-    discount: torch.Tensor,
-    deviation: torch.Tensor,
-) -> torch.Tensor:
-    """Levels of a call from those of the put struck at `reflected` = (median price at expiry)^2 / `strike`.
-
-    The logarithm of a log-normal price, of this standard deviation, is as far above its median as below it with the
-    same probability: in law S is median^2 / S, and the call pays strike / S times what that put does. The mean of
-    1 / S over a slice is that of S, inverted, times a factor that the slice has under the log-normal law.
-    Source: put-call symmetry, Carr and Bowie, "Static simplicity" (1994).
-    Shapes: levels (n, N) of the discounted put, within its bounds; all others (n,) -> (n, N), ascending.
-    """
-    strike, reflected, discount, w = (values[:, None] for values in (strike, reflected, discount, deviation))
-    size = levels.shape[1]
-    # Slices of the put, lowest payoff and so highest price first.
-    edges = torch.special.ndtri(torch.linspace(1, 0, size + 1, dtype=levels.dtype, device=levels.device))
-    up, down = (torch.special.ndtr(edges - s * w).diff(dim=1).mul_(-size) for s in (1.0, -1.0))
-    factor = up * down * torch.exp(w.square())
-    price = torch.maximum(reflected - levels / discount, 1e-6 * reflected)
-    pays = strike * (reflected / price - 1)
-    # In a slice that is exercised throughout, the factor adds less than a quarter; where nothing or little of one is,
-    # it must not add what is not there.
-    call = pays + torch.minimum(strike * reflected / price * (factor - 1), pays / 4)
-    return discount * call.cummax(dim=1).values
 
 
 def valid_levels(

@@ -26,6 +26,8 @@ class GeometricBrownianMotion(Process):
 
     kind: ClassVar[str] = "gbm"
     fields: ClassVar[tuple[Field, ...]] = (SPOT, RATE, DIVIDEND, _VOLATILITY)
+    inputs: ClassVar[tuple[str, ...] | None] = ("r", "d")
+    log_normal: ClassVar[bool] = True
 
     scheme: Literal["log", "euler"] = "log"
 
@@ -58,3 +60,11 @@ class GeometricBrownianMotion(Process):
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""
         return k[2] * (state[0] if self.euler else math.exp(state[0]))
+
+    def growth(self, c: Any, t: Any) -> Any:
+        """At the rate less the dividend yield."""
+        return (c.r - c.d) * t
+
+    def deviation(self, c: Any, t: Any) -> Any:
+        """With the square root of time."""
+        return c.v * t.sqrt()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import Field as Setting
+from torch import Tensor
 
 from smc.numeric_fields import WholeNumber
-from smc.problem.product import Product
+from smc.problem.anchors import black, matched_average
+from smc.problem.law import Law
+from smc.problem.product import Bounds, Product
 from smc.problem.products.european import STRIKE
 from smc.problem.schema import Field
 
@@ -21,6 +25,9 @@ class ArithmeticAsianPut(Product):
     kind: ClassVar[str] = "arithmetic_asian_put"
     fields: ClassVar[tuple[Field, ...]] = (STRIKE,)
     lipschitz: ClassVar[bool] = True
+    inputs: ClassVar[tuple[str, ...] | None] = ()
+    still: ClassVar[tuple[str, ...]] = ("K",)
+    option: ClassVar[Literal["put", "call"] | None] = "put"
 
     dates: WholeNumber = Setting(default=16, ge=1)
 
@@ -38,12 +45,54 @@ class ArithmeticAsianPut(Product):
         """The discounted payoff."""
         return k[1] * max(k[0] - k[2] * seen[0], 0.0)
 
+    def unit(self, law: Law) -> Tensor:
+        """The discounted strike, by the deviation of the average."""
+        return law.c.K * law.discount * self.width(law)
+
+    def anchor(self, law: Law) -> Tensor:
+        """The price if the average were log-normal with its first two moments."""
+        mean, deviation = matched_average(*law.on_dates(self.dates))
+        return black(mean, law.c.K, deviation, 1.0 if self.option == "call" else -1.0) * law.discount / self.unit(law)
+
+    def distances(self, law: Law) -> tuple[Tensor, ...]:
+        """Of the strike, from the expected average."""
+        return (torch.log(law.on_dates(self.dates)[0].mean(dim=1) / law.c.K),)
+
+    def width(self, law: Law) -> Tensor:
+        """That of the average."""
+        return matched_average(*law.on_dates(self.dates))[1]
+
+    def bounds(self, law: Law) -> Bounds:
+        """The value of exercise in any case, and the discounted strike."""
+        most = law.c.K * law.discount
+        lower = (-self._forward_value(law)).clamp(min=0) if law.known else 0 * most
+        return Bounds(lower, most, most)
+
+    def parity(self, law: Law) -> Tensor | None:
+        """A call is worth more by the discounted mean of the average, less the strike."""
+        return self._forward_value(law) if law.known else None
+
+    def _forward_value(self, law: Law) -> Tensor:
+        return (law.on_dates(self.dates)[0].mean(dim=1) - law.c.K) * law.discount
+
 
 class ArithmeticAsianCall(ArithmeticAsianPut):
     """Pays max(A - K, 0)."""
 
     kind: ClassVar[str] = "arithmetic_asian_call"
+    option: ClassVar[Literal["put", "call"] | None] = "call"
 
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] * max(k[2] * seen[0] - k[0], 0.0)
+
+    def bounds(self, law: Law) -> Bounds:
+        """The value of exercise in any case, and the discounted mean of the average; a payoff has no bound."""
+        if not law.known:
+            return Product.bounds(self, law)
+        value = self._forward_value(law)
+        return Bounds(value.clamp(min=0), value + law.c.K * law.discount, torch.full_like(value, math.inf))
+
+    def parity(self, law: Law) -> Tensor | None:
+        """A put is worth less by the discounted mean of the average, less the strike."""
+        return -self._forward_value(law) if law.known else None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from smc.problem.product import Product
+from torch import Tensor
+
+from smc.problem.anchors import smooth_digital
+from smc.problem.law import Law
+from smc.problem.product import Bounds, Product
 from smc.problem.products.european import STRIKE
 from smc.problem.schema import Field
 
@@ -17,6 +21,10 @@ class DigitalPut(Product):
 
     kind: ClassVar[str] = "digital_put"
     fields: ClassVar[tuple[Field, ...]] = (STRIKE,)
+    inputs: ClassVar[tuple[str, ...] | None] = ()
+    still: ClassVar[tuple[str, ...]] = ("K",)
+    option: ClassVar[Literal["put", "call"] | None] = "put"
+    notional: ClassVar[str] = "payment"
 
     def coefficients(self, c: Any) -> tuple[float, float]:
         """Strike and discount factor."""
@@ -25,3 +33,23 @@ class DigitalPut(Product):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] if spot < k[0] else 0.0
+
+    def unit(self, law: Law) -> Tensor:
+        """What is paid, discounted."""
+        return law.discount
+
+    def anchor(self, law: Law) -> Tensor:
+        """A rounded step. That of a log-normal price would be the answer itself under geometric Brownian motion."""
+        return smooth_digital(law.deviation / 2 - self.distances(law)[0] / law.deviation)
+
+    def distances(self, law: Law) -> tuple[Tensor, ...]:
+        """Of the strike."""
+        return ((law.spot / law.c.K).log() + law.growth,)
+
+    def bounds(self, law: Law) -> Bounds:
+        """Nothing, and what is paid."""
+        return Bounds(0 * law.discount, law.discount, law.discount)
+
+    def notionals(self, law: Law) -> Tensor:
+        """One unit of currency."""
+        return 0 * law.spot + 1

@@ -1,0 +1,77 @@
+"""What is known of a problem's prices before anything is simulated: forwards, and how far prices spread around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smc.problem.process import Process
+
+__all__ = ["Law"]
+
+# The volatility that sets a scale where a process does not say its own: nothing but a unit depends on it.
+_GUESS = 0.3
+
+
+@dataclass(frozen=True)
+class Law:
+    """The law of the prices of n contracts, as far as their process tells it.
+
+    `c` has the contracts' columns by name, tensors of shape (n,). Where `known` is false the process does not tell its
+    law: forwards are spots and deviations a guess, good enough for the scale of what is learnt and for nothing else.
+    """
+
+    process: Process
+    c: Any
+
+    @property
+    def known(self) -> bool:
+        """Whether the process tells its forwards and deviations."""
+        return (
+            self.process.growth(self.c, self.c.T) is not None and self.process.deviation(self.c, self.c.T) is not None
+        )
+
+    @property
+    def spot(self) -> Tensor:
+        """Prices today. Shapes: -> (n,)."""
+        spot: Tensor = getattr(self.c, self.process.fields[0].name)
+        return spot
+
+    @property
+    def growth(self) -> Tensor:
+        """Logarithm of the expected price at expiry over the spot. Shapes: -> (n,)."""
+        return self._growth(self.c, self.c.T)
+
+    @property
+    def forward(self) -> Tensor:
+        """Expected prices at expiry. Shapes: -> (n,)."""
+        return self.spot * self.growth.exp()
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of the logarithm of the price at expiry. Shapes: -> (n,)."""
+        return self._deviation(self.c, self.c.T)
+
+    @property
+    def discount(self) -> Tensor:
+        """What one unit of currency at expiry is worth today. Shapes: -> (n,)."""
+        discount: Tensor = self.process.discount(self.c, self.c.T)
+        return discount
+
+    def on_dates(self, dates: int) -> tuple[Tensor, Tensor]:
+        """Expected prices, and variances of their logarithms, on equally spaced dates. Shapes: -> two of (n, dates)."""
+        by_row = type(self.c)(*(column[:, None] for column in self.c))
+        share = by_row.T.new_tensor(range(1, dates + 1)) / dates
+        times = by_row.T * share
+        return self.spot[:, None] * self._growth(by_row, times).exp(), self._deviation(by_row, times).square()
+
+    def _growth(self, c: Any, t: Tensor) -> Tensor:
+        growth = self.process.growth(c, t)
+        return 0 * t if growth is None else growth
+
+    def _deviation(self, c: Any, t: Tensor) -> Tensor:
+        deviation = self.process.deviation(c, t)
+        return _GUESS * t.sqrt() if deviation is None else deviation
