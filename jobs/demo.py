@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from jobs.recipes import read_sweep
@@ -24,15 +25,18 @@ from jobs.session import run_job
 from jobs.sweep import report, run_experiments
 from smc.errors import ConfigError
 from smc.learning.pricer import GbmCVNNPricer
-from smc.prediction.evaluation import evaluate, price_error
-from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS
-from smc.problem.oracles import black_scholes
+from smc.prediction.evaluation import distance, evaluate, price_error
+from smc.prediction.reference import reference_of
+from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import replace_file, say
 from smc.reporting.page import png
 from smc.reporting.pictures import draw_errors, draw_quantiles
+from smc.simulation.levels import PayoffDistribution
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 from smc.storage.dev_server import DevServer
+
+Array = npt.NDArray[np.float64]
 
 _SHOWN = np.array(
     [
@@ -94,19 +98,20 @@ async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
 async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple[ModelVersion, GbmCVNNPricer]:
     """Each experiment's newest version, loaded back and measured on fresh contracts."""
     newest = (await store.catalog()).heads
-    fresh = SobolSampler({}, seed=int.from_bytes(b"fresh")).sample(4096)
-    print("\nAgainst the closed form, 4,096 fresh contracts, in bp of spot:")
-    print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}")
+    seed = int.from_bytes(b"fresh")
+    print("\nAgainst the closed form or a simulation, 4,096 fresh contracts, in bp of spot or of what is paid:")
+    print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}  compared with")
     measured = []
     for name in names:
         if name not in newest:
             continue
         pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, newest[name]))
-        found = evaluate(pricer, fresh)
-        price, w2, tail = found["price"], found["W2, put"], found["CVaR97.5, put"]
+        found = evaluate(pricer, SobolSampler(pricer.domain, seed=seed, schema=pricer.problem.schema).sample(4096))
+        price, w2 = found["price"], distance(found)
+        tail = next(measure for name, measure in found.items() if name.startswith("CVaR"))
         print(
             f"  {name:<14}{newest[name].version_id:<13}{price.rmse:>11.3f}{price.maximum:>8.2f}"
-            f"{w2.rmse:>8.2f}{tail.rmse:>10.2f}"
+            f"{w2.rmse:>8.2f}{tail.rmse:>10.2f}  {price.compared}"
         )
         measured.append((price.rmse, name, pricer))
     if not measured:
@@ -116,30 +121,47 @@ async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple
     return newest[name], pricer
 
 
+def _shown(pricer: GbmCVNNPricer) -> Array:
+    """Some contracts to look at."""
+    if pricer.problem == EUROPEAN_PUT:
+        return _SHOWN
+    return SobolSampler(pricer.domain, seed=6, schema=pricer.problem.schema).sample(len(_SHOWN))
+
+
 def _show_prices(pricer: GbmCVNNPricer) -> None:
-    distribution = pricer.predict_distribution(_SHOWN)
-    columns = [
-        ("put", pricer.predict_price(_SHOWN), black_scholes.price(_SHOWN)),
-        ("delta", pricer.predict_greeks(_SHOWN).delta, black_scholes.greeks(_SHOWN).delta),
-        ("CVaR97.5", distribution.cvar(0.975), black_scholes.cvar(_SHOWN, 0.975)),
-    ]
-    print("\n" + "".join(f"{name:>7}" for name in FIELDS) + "".join(f"{n:>12}{'exact':>11}" for n, _, _ in columns))
-    for row, contract in enumerate(_SHOWN):
-        cells = "".join(f"{learnt[row]:>12.4f}{exact[row]:>11.4f}" for _, learnt, exact in columns)
-        print("".join(f"{value:>7g}" for value in contract) + cells)
+    problem, contracts = pricer.problem, _shown(pricer)
+    reference, oracle = reference_of(problem), reference_of(problem).oracle
+    distribution = pricer.predict_distribution(contracts)
+    price, levels = reference.price(contracts), reference.levels(contracts, distribution.levels.shape[1])
+    columns = [("price", pricer.predict_price(contracts), price.values, price.noise)]
+    if oracle is not None and oracle.greeks is not None:
+        columns.append(("delta", pricer.predict_greeks(contracts).delta, oracle.greeks(contracts).delta, None))
+    if oracle is not None and oracle.tail is not None:
+        tail = oracle.tail(contracts, 0.975, oracle.kinds[0])
+    else:
+        tail = PayoffDistribution(levels.values).cvar(0.975)
+    columns.append(("CVaR97.5", distribution.cvar(0.975), tail, levels.noise))
+    print(f"\n{problem.title}")
+    heads = "".join(f"{name:>12}{'exact' if noise is None else 'simulated':>11}" for name, _, _, noise in columns)
+    print("".join(f"{name:>8}" for name in problem.schema.names) + heads)
+    for row, contract in enumerate(contracts):
+        cells = "".join(f"{learnt[row]:>12.4f}{known[row]:>11.4f}" for _, learnt, known, _ in columns)
+        print("".join(f"{value:>8.4g}" for value in contract) + cells)
 
 
 def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
     figure = Figure(figsize=(12.5, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    contracts = SobolSampler({}, seed=7).sample(8192)
+    problem, one = pricer.problem, _shown(pricer)[:1]
+    contracts = SobolSampler(pricer.domain, seed=7, schema=problem.schema).sample(8192)
     error = price_error(pricer, contracts)
-    draw_errors(left, contracts, error.errors, "learnt minus exact put price, bp of spot")
+    draw_errors(left, contracts, error.errors, f"learnt minus exact price, {error.unit}", problem)
     left.set_title(f"Price error over the domain: RMSE {error.rmse:.2f} bp")
-    draw_quantiles(right, _SHOWN[0], pricer.predict_distribution(_SHOWN[:1]).host_levels[0])
+    draw_quantiles(right, one[0], pricer.predict_distribution(one).host_levels[0], problem)
     right.set_title(f"Payoff distribution of one contract\n{right.get_title()}", fontsize=10)
     figure.suptitle(
-        f"{version.experiment}, {version.version_id}, step {version.step}; domain of {len(DEFAULT_DOMAIN)} parameters"
+        f"{problem.title}: {version.experiment}, {version.version_id}, step {version.step}; "
+        f"domain of {len(problem.schema)} parameters"
     )
     replace_file(path, png(figure))
 

@@ -1,15 +1,16 @@
-"""A version of a ledger against the closed form on a fresh sample: a table, pictures, one HTML file.
+"""A version of a ledger against its problem's reference on a fresh sample: a table, pictures, one HTML file.
 
     python -m jobs.evaluate --ledger my-bucket [--version v0000000042 | --experiment baseline] [--out evaluation]
 
 Without a version it is the ledger's newest, or the experiment's. The contracts are drawn from the domain that the
-version was trained on, with a seed that training does not use. Where QuantLib is installed, prices and Greeks are
-compared with QuantLib's as well.
+version was trained on, with a seed that training does not use. What has no closed form is compared with a simulation,
+which says its standard error. Where QuantLib is installed, European prices and Greeks are compared with QuantLib's too.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import importlib.util
 import json
 import sys
@@ -23,9 +24,10 @@ from matplotlib.figure import Figure
 
 from jobs.session import run_job
 from smc.learning.pricer import GbmCVNNPricer
-from smc.prediction.evaluation import Measure, evaluate, price_error
-from smc.problem.contracts import FIELDS, columns
+from smc.prediction.evaluation import Measure, distance, evaluate, price_error
+from smc.problem.contracts import columns
 from smc.problem.oracles.black_scholes import Greeks
+from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import replace_file, say
 from smc.reporting.page import facts, figure, page, png, table
@@ -37,10 +39,13 @@ __all__ = ["main", "quantlib_values"]
 Array = npt.NDArray[np.float64]
 
 _LEGEND = (
-    "Prices and distributions in basis points of each contract's spot; Greeks are the put's, per unit of spot, of "
-    "volatility and of rate, and per year."
+    "Prices and distributions in basis points of each contract's {notional}; Greeks are those of what was learnt, "
+    "{title}, per unit of spot, of volatility and of rate, and per year."
 )
-_COLUMNS = ("quantity", "unit", "RMSE", "of mean", "99 %", "maximum", "against QuantLib", "worst contract")
+_COLUMNS = (
+    "quantity", "unit", "RMSE", "of mean", "99 %", "maximum", "against QuantLib", "contracts", "compared with",
+    "worst contract",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
     catalog = await store.catalog()
     versions, version = catalog.versions, catalog.resolve(reference)
     pricer = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, version))
-    contracts = SobolSampler(pricer.domain, seed=options.seed).sample(options.contracts)
+    contracts = SobolSampler(pricer.domain, seed=options.seed, schema=pricer.problem.schema).sample(options.contracts)
     say(f"{version.version_id} of {store.uri}: {version.experiment}, step {version.step}, {version.commit_message}")
     print(f"{len(contracts):,} contracts of its domain, seed {options.seed}\n")
     measures = evaluate(pricer, contracts)
@@ -116,9 +121,10 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
             curve.append((version.step, measures["price"].rmse))
         elif options.curve > 1:
             then = GbmCVNNPricer(await load_snapshot_from_checkpoint(store, earlier))
-            inside = SobolSampler(then.domain, seed=options.seed).sample(options.contracts)
+            inside = SobolSampler(then.domain, seed=options.seed, schema=then.problem.schema).sample(options.contracts)
             curve.append((earlier.step, price_error(then, inside).rmse))
-    quantlib = _against_quantlib(pricer, contracts) if importlib.util.find_spec("QuantLib") else {}
+    known = importlib.util.find_spec("QuantLib") and pricer.problem == EUROPEAN_PUT
+    quantlib = _against_quantlib(pricer, contracts) if known else {}
     return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
 
 
@@ -159,7 +165,8 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
             f"{m.maximum:.4g}",
             "" if other is None else f"{other:.4g}",
         )
-        rows.append((m.name, m.unit, *numbers, in_words(evaluation.contracts[m.worst])))
+        worst = in_words(evaluation.contracts[m.worst], evaluation.pricer.problem)
+        rows.append((m.name, m.unit, *numbers, f"{m.count:,}", m.compared, worst))
     return rows
 
 
@@ -168,7 +175,7 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in shown]
     for row in zip(*shown, strict=True):
         cells = [
-            f"{c:<{w}}" if i in (0, 1, len(row) - 1) else f"{c:>{w}}"
+            f"{c:<{w}}" if i in (0, 1, len(row) - 2, len(row) - 1) else f"{c:>{w}}"
             for i, (c, w) in enumerate(zip(row, widths, strict=True))
         ]
         print("  ".join(cells).rstrip())
@@ -178,23 +185,25 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
     """Caption and PNG, by name."""
     pricer, contracts, measures = evaluation.pricer, evaluation.contracts, evaluation.measures
     pictures = {}
+    problem = pricer.problem
     drawn = Figure(figsize=(12.5, 5), layout="constrained")
-    for axes, name in zip(drawn.subplots(1, 2), ("price", "implied volatility"), strict=True):
-        draw_errors(axes, contracts, measures[name].errors, f"learnt minus exact {name}, {measures[name].unit}")
-    pictures["errors"] = ("Where the errors lie: every contract of the sample, put prices.", png(drawn))
+    shown = [name for name in ("price", "implied volatility", "delta") if name in measures][:2]
+    for axes, name in zip(drawn.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
+        label = f"learnt minus exact {name}, {measures[name].unit}".removesuffix(", ")
+        draw_errors(axes, contracts, measures[name].errors, label, problem)
+    pictures["errors"] = (f"Where the errors lie: contracts of the sample, {problem.title}.", png(drawn))
 
     # From what is typical to the worst, by the distance of the whole distribution.
-    order = np.argsort(measures["W2, put"].errors)
-    chosen = contracts[order[[len(order) // 2, int(0.9 * (len(order) - 1)), int(0.99 * (len(order) - 1)), -1]]]
-    ranks = ("median", "90th percentile", "99th percentile", "worst")
+    ranks = distance(measures).ranks
+    chosen = contracts[list(ranks.values())]
     levels = pricer.predict_distribution(chosen).host_levels
     for name, draw, caption in (
-        ("quantiles", draw_quantiles, "Payoff distributions of puts, as quantile functions"),
+        ("quantiles", draw_quantiles, "Payoff distributions, as quantile functions"),
         ("spectrum", draw_spectrum, "The same as spectra, the training target"),
     ):
         drawn = Figure(figsize=(12.5, 9), layout="constrained")
         for axes, rank, contract, row in zip(drawn.subplots(2, 2).flat, ranks, chosen, levels, strict=True):
-            draw(axes, contract, row)
+            draw(axes, contract, row, problem)
             axes.set_title(f"{rank} W2 error\n{axes.get_title()}", fontsize=9)
         pictures[name] = (f"{caption}: contracts by the rank of their W2 error.", png(drawn))
 
@@ -214,28 +223,33 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
 
 def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mapping[str, tuple[str, bytes]]) -> str:
     version, pricer = evaluation.version, evaluation.pricer
-    domain = ", ".join(f"{name} {pricer.domain[name].lower:g} to {pricer.domain[name].upper:g}" for name in FIELDS)
+    bounds = ((name, pricer.domain[name]) for name in pricer.problem.schema.names)
+    domain = ", ".join(f"{name} {bound.lower:g} to {bound.upper:g}" for name, bound in bounds)
     about = {
         "ledger": evaluation.ledger,
         "message": version.commit_message,
         "committed": f"{version.timestamp:%Y-%m-%d %H:%M:%S} UTC",
         "checkpoint, SHA-256": version.content_hash,
         "entry, SHA-256": version.entry_hash,
+        "problem": pricer.problem.title,
         "network": f"{sum(p.numel() for p in pricer.model.parameters()):,} real parameters",
         "domain": domain,
         "sample": f"{len(evaluation.contracts):,} contracts, scrambled Sobol",
     }
+    legend = html.escape(_LEGEND.format(notional=pricer.problem.product.notional, title=pricer.problem.title))
     title = f"{version.version_id}: {version.experiment}, step {version.step}"
     styles = dict.fromkeys(_COLUMNS, "") | {"quantity": "text", "unit": "text", "worst contract": "text small"}
     figures = [figure(name, caption, image) for name, (caption, image) in pictures.items()]
-    return page(title, facts(about), f"<h2>Learnt minus exact</h2><p>{_LEGEND}</p>", table(styles, rows), *figures)
+    return page(title, facts(about), f"<h2>Learnt minus exact</h2><p>{legend}</p>", table(styles, rows), *figures)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, object]:
+    names = evaluation.pricer.problem.schema.names
     return {
         "ledger": evaluation.ledger,
         "version": evaluation.version.version_id,
         "content_hash": evaluation.version.content_hash,
+        "problem": evaluation.pricer.problem.name,
         "contracts": len(evaluation.contracts),
         "measures": {
             m.name: {
@@ -245,7 +259,10 @@ def _as_json(evaluation: Evaluation) -> dict[str, object]:
                 "maximum": m.maximum,
                 "of_mean": m.relative,
                 "against_quantlib": evaluation.quantlib.get(m.name),
-                "worst": dict(zip(FIELDS, evaluation.contracts[m.worst].tolist(), strict=True)),
+                "compared_with": m.reference,
+                "standard_error": m.noise,
+                "contracts": m.count,
+                "worst": dict(zip(names, evaluation.contracts[m.worst].tolist(), strict=True)),
             }
             for m in evaluation.measures.values()
         },

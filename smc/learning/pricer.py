@@ -318,6 +318,11 @@ class GbmCVNNPricer:
         self._warn_if_untrained()
         return self._predictor.predict_sensitivities(contracts, kind, outside=outside)
 
+    @property
+    def distribution_kinds(self) -> tuple[Kind, ...]:
+        """What there are distributions of: what was learnt, first, and the other option where that follows."""
+        return self._predictor.distribution_kinds
+
     def _warn_if_untrained(self) -> None:
         if self._position.step == 0:
             warnings.warn(

@@ -1,4 +1,4 @@
-"""How far a trained pricer is from the closed form, contract by contract."""
+"""How far a trained pricer is from the best reference there is, contract by contract."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from smc.problem.contracts import BoundSpec, ContractsLike, columns
-from smc.problem.oracles import black_scholes
-from smc.problem.oracles.black_scholes import Greeks, OptionKind
+from smc.errors import ConfigError
+from smc.prediction.predictor import Kind
+from smc.prediction.reference import Known, reference_of
+from smc.problem.contracts import BoundSpec, ContractsLike
+from smc.problem.oracles.black_scholes import Greeks
+from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.levels import PayoffDistribution
 
-__all__ = ["QUANTITIES", "Measure", "Predicts", "evaluate", "objective_value", "price_error"]
+__all__ = ["QUANTITIES", "Measure", "Predicts", "distance", "evaluate", "objective_value", "price_error"]
 
 Array = npt.NDArray[np.float64]
 
@@ -32,35 +36,53 @@ class Predicts(Protocol):
     """What can be measured: a pricer, or a predictor."""
 
     @property
-    def domain(self) -> Mapping[str, BoundSpec]:
+    def problem(self) -> Problem:
         """What it was trained on."""
         ...
 
-    def predict_price(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> Array | Tensor:
+    @property
+    def domain(self) -> Mapping[str, BoundSpec]:
+        """The contracts that it was trained on."""
+        ...
+
+    @property
+    def distribution_kinds(self) -> tuple[Kind, ...]:
+        """What there are distributions of."""
+        ...
+
+    def predict_price(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> Array | Tensor:
         """Present values. Shapes: -> (n,)."""
         ...
 
-    def predict_distribution(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> PayoffDistribution:
+    def predict_distribution(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> PayoffDistribution:
         """Distributions of the discounted payoff. Shapes: -> levels (n, N)."""
         ...
 
-    def predict_greeks(self, contracts: ContractsLike | Tensor, kind: OptionKind = "put") -> Greeks:
+    def predict_greeks(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> Greeks:
         """Derivatives of the price. Shapes: -> five of (n,)."""
         ...
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity over a sample of contracts: learnt minus exact.
+    """One quantity over a sample of contracts: learnt minus what it is compared with.
 
-    Shapes: errors (n,), NaN where the quantity does not exist. `size` is the mean magnitude of the exact quantity
-    where the error is not already on a scale that says enough, None otherwise.
+    Shapes: errors (n,), NaN where the quantity does not exist, or nothing to compare it with. `size` is the mean
+    magnitude of the quantity where the error is not already on a scale that says enough, None otherwise. `reference`
+    says what it was compared with, and `noise` the standard error of that where it was simulated, in the same unit.
     """
 
     name: str
     unit: str
     errors: Array
     size: float | None = None
+    reference: str = "closed form"
+    noise: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Contracts that were compared."""
+        return int((~np.isnan(self.errors)).sum())
 
     @property
     def rmse(self) -> float:
@@ -83,6 +105,20 @@ class Measure:
         return int(np.nanargmax(np.abs(self.errors)))
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """Contracts from what is typical to the worst, by the size of their error."""
+        order = np.argsort(np.abs(self.errors))[: self.count]
+        shares = {"median": 0.5, "90th percentile": 0.9, "99th percentile": 0.99, "worst": 1.0}
+        return {name: int(order[int(share * (len(order) - 1))]) for name, share in shares.items()}
+
+    @property
+    def compared(self) -> str:
+        """What it was compared with, in words."""
+        if self.noise is None:
+            return self.reference
+        return f"{self.reference}, standard error {self.noise:.2g}" + (f" {self.unit}" if self.unit else "")
+
+    @property
     def relative(self) -> float | None:
         """The RMSE as a share of the quantity's mean magnitude."""
         return None if self.size is None else self.rmse / self.size
@@ -90,52 +126,101 @@ class Measure:
 
 QUANTITIES: Final = (
     "price", "implied volatility", "delta", "gamma", "vega", "theta", "rho",
-    "W2, put", "CVaR97.5, put", "W2, call", "CVaR97.5, call",
+    "W2, put", "CVaR97.5, put", "W2, call", "CVaR97.5, call", "W2", "CVaR97.5",
 )  # fmt: skip
-"""What is measured, by name."""
+"""What is measured, by name; of distributions those of a put, of a call, or of a product that is neither."""
 
 
 def evaluate(pricer: Predicts, contracts: Array) -> dict[str, Measure]:
-    """Every quantity that a pricer predicts, against its exact value, by name.
+    """Every quantity that a pricer predicts, against the problem's oracle or a large simulation, by name.
 
-    Prices and distributions are compared in basis points of each contract's spot; W2 is the Wasserstein distance of
-    the levels, never negative; Greeks are the put's. Shapes: (n, 6), at least one of them with a volatility to imply.
+    Prices and distributions are compared in basis points of each contract's spot, or of what its product names; W2 is
+    the Wasserstein distance of the levels, never negative; Greeks are those of what was learnt. Of what is simulated
+    the first contracts are compared. Shapes: (n, fields).
     """
     return {measure.name: measure for measure in _measures(pricer, contracts)}
 
 
+def distance(measures: Mapping[str, Measure]) -> Measure:
+    """How far the distributions are of what was learnt."""
+    return next(measure for name, measure in measures.items() if name.startswith("W2"))
+
+
 def objective_value(pricer: Predicts, quantity: str) -> float:
-    """The RMSE of one quantity over a sample of the pricer's domain that is always the same."""
-    contracts = SobolSampler(pricer.domain, seed=_OBJECTIVE_SEED).sample(_OBJECTIVE_CONTRACTS)
-    return evaluate(pricer, contracts)[quantity].rmse
+    """The RMSE of one quantity over a sample of the pricer's domain that is always the same.
+
+    Raises: ConfigError for one that the pricer's problem does not have.
+    """
+    sampler = SobolSampler(pricer.domain, seed=_OBJECTIVE_SEED, schema=pricer.problem.schema)
+    names = []
+    for measure in _measures(pricer, sampler.sample(_OBJECTIVE_CONTRACTS)):
+        if measure.name == quantity:
+            return measure.rmse
+        names.append(measure.name)
+    raise ConfigError(f"{pricer.problem.name} has no {quantity!r} to measure; there are {'; '.join(names)}")
 
 
 def price_error(pricer: Predicts, contracts: Array) -> Measure:
-    """The first of these alone: the put's price. Shapes: (n, 6)."""
-    return _of_price(contracts, np.asarray(pricer.predict_price(contracts)))
-
-
-def _of_price(contracts: Array, learnt: Array) -> Measure:
-    return Measure("price", "bp of spot", (learnt - black_scholes.price(contracts)) / columns(contracts).X0 * 1e4)
+    """The first of these alone: the price of what was learnt. Shapes: (n, fields)."""
+    return next(_measures(pricer, contracts))
 
 
 def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
-    c = columns(contracts)
-    basis = 1e4 / c.X0
+    problem, reference = pricer.problem, reference_of(pricer.problem)
+    law = problem.law(torch.from_numpy(contracts))
+    basis = 1e4 / problem.product.notionals(law).numpy()
+    unit = f"bp of {problem.product.notional}"
     learnt = np.asarray(pricer.predict_price(contracts))
-    yield _of_price(contracts, learnt)
-    greeks, exact = pricer.predict_greeks(contracts), black_scholes.greeks(contracts)
-    implied = black_scholes.implied_volatility(contracts, learnt) - c.v
-    sensitive = exact.vega >= _LEAST_VEGA * c.X0
-    yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4)
-    for name, ours, theirs in zip(exact._fields, greeks, exact, strict=True):
-        yield Measure(name, "", ours - theirs, float(np.abs(theirs).mean()))
-    kinds: tuple[black_scholes.OptionKind, ...] = ("put", "call")
-    for kind in kinds:
+    yield _compared("price", unit, learnt, reference.price(contracts), basis)
+    oracle = reference.oracle
+    if oracle is not None and oracle.implied_volatility is not None:
+        implied = oracle.implied_volatility(contracts, learnt) - law.c.v.numpy()
+        assert oracle.greeks is not None
+        sensitive = oracle.greeks(contracts).vega >= _LEAST_VEGA * law.spot.numpy()
+        yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4)
+    few = contracts[: reference.greeks_of]
+    if oracle is not None and oracle.greeks is not None and len(few):
+        greeks, exact = pricer.predict_greeks(few), oracle.greeks(few)
+        for name, ours, theirs in zip(exact._fields, greeks, exact, strict=True):
+            yield Measure(name, "", _padded(ours - theirs, len(contracts)), float(np.abs(theirs).mean()), oracle.about)
+    yield from _of_distributions(pricer, contracts, basis, unit)
+
+
+def _of_distributions(pricer: Predicts, contracts: Array, basis: Array, unit: str) -> Iterator[Measure]:
+    reference = reference_of(pricer.problem)
+    oracle, option = reference.oracle, pricer.problem.product.option
+    for kind in pricer.distribution_kinds:
+        suffix = f", {kind}" if option is not None else ""
         distribution = pricer.predict_distribution(contracts, kind)
-        levels = distribution.host_levels
-        averages = black_scholes.payoff_bin_averages(contracts, levels.shape[1], kind)
-        yield Measure(f"W2, {kind}", "bp of spot", np.sqrt(np.square(levels - averages).mean(axis=1)) * basis)
-        tail = black_scholes.cvar(contracts, _TAIL, kind)
-        size = float((tail * basis).mean()) if kind == "call" else None
-        yield Measure(f"CVaR97.5, {kind}", "bp of spot", (distribution.cvar(_TAIL) - tail) * basis, size)
+        size = distribution.levels.shape[1]
+        if oracle is not None and oracle.levels is not None and oracle.tail is not None:
+            known = Known(oracle.levels(contracts, size, kind), None, oracle.about)
+            tail = oracle.tail(contracts, _TAIL, kind)
+        else:
+            known = reference.levels(contracts, size)
+            tail = PayoffDistribution(known.values).cvar(_TAIL)
+        count = len(known.values)
+        apart = np.sqrt(np.square(distribution.host_levels[:count] - known.values).mean(axis=1))
+        noise = None if known.noise is None else _root_mean_square(known.noise * basis[:count])
+        away = _padded(apart * basis[:count], len(contracts))
+        yield Measure(f"W2{suffix}", unit, away, None, known.about, noise)
+        exact = Known(tail, None, known.about)
+        size_of = None if kind == "put" else float((tail * basis[:count]).mean())
+        yield _compared(f"CVaR97.5{suffix}", unit, distribution.cvar(_TAIL), exact, basis, size_of)
+
+
+def _compared(
+    name: str, unit: str, learnt: Array, known: Known, basis: Array, size: float | None = None
+) -> Measure:  # fmt: skip
+    count = len(known.values)
+    errors = _padded((learnt[:count] - known.values) * basis[:count], len(learnt))
+    noise = None if known.noise is None else _root_mean_square(known.noise * basis[:count])
+    return Measure(name, unit, errors, size, known.about, noise)
+
+
+def _padded(errors: Array, count: int) -> Array:
+    return np.concatenate([errors, np.full(count - len(errors), np.nan)])
+
+
+def _root_mean_square(values: Array) -> float:
+    return float(np.sqrt(np.square(values).mean()))

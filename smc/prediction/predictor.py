@@ -164,9 +164,8 @@ class Predictor:
                 f"{self.problem.name} has no field {missing[0]!r}, and so no such Greek: predict_sensitivities has the "
                 f"derivatives by {', '.join(self.problem.schema.names)}"
             )
-        first, gamma = self._derivatives(contracts, kind, outside)
-        spot = getattr(first, self.problem.process.fields[0].name)
-        return Greeks(spot, gamma, first.v, -first.T, first.r)
+        first, delta, gamma = self._derivatives(contracts, kind, outside)
+        return Greeks(delta, gamma, first.v, -first.T, first.r)
 
     def predict_sensitivities(
         self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
@@ -174,29 +173,47 @@ class Predictor:
         """Derivatives of the price by every field of a contract, a named tuple. Shapes: -> (n,) each."""
         return self._derivatives(contracts, kind, outside)[0]
 
-    def _derivatives(self, contracts: ContractsLike | Tensor, kind: Kind, outside: Outside) -> tuple[Any, Array]:
-        """First derivatives by name, and the second by the first spot. Shapes: -> (n,) each."""
+    def _derivatives(self, contracts: ContractsLike | Tensor, kind: Kind, outside: Outside) -> tuple[Any, Array, Array]:
+        """First derivatives by name; delta and gamma, for which ratios to the spot move against it.
+
+        Shapes: -> (n,) each.
+        """
         other = self._is_other(kind)
         with torch.inference_mode(False), torch.enable_grad():
             asked = self._asked(contracts, outside)
-            first, second = np.empty((len(asked.table), len(self.problem.schema))), np.zeros(len(asked.table))
+            first = np.empty((len(asked.table), len(self.problem.schema)))
+            delta, gamma = np.empty(len(first)), np.zeros(len(first))
             for start in range(0, len(asked.table), _CHUNK):
                 part = asked.learnt[start : start + _CHUNK].clone().requires_grad_()
                 value, _ = self._spectrum(part)
                 (once,) = torch.autograd.grad(value[:, 0].sum(), part, create_graph=True)
-                spot = self.problem.schema.column(self.problem.process.fields[0].name)
-                (twice,) = torch.autograd.grad(once[:, spot].sum(), part)
-                first[start : start + _CHUNK] = once.detach().cpu().numpy()
-                second[start : start + _CHUNK] = twice[:, spot].cpu().numpy()
+                by_spot = self._by_spot(part, once)
+                (twice,) = torch.autograd.grad(by_spot.sum(), part)
+                chunk = slice(start, start + _CHUNK)
+                first[chunk], delta[chunk] = once.detach().cpu().numpy(), by_spot.detach().cpu().numpy()
+                gamma[chunk] = self._by_spot(part, twice).detach().cpu().numpy()
             if len(asked.certain):
                 rows = asked.certain.cpu().numpy()
-                # A payoff that is certain is straight almost everywhere.
-                first[rows], second[rows] = self._certain_derivatives(asked.table[asked.certain].cpu()), 0.0
+                certain = asked.table[asked.certain].cpu()
+                first[rows] = self._certain_derivatives(certain)
+                delta[rows] = self._by_spot(certain, torch.from_numpy(first[rows])).numpy()
+                gamma[rows] = 0.0  # a payoff that is certain is straight almost everywhere
             if other:
                 table = asked.table.clone().requires_grad_()
                 (more,) = torch.autograd.grad(self._parity(table).sum(), table)
-                first = first + more.cpu().numpy()
-        return self.problem.schema.row(*np.ascontiguousarray(first.T)), second
+                first += more.cpu().numpy()
+                delta += self._by_spot(table, more).detach().cpu().numpy()
+        return self.problem.schema.row(*np.ascontiguousarray(first.T)), delta, gamma
+
+    def _by_spot(self, table: Tensor, derivatives: Tensor) -> Tensor:
+        """By the first spot, barriers staying where they are. Shapes: (n, fields), derivatives by each -> (n,)."""
+        schema = self.problem.schema
+        c, by = schema.row(*table.unbind(dim=1)), schema.row(*derivatives.unbind(dim=1))
+        spot = self.problem.process.fields[0].name
+        moved: Tensor = getattr(by, spot)
+        for ratio in self.problem.product.ratios:
+            moved = moved - getattr(by, ratio) * getattr(c, ratio) / getattr(c, spot)
+        return moved
 
     def _certain_derivatives(self, table: Tensor) -> Array:
         """Of the certain payoff by each field, by differences. Shapes: (n, fields) -> the same."""

@@ -67,6 +67,11 @@ class Problem:
         """Both kinds."""
         return f"{self.process.kind} x {self.product.kind}"
 
+    @property
+    def title(self) -> str:
+        """Both, as people write them."""
+        return f"{self.product.title}s under {self.process.title}"
+
     def law(self, table: Tensor) -> Law:
         """What is known of the prices of a table of contracts. Shapes: (n, fields)."""
         return Law(self.process, self.schema.row(*table.unbind(dim=1)))

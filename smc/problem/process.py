@@ -38,6 +38,11 @@ class Process(BaseModel, ABC):
     """Whether the logarithm of the price at expiry is normal."""
 
     @property
+    def title(self) -> str:
+        """Its kind, as people write it."""
+        return self.kind.replace("_", " ")
+
+    @property
     def exact(self) -> bool:
         """Whether one step of any length has the right law: then a payoff of the last spot needs one normal."""
         return False

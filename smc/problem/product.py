@@ -52,11 +52,18 @@ class Product(BaseModel, ABC):
     still: ClassVar[tuple[str, ...]] = ()
     option: ClassVar[Literal["put", "call"] | None] = None
     """Which of the two it is, if it is one of them."""
+    ratios: ClassVar[tuple[str, ...]] = ()
+    """Fields that are a ratio to the spot: prices in the contract, which stay where they are when the spot moves."""
     notional: ClassVar[str] = "spot"
     reflection: ClassVar[Reflection | None] = None
     """How the distribution of the other option follows from this one's, where logarithms of prices are normal."""
 
     dates: int = 0
+
+    @property
+    def title(self) -> str:
+        """Its kind, as people write it."""
+        return self.kind.replace("_", " ")
 
     @abstractmethod
     def coefficients(self, c: Any) -> tuple[float, ...]:

@@ -93,10 +93,12 @@ def _picture(found: Measured) -> np.ndarray[Any, np.dtype[np.uint8]]:
     drawn = Figure(figsize=(12.5, 4.5), layout="constrained")
     left, right = drawn.subplots(1, 2)
     error = found.measures["price"]
-    draw_errors(left, found.contracts, error.errors, f"learnt minus exact put price, {error.unit}")
+    problem = found.predictor.problem
+    label = f"learnt minus exact price of {problem.title}, {error.unit}"
+    draw_errors(left, found.contracts, error.errors, label, problem)
     left.set_title(f"{found.version.version_id}, step {found.version.step}: RMSE {error.rmse:.2f} bp", fontsize=9)
     _, chosen = found.chosen()
-    draw_quantiles(right, chosen[0], found.predictor.predict_distribution(chosen[:1]).host_levels[0])
+    draw_quantiles(right, chosen[0], found.predictor.predict_distribution(chosen[:1]).host_levels[0], problem)
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3]

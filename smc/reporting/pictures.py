@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smc.errors import ConfigError
-from smc.problem.contracts import FIELDS, columns
-from smc.problem.oracles import black_scholes
+from smc.prediction.reference import Known, reference_of
+from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.reporting.command_line import replace_file
 
 if TYPE_CHECKING:
@@ -38,45 +39,60 @@ Array = npt.NDArray[np.float64]
 _LEARNT, _EXACT = "tab:red", "black"
 
 
-def draw_errors(axes: Axes, contracts: Array, errors: Array, label: str) -> None:
-    """Errors over log forward moneyness and total volatility, colours saturated at the 99th percentile.
+def draw_errors(axes: Axes, contracts: Array, errors: Array, label: str, problem: Problem = EUROPEAN_PUT) -> None:
+    """Errors over moneyness and total volatility, colours saturated at the 99th percentile.
 
-    Shapes: (n, 6), (n,); NaN is left out.
+    A problem without a strike or a known volatility is drawn over its first two fields.
+    Shapes: (n, fields), (n,); NaN is left out.
     """
-    c = columns(contracts)
     limit = float(np.nanquantile(np.abs(errors), 0.99)) or 1.0
     shown = ~np.isnan(errors)
-    moneyness, w = np.log(c.X0 / c.K) + (c.r - c.d) * c.T, c.v * np.sqrt(c.T)
+    table = torch.from_numpy(contracts)
+    law = problem.law(table)
+    distances = problem.product.distances(law)
+    if distances and law.known:
+        places = distances[0].numpy(), law.deviation.numpy()
+        names = "log forward moneyness ln(F / K)", r"total volatility $v\sqrt{T}$"
+    else:
+        places = contracts[:, 0], contracts[:, 1]
+        names = tuple(f"{field.about} {plain(field.name)}" for field in problem.schema)[:2]  # type: ignore[assignment]
     points = axes.scatter(
-        moneyness[shown], w[shown], c=errors[shown], s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True
+        places[0][shown], places[1][shown], c=errors[shown], s=5, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True
     )
     assert axes.figure is not None
     axes.figure.colorbar(points, ax=axes, label=label)
-    axes.set(xlabel="log forward moneyness ln(F / K)", ylabel=r"total volatility $v\sqrt{T}$")
+    axes.set(xlabel=names[0], ylabel=names[1])
 
 
-def draw_quantiles(axes: Axes, contract: Array, levels: Array) -> None:
-    """Quantile function of one put's discounted payoff, learnt and exact. Shapes: (6,), (N,)."""
+def draw_quantiles(axes: Axes, contract: Array, levels: Array, problem: Problem = EUROPEAN_PUT) -> None:
+    """Quantile function of one contract's discounted payoff, learnt and as it is known. Shapes: (fields,), (N,)."""
     u = (np.arange(len(levels)) + 0.5) / len(levels)
-    axes.plot(u, black_scholes.payoff_quantile(contract[None], u)[0], color=_EXACT, lw=4, alpha=0.25, label="exact")
+    reference = reference_of(problem)
+    known = reference.levels(contract[None], len(levels))
+    axes.plot(u, known.values[0], color=_EXACT, lw=4, alpha=0.25, label=_short(known))
     axes.plot(u, levels, color=_LEARNT, lw=1.4, label="learnt")
-    axes.axhline(black_scholes.price(contract[None])[0], color=_EXACT, lw=0.8, ls=":", label="price")
-    axes.set(xlabel="probability", ylabel="discounted put payoff", xlim=(0, 1))
-    axes.set_title(in_words(contract), fontsize=9)
+    axes.axhline(reference.price(contract[None]).values[0], color=_EXACT, lw=0.8, ls=":", label="price")
+    axes.set(xlabel="probability", ylabel=f"discounted payoff, {problem.product.title}", xlim=(0, 1))
+    axes.set_title(in_words(contract, problem), fontsize=9)
     axes.legend(frameon=False)
 
 
-def draw_spectrum(axes: Axes, contract: Array, levels: Array) -> None:
-    """Magnitude of every bin of one put's spectrum, learnt and exact, and of the error. Shapes: (6,), (N,)."""
-    exact = np.fft.rfft(black_scholes.payoff_bin_averages(contract[None], len(levels))[0], norm="forward")
+def draw_spectrum(axes: Axes, contract: Array, levels: Array, problem: Problem = EUROPEAN_PUT) -> None:
+    """Magnitude of every bin of one contract's spectrum, learnt, known, and of the error. Shapes: (fields,), (N,)."""
+    known = reference_of(problem).levels(contract[None], len(levels))
+    exact = np.fft.rfft(known.values[0], norm="forward")
     learnt = np.fft.rfft(levels, norm="forward")
     bins = np.arange(len(exact)) + 1  # bin 0 has a place on a logarithmic axis
-    axes.loglog(bins, np.abs(exact), color=_EXACT, lw=4, alpha=0.25, label="exact")
+    axes.loglog(bins, np.abs(exact), color=_EXACT, lw=4, alpha=0.25, label=_short(known))
     axes.loglog(bins, np.abs(learnt), color=_LEARNT, lw=1.2, label="learnt")
     axes.loglog(bins, np.abs(learnt - exact), color="tab:blue", lw=0.8, label="difference")
     axes.set(xlabel="bin + 1", ylabel="magnitude, currency")
-    axes.set_title(in_words(contract), fontsize=9)
+    axes.set_title(in_words(contract, problem), fontsize=9)
     axes.legend(frameon=False)
+
+
+def _short(known: Known) -> str:
+    return "exact" if known.noise is None else known.about
 
 
 def draw_learning(
@@ -156,6 +172,6 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def in_words(contract: Array) -> str:
-    """The parameters of a contract, on a line. Shapes: (6,)."""
-    return ", ".join(f"{name}={value:.4g}" for name, value in zip(FIELDS, contract, strict=True))
+def in_words(contract: Array, problem: Problem = EUROPEAN_PUT) -> str:
+    """The parameters of a contract, on a line. Shapes: (fields,)."""
+    return ", ".join(f"{name}={value:.4g}" for name, value in zip(problem.schema.names, contract, strict=True))

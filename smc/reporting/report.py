@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError
-from smc.prediction.evaluation import Measure, Predicts, evaluate
+from smc.prediction.evaluation import Measure, Predicts, distance, evaluate
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.history import runs_of
 from smc.reporting.page import facts, figure, page, png, table
@@ -32,7 +32,7 @@ _MOST_MEASURED = 6
 
 @dataclass(frozen=True)
 class Measured:
-    """A version against the closed form on a sample of its domain. Shapes: contracts (n, 6)."""
+    """A version against the best reference of its problem on a sample of its domain. Shapes: contracts (n, fields)."""
 
     version: ModelVersion
     predictor: Predicts
@@ -41,9 +41,8 @@ class Measured:
 
     def chosen(self) -> tuple[Sequence[str], np.ndarray[Any, np.dtype[np.float64]]]:
         """Four contracts by the rank of their distribution's error, and what they are called."""
-        order = np.argsort(self.measures["W2, put"].errors)
-        rows = order[[len(order) // 2, int(0.9 * (len(order) - 1)), int(0.99 * (len(order) - 1)), -1]]
-        return ("median", "90th percentile", "99th percentile", "worst"), self.contracts[rows]
+        ranks = distance(self.measures).ranks
+        return tuple(ranks), self.contracts[list(ranks.values())]
 
 
 async def measured(
@@ -51,7 +50,7 @@ async def measured(
 ) -> Measured:
     """Load a version and compare it. Raises: Corrupt, NotFound if collected, ConfigError for want of a template."""
     predictor = await load_predictor(store, version)
-    sample = SobolSampler(predictor.domain, seed=seed).sample(contracts)
+    sample = SobolSampler(predictor.domain, seed=seed, schema=predictor.problem.schema).sample(contracts)
     return Measured(version, predictor, sample, evaluate(predictor, sample))
 
 
@@ -193,7 +192,9 @@ async def _learnt(store: AsyncBlockchainModelStore, catalog: Catalog, contracts:
     for alias, version in catalog.aliases.items():
         aliases.setdefault(version.counter, []).append(alias)
     names = {counter: ", ".join(of) for counter, of in aliases.items()} or {catalog.head.counter: "the newest version"}
-    parts, rows, columns = ["<h2>Learnt and exact</h2>"], [], {"": "text", "version": "text"}
+    parts: list[str] = ["<h2>Learnt and exact</h2>"]
+    rows: list[dict[str, str]] = []
+    columns = {"": "text", "version": "text", "problem": "text"}
     for counter, name in list(names.items())[:_MOST_MEASURED]:
         version = catalog.versions[counter]
         try:
@@ -201,17 +202,26 @@ async def _learnt(store: AsyncBlockchainModelStore, catalog: Catalog, contracts:
         except (NotFound, ConfigError, Corrupt, NumericsError) as error:
             parts.append(f"<p>{html.escape(f'{name}: {error}')}</p>")
             continue
-        rows.append((name, version.version_id, *(f"{m.rmse:.4g}" for m in found.measures.values())))
-        columns |= {f"{m.name}, {m.unit}".removesuffix(", "): "" for m in found.measures.values()}
+        problem = found.predictor.problem
+        errors = {f"{m.name}, {m.unit}".removesuffix(", "): f"{m.rmse:.4g}" for m in found.measures.values()}
+        compared = "; ".join(dict.fromkeys(m.compared for m in found.measures.values()))
+        rows.append({"": name, "version": version.version_id, "problem": problem.name, **errors, "against": compared})
+        columns |= dict.fromkeys(errors, "")
         drawn = Figure(figsize=(12.5, 7.5), layout="constrained")
         ranks, chosen = found.chosen()
         levels = found.predictor.predict_distribution(chosen).host_levels
         for axes, rank, contract, row in zip(drawn.subplots(2, 2).flat, ranks, chosen, levels, strict=True):
-            draw_quantiles(axes, contract, row)
+            draw_quantiles(axes, contract, row, problem)
             axes.set_title(f"{rank} W2 error\n{axes.get_title()}", fontsize=9)
-        caption = f"{name}, {version.version_id}: payoff distributions of puts, by the rank of their W2 error."
+        caption = (
+            f"{name}, {version.version_id}: payoff distributions of {problem.title}, by the rank of their W2 error."
+        )
         parts.append(figure(f"distribution of {version.version_id}", caption, png(drawn)))
     if rows:
-        note = f"<p>RMSE over {contracts:,} contracts of each version's domain, learnt against the closed form.</p>"
-        parts[1:1] = [note, table(columns, rows)]
+        columns["against"] = "text small"
+        note = (
+            f"<p>RMSE over {contracts:,} contracts of each version's domain, or the first of them where that is dear: "
+            "learnt against the problem's closed form, or what stands behind its errors.</p>"
+        )
+        parts[1:1] = [note, table(columns, [[row.get(name, "") for name in columns] for row in rows])]
     return parts

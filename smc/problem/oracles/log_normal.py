@@ -25,7 +25,7 @@ from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
 from smc.problem.products.digital import DigitalPut
 
-__all__ = ["price"]
+__all__ = ["digital_levels", "digital_tail", "price"]
 
 Array = npt.NDArray[np.float64]
 
@@ -58,6 +58,19 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
                 ]
             )
     raise ConfigError(f"there is no formula here for {problem.name}")
+
+
+def digital_levels(table: Array, size: int, kind: str = "put") -> Array:
+    """Means of a digital put's discounted quantile function over equal slices. Shapes: (n, 6) -> (n, size)."""
+    discount, edges = np.exp(-table[:, 3] * table[:, 2])[:, None], np.linspace(0.0, 1.0, size + 1)[1:]
+    paid = _digital_put(table)[:, None] / discount  # the probability, which is that of the upper end
+    return np.asarray(discount * np.clip((edges - (1 - paid)) * size, 0.0, 1.0))
+
+
+def digital_tail(table: Array, u: float, kind: str = "put") -> Array:
+    """Mean of a digital put's discounted payoff beyond its u quantile. Shapes: (n, 6) -> (n,)."""
+    discount = np.exp(-table[:, 3] * table[:, 2])
+    return np.asarray(discount * np.minimum(_digital_put(table) / discount / (1 - u), 1.0))
 
 
 def _digital_put(table: Array) -> Array:

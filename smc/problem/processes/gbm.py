@@ -32,6 +32,11 @@ class GeometricBrownianMotion(Process):
     scheme: Literal["log", "euler"] = "log"
 
     @property
+    def title(self) -> str:
+        """In full."""
+        return "geometric Brownian motion"
+
+    @property
     def exact(self) -> bool:
         """Whether one step is as good as many."""
         return self.scheme == "log"

@@ -34,6 +34,7 @@ class UpAndOutCall(Product):
     fields: ClassVar[tuple[Field, ...]] = (STRIKE, _UP)
     inputs: ClassVar[tuple[str, ...] | None] = ("H",)
     still: ClassVar[tuple[str, ...]] = ("K",)
+    ratios: ClassVar[tuple[str, ...]] = ("H",)
     option: ClassVar[Literal["put", "call"] | None] = "call"
     up: ClassVar[bool] = True
 
