@@ -18,6 +18,7 @@ from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.learning.experiment import Experiment
 from smc.learning.pricer import GbmCVNNPricer, Progress, StepReport, TrainingResult
 from smc.prediction.evaluation import objective_value
+from smc.problem.problem import register
 from smc.reporting.training_tensorboard import TensorBoardLogger, folder_name
 from smc.storage.chain import ModelVersion
 from smc.storage.commits import CommitTarget
@@ -35,6 +36,9 @@ class TrainerActor:
 
     def __init__(self, experiment: Experiment, target: CommitTarget, *, tensorboard: Path | None = None) -> None:
         self._experiment, self._target, self._tensorboard = experiment, target, tensorboard
+        # What this process did not import came with the experiment: checkpoints that name it are read here too.
+        for part in (experiment.simulation.problem.process, experiment.simulation.problem.product):
+            register(type(part))
         # The training loop has a thread of its own: on the event loop it would starve every other call.
         self._training = ThreadPoolExecutor(1, thread_name_prefix="smc-train")
         self._pricer: GbmCVNNPricer | None = None

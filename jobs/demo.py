@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from jobs.recipes import read_sweep
 from jobs.running import RunOptions
-from jobs.session import run_job
+from jobs.session import run_job, use_models
 from jobs.sweep import report, run_experiments
 from smc.errors import ConfigError
 from smc.learning.pricer import GbmCVNNPricer
@@ -29,7 +29,7 @@ from smc.prediction.evaluation import distance, evaluate, price_error
 from smc.prediction.reference import reference_of
 from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
-from smc.reporting.command_line import replace_file, say
+from smc.reporting.command_line import add_models, replace_file, say
 from smc.reporting.page import png
 from smc.reporting.pictures import draw_errors, draw_quantiles
 from smc.simulation.levels import PayoffDistribution
@@ -56,9 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path(".smc"), help="data, credentials and the picture")
     parser.add_argument("--sweep", type=Path, default=Path("sweeps/demo.yaml"))
+    add_models(parser)
     options = parser.parse_args(arguments)
 
     async def run() -> int:
+        use_models(options.models)
         _, experiments = read_sweep(options.sweep)
         if not experiments:
             raise ConfigError(f"{options.sweep}: a search alone; the demo runs experiments, a grid or random draws")
@@ -155,7 +157,7 @@ def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
     problem, one = pricer.problem, _shown(pricer)[:1]
     contracts = SobolSampler(pricer.domain, seed=7, schema=problem.schema).sample(8192)
     error = price_error(pricer, contracts)
-    draw_errors(left, contracts, error.errors, f"learnt minus exact price, {error.unit}", problem)
+    draw_errors(left, contracts, error.errors, f"learnt minus {error.known} price, {error.unit}", problem)
     left.set_title(f"Price error over the domain: RMSE {error.rmse:.2f} bp")
     draw_quantiles(right, one[0], pricer.predict_distribution(one).host_levels[0], problem)
     right.set_title(f"Payoff distribution of one contract\n{right.get_title()}", fontsize=10)

@@ -22,14 +22,14 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from jobs.session import run_job
+from jobs.session import run_job, use_models
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import Measure, distance, evaluate, price_error
 from smc.problem.contracts import columns
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
-from smc.reporting.command_line import replace_file, say
+from smc.reporting.command_line import add_models, replace_file, say
 from smc.reporting.page import facts, figure, page, png, table
 from smc.reporting.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
@@ -73,9 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=_at_least(0), default=20_261_123, help="of the sample")
     parser.add_argument("--curve", type=int, default=12, help="versions loaded back for the learning curve, at most")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for report.html, PNGs and JSON")
+    add_models(parser)
     options = parser.parse_args(arguments)
 
     async def run() -> int:
+        use_models(options.models)
         async with AsyncBlockchainModelStore(options.ledger) as store:
             evaluation = await _evaluation(store, options)
         rows = _rows(evaluation)
@@ -189,7 +191,7 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
     drawn = Figure(figsize=(12.5, 5), layout="constrained")
     shown = [name for name in ("price", "implied volatility", "delta") if name in measures][:2]
     for axes, name in zip(drawn.subplots(1, len(shown), squeeze=False).flat, shown, strict=True):
-        label = f"learnt minus exact {name}, {measures[name].unit}".removesuffix(", ")
+        label = f"learnt minus {measures[name].known} {name}, {measures[name].unit}".removesuffix(", ")
         draw_errors(axes, contracts, measures[name].errors, label, problem)
     pictures["errors"] = (f"Where the errors lie: contracts of the sample, {problem.title}.", png(drawn))
 
@@ -240,7 +242,7 @@ def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mappi
     title = f"{version.version_id}: {version.experiment}, step {version.step}"
     styles = dict.fromkeys(_COLUMNS, "") | {"quantity": "text", "unit": "text", "worst contract": "text small"}
     figures = [figure(name, caption, image) for name, (caption, image) in pictures.items()]
-    return page(title, facts(about), f"<h2>Learnt minus exact</h2><p>{legend}</p>", table(styles, rows), *figures)
+    return page(title, facts(about), f"<h2>Learnt minus known</h2><p>{legend}</p>", table(styles, rows), *figures)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, object]:

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from smc.errors import ConfigError
+from smc.problem.models import load_models
 from smc.reporting.command_line import exit_status
 
-__all__ = ["connect", "names_of_actors", "run_job"]
+__all__ = ["connect", "names_of_actors", "run_job", "use_models"]
 
 
 def connect(*, start: bool = True) -> None:
@@ -79,6 +80,15 @@ def names_of_actors(kind: str) -> list[str]:
 
     found = list_named_actors(all_namespaces=True)
     return [a["name"] for a in found if a["namespace"] == NAMESPACE and a["name"].startswith(kind)]
+
+
+def use_models(paths: Sequence[Path]) -> None:
+    """Register what the files hold, here and in every actor that is sent some of it. Raises: ConfigError."""
+    for path in paths:
+        module = load_models(path)
+        from ray import cloudpickle
+
+        cloudpickle.register_pickle_by_value(module)  # an actor's process cannot import it
 
 
 def run_job(main: Callable[[], Coroutine[Any, Any, int]]) -> int:

@@ -21,11 +21,11 @@ from pathlib import Path
 from jobs.recipes import Sweep, make_trial, read_sweep
 from jobs.running import ExperimentOutcome, Runner, RunOptions, check_settings, cluster_places, plain
 from jobs.search import PastTrial, Trial, Trials, require_optuna, search_prefix
-from jobs.session import connect, run_job
+from jobs.session import connect, run_job, use_models
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
 from smc.learning.plan import PLAN_END
-from smc.reporting.command_line import say
+from smc.reporting.command_line import add_models, say
 from smc.storage import AsyncBlockchainModelStore
 
 __all__ = ["absolute", "add_options", "main", "options_of", "report", "run_experiments", "run_search"]
@@ -172,6 +172,7 @@ async def _run(
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that `train` and `sweep` share."""
+    add_models(parser)
     parser.add_argument(
         "--concurrency", type=int, metavar="N", help="experiments at a time (default: what the cluster holds)"
     )
@@ -209,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     async def run() -> int:
+        use_models(options.models)
         sweep, experiments = read_sweep(options.file)
         ledger = options.ledger or sweep.ledger
         if ledger is None:

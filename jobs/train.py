@@ -14,7 +14,7 @@ from typing import Any
 from ruamel.yaml.error import YAMLError
 
 from jobs.recipes import RECIPES, make_experiment, read_yaml
-from jobs.session import run_job
+from jobs.session import run_job, use_models
 from jobs.sweep import add_options, options_of, report, run_experiments
 from smc.errors import ConfigError
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     async def run() -> int:
+        use_models(options.models)
         settings = [setting(text) for text in options.set]
         experiment = make_experiment(options.experiment, *settings, recipe=options.recipe)
         return report(

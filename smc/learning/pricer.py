@@ -33,7 +33,7 @@ from smc.learning.optimizer import OptimizerName, load_optimizer, make_optimizer
 from smc.learning.plan import PLAN_END, Progress, StepReport, TrainingConfig, TrainingPlan
 from smc.learning.replay import ReplayBuffer
 from smc.learning.result import TrainingResult
-from smc.learning.scale import Scaling, input_count
+from smc.learning.scale import Scaling, View, input_count
 from smc.learning.step import Position, TrainingStep
 from smc.numeric_fields import is_whole
 from smc.prediction.predictor import LEARNT, Array, Kind, Kinds, Outside, Predictor
@@ -93,6 +93,7 @@ class GbmCVNNPricer:
         self.problem = config.cfg.problem
         self.domain = resolve_domain(config.domain_bounds, self.problem.schema)
         question_units(self.domain, self.problem.schema)
+        View(self.problem, self.domain).check()
         self.model = config.cvnn
         inputs = input_count(self.problem)
         self.device = check_model(self.model, self._params.bins, self._params.dtype.torch, inputs)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smc.errors import ConfigError
 from smc.problem.contracts import BoundSpec, resolve_domain
 from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.problem.product import Bounds
@@ -77,6 +78,21 @@ class View:
         else:
             seen += product.inputs
         self._standardised = [EXPIRY.name, *seen]
+
+    def check(self) -> None:
+        """Raises: ConfigError where features or scale of a contract at the domain's ends are no numbers."""
+        names = self.problem.schema.names
+        ends = [[getattr(self.domain[name], end) for name in names] for end in ("lower", "upper")]
+        for contract in [*ends, *self.middle().tolist()]:
+            table = torch.tensor([contract], dtype=torch.float64)
+            unit = self.unit(table)
+            found = {"features": self.features(table), "anchor": self.anchor(table), "unit": unit, "weight": 1 / unit}
+            for what, values in found.items():
+                if not bool(values.isfinite().all()) or bool((unit < 0).any()):
+                    raise ConfigError(
+                        f"{self.problem.name}: the {what} of {dict(zip(names, contract, strict=True))} is "
+                        f"{values.flatten().tolist()}: it must be finite all over the domain, and the unit above 0"
+                    )
 
     def features(self, table: Tensor) -> Tensor:
         """Log distances m, deviation w, ln(w + 0.4), tanh of each m / w on three scales, what the product adds, and

@@ -112,6 +112,11 @@ class Measure:
         return {name: int(order[int(share * (len(order) - 1))]) for name, share in shares.items()}
 
     @property
+    def known(self) -> str:
+        """A word for what it was compared with."""
+        return "exact" if self.noise is None else "simulated"
+
+    @property
     def compared(self) -> str:
         """What it was compared with, in words."""
         if self.noise is None:

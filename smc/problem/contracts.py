@@ -93,11 +93,12 @@ def resolve_domain(
     for name, spec in bounds.items():
         domain[name] = bound_of(name, spec)
     for field in schema:
-        if domain[field.name].lower <= field.least:
+        above = field.strict or field.certain
+        if domain[field.name].lower < field.least or (above and domain[field.name].lower == field.least):
+            exactly = f" ({field.name} = {field.least:g} is priced exactly, without training)"
             raise ConfigError(
-                f"domain_bounds[{field.name!r}]: lower bound must be above {field.least:g}, got "
-                f"{domain[field.name].lower}"
-                + ("" if field.strict else f" ({field.name} = {field.least:g} is priced exactly, without training)")
+                f"domain_bounds[{field.name!r}]: lower bound must be {'above' if above else 'at least'} "
+                f"{field.least:g}, got {domain[field.name].lower}{exactly if field.certain else ''}"
             )
     return domain
 

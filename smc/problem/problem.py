@@ -18,6 +18,7 @@ from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
@@ -137,8 +138,8 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
     name = str(settings.get("kind"))
     if name not in table:
         raise ConfigError(
-            f"there is no {what} of the kind {name!r}: there are {', '.join(sorted(table))}; import and register your "
-            f"own with smc.problem.problem.register before what names it is read"
+            f"there is no {what} of the kind {name!r}: there are {', '.join(sorted(table))}; register your own with "
+            f"smc.problem.problem.register before what names it is read: commands take its file as --models FILE"
         )
     try:
         made: Process | Product = table[name](**{key: value for key, value in settings.items() if key != "kind"})
@@ -157,6 +158,7 @@ for _kind in (
     EuropeanPut,
     EuropeanCall,
     DigitalPut,
+    CashOrNothingCall,
     ArithmeticAsianPut,
     ArithmeticAsianCall,
     UpAndOutCall,

@@ -19,6 +19,7 @@ class Field:
 
     `lower` and `upper` bound the default domain. A contract itself needs only to be at least `least`, or above it
     where `strict`. `unit` completes "K is ...". Bounds beyond `doubtful` are taken for another unit, and questioned.
+    Where `certain`, nothing is random at the least value, which is then no part of a domain.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Field:
     least: float = float("-inf")
     strict: bool = False
     doubtful: float = float("inf")
+    certain: bool = False
 
     @property
     def allowed(self) -> str:
@@ -42,7 +44,9 @@ class Field:
         return replace(self, lower=lower, upper=upper)
 
 
-EXPIRY = Field("T", "time to expiry", "in years, so that 30 days are 0.082", 0.05, 2.0, least=0.0, doubtful=60.0)
+EXPIRY = Field(
+    "T", "time to expiry", "in years, so that 30 days are 0.082", 0.05, 2.0, least=0.0, doubtful=60.0, certain=True
+)
 """The field that every problem has."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import unicodedata
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from smc.errors import ConfigError, Corrupt, SpectralMCError
 
-__all__ = ["check_file", "exit_status", "replace_file", "say", "shown"]
+__all__ = ["add_models", "check_file", "exit_status", "replace_file", "say", "shown"]
 
 
 def shown(text: str) -> str:
@@ -76,3 +77,15 @@ def exit_status(command: Callable[[], int], *, may_be_cut: bool = False) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The option that names files with processes and products of one's own."""
+    parser.add_argument(
+        "--models",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file that registers processes and products of your own; repeatable",
+    )

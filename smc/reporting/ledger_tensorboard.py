@@ -94,7 +94,7 @@ def _picture(found: Measured) -> np.ndarray[Any, np.dtype[np.uint8]]:
     left, right = drawn.subplots(1, 2)
     error = found.measures["price"]
     problem = found.predictor.problem
-    label = f"learnt minus exact price of {problem.title}, {error.unit}"
+    label = f"learnt minus {error.known} price, {error.unit}"
     draw_errors(left, found.contracts, error.errors, label, problem)
     left.set_title(f"{found.version.version_id}, step {found.version.step}: RMSE {error.rmse:.2f} bp", fontsize=9)
     _, chosen = found.chosen()

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from smc.reporting import commands
-from smc.reporting.command_line import exit_status
+from smc.reporting.command_line import add_models, exit_status
 from smc.storage.dev_server import DevServer
 from smc.storage.memory import parse_seen
 from smc.storage.store import AsyncBlockchainModelStore
@@ -83,10 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     as_of(sub)
     sub = on_ledger("inspect", commands.inspect, only_prints=True)
     sub.add_argument("version", nargs="?", help=f"{_VERSION}; the newest if left out")
+    add_models(sub)
     as_of(sub)
     sub = on_ledger("diff", commands.diff, only_prints=True)
     sub.add_argument("a", help=_VERSION)
     sub.add_argument("b", help="another")
+    add_models(sub)
     as_of(sub)
     sub = on_ledger("lineage", commands.lineage)
     sub.add_argument("--out", type=Path, metavar="FILE", help="a picture too: .png, .svg or .pdf")
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = on_ledger("import", commands.import_)
     sub.add_argument("file", type=Path)
     sub.add_argument("--experiment", default="", help="the experiment it belongs to")
+    add_models(sub)
     sub.add_argument("--message", default="", help="for the ledger")
     sub = on_ledger("recover", commands.recover_spool)
     sub.add_argument("--spool", type=Path, help="the spool directory (default: SMC_SPOOL_DIR or ~/.smc/spool)")
@@ -132,11 +135,13 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--yes", action="store_true", help="really delete")
 
     sub = on_ledger("tensorboard-log", commands.tensorboard_log)
+    add_models(sub)
     sub.add_argument("--log-dir", type=Path, default=Path("runs"), help="where TensorBoard looks (default: runs)")
     sub = on_ledger("report", commands.report)
     sub.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     sub.add_argument("--contracts", type=int, default=2048, help="sample for the comparison with the closed form")
     sub.add_argument("--blobs", action="store_true", help="verify the bytes of every checkpoint")
+    add_models(sub)
     as_of(sub)
 
     server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
@@ -150,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 async def _with_store(command: Command, options: argparse.Namespace) -> int:
+    for path in getattr(options, "models", ()):
+        from smc.problem.models import load_models
+
+        load_models(path)
     async with AsyncBlockchainModelStore(options.bucket) as store:
         return await command(store, options)
 

@@ -23,9 +23,10 @@ from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
 
-__all__ = ["digital_levels", "digital_tail", "price"]
+__all__ = ["price", "two_valued_levels", "two_valued_tail"]
 
 Array = npt.NDArray[np.float64]
 
@@ -43,6 +44,9 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
         table, product = contract_array(contracts, problem.schema), problem.product
         if type(product) is DigitalPut:
             return _digital_put(table)
+        if type(product) is CashOrNothingCall:
+            discount = np.exp(-table[:, 3] * table[:, 2])
+            return np.asarray(product.cash * (discount - _digital_put(table)))
         if type(product) in (ArithmeticAsianPut, ArithmeticAsianCall):
             return np.array(
                 [
@@ -60,17 +64,18 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
     raise ConfigError(f"there is no formula here for {problem.name}")
 
 
-def digital_levels(table: Array, size: int, kind: str = "put") -> Array:
-    """Means of a digital put's discounted quantile function over equal slices. Shapes: (n, 6) -> (n, size)."""
-    discount, edges = np.exp(-table[:, 3] * table[:, 2])[:, None], np.linspace(0.0, 1.0, size + 1)[1:]
-    paid = _digital_put(table)[:, None] / discount  # the probability, which is that of the upper end
-    return np.asarray(discount * np.clip((edges - (1 - paid)) * size, 0.0, 1.0))
+def two_valued_levels(prices: Array, most: Array, size: int) -> Array:
+    """Means over equal slices of the quantile function of what pays nothing or `most`.
+
+    Shapes: (n,), (n,) -> (n, size).
+    """
+    edges, most = np.linspace(0.0, 1.0, size + 1)[1:], most[:, None]
+    return np.asarray(most * np.clip((edges - (1 - prices[:, None] / most)) * size, 0.0, 1.0))
 
 
-def digital_tail(table: Array, u: float, kind: str = "put") -> Array:
-    """Mean of a digital put's discounted payoff beyond its u quantile. Shapes: (n, 6) -> (n,)."""
-    discount = np.exp(-table[:, 3] * table[:, 2])
-    return np.asarray(discount * np.minimum(_digital_put(table) / discount / (1 - u), 1.0))
+def two_valued_tail(prices: Array, most: Array, u: float) -> Array:
+    """Mean beyond the u quantile of what pays nothing or `most`. Shapes: (n,), (n,) -> (n,)."""
+    return np.asarray(np.minimum(prices / (1 - u), most))
 
 
 def _digital_put(table: Array) -> Array:

@@ -15,6 +15,7 @@ from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 
@@ -61,7 +62,9 @@ def oracle_of(problem: Problem) -> Oracle | None:
             black_scholes.cvar,
             lambda table, prices: black_scholes.implied_volatility(table, prices, own),
         )
-    if kind not in (DigitalPut, ArithmeticAsianPut, ArithmeticAsianCall, UpAndOutCall, DownAndOutCall):
+    if kind not in (
+        DigitalPut, CashOrNothingCall, ArithmeticAsianPut, ArithmeticAsianCall, UpAndOutCall, DownAndOutCall
+    ):  # fmt: skip
         return None
 
     def price(table: Array) -> Array:
@@ -70,10 +73,21 @@ def oracle_of(problem: Problem) -> Oracle | None:
     def greeks(table: Array) -> Greeks:
         return greeks_by_differences(problem, price, table)
 
-    if kind is DigitalPut:
-        levels, tail = log_normal.digital_levels, log_normal.digital_tail
-        return Oracle("closed form", ("put",), price, greeks, levels, tail)
-    return Oracle("recursion from date to date", (problem.product.option,), price, greeks, dear=True)
+    if not isinstance(problem.product, DigitalPut):
+        return Oracle("recursion from date to date", (problem.product.option,), price, greeks, dear=True)
+    amount = problem.product.cash if isinstance(problem.product, CashOrNothingCall) else 1.0
+
+    def most(table: Array) -> Array:
+        c = problem.schema.row(*table.T)
+        return np.asarray(amount * np.exp(-c.r * c.T))
+
+    def levels(table: Array, size: int, of: Any) -> Array:
+        return log_normal.two_valued_levels(price(table), most(table), size)
+
+    def tail(table: Array, u: float, of: Any) -> Array:
+        return log_normal.two_valued_tail(price(table), most(table), u)
+
+    return Oracle("closed form", (problem.product.option,), price, greeks, levels, tail)
 
 
 def greeks_by_differences(problem: Problem, price: Callable[[Array], Array], table: Array) -> Greeks:

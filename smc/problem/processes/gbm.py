@@ -17,7 +17,14 @@ SPOT = Field("X0", "spot", "in currency", 50.0, 150.0, least=0.0, strict=True)
 RATE = Field("r", "interest rate", "per year, so that 5 % is 0.05", 0.0, 0.08, doubtful=1.0)
 DIVIDEND = Field("d", "dividend yield", "per year, so that 5 % is 0.05", 0.0, 0.04, doubtful=1.0)
 _VOLATILITY = Field(
-    "v", "volatility", "per square root of a year, so that 20 % is 0.2", 0.05, 0.6, least=0.0, doubtful=5.0
+    "v",
+    "volatility",
+    "per square root of a year, so that 20 % is 0.2",
+    0.05,
+    0.6,
+    least=0.0,
+    doubtful=5.0,
+    certain=True,
 )
 
 
