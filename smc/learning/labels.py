@@ -174,7 +174,7 @@ class _PathLabels:
         return payoff_spectrum(payoffs, contracts.terms[:, 2].contiguous(), self._engine.params.network_size)
 
     def spectrum_and_slope(self, contracts: Contracts, first: Tensor) -> tuple[Tensor, Tensor]:
-        payoffs, moved = self._engine.simulate_moved(contracts.table, contracts.moved, first)
+        payoffs, moved = self._engine.simulate_pairs(contracts.table, contracts.moved, first)
         scale, d_scale = contracts.terms[:, 2], contracts.terms[:, 3]
         slopes = moved.sub_(payoffs).div_(_STEP)
         return payoff_spectrum_and_slope(payoffs, slopes, scale, d_scale, self._engine.params.network_size)

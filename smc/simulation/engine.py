@@ -17,13 +17,11 @@ from smc.errors import ConfigError
 from smc.problem.contracts import ContractsLike, columns, contract_array
 from smc.problem.problem import Problem
 from smc.problem.products.terminal import TerminalPrice
-from smc.simulation import skeleton
+from smc.simulation import linking, paths, skeleton
 from smc.simulation.config import BlackScholesConfig, ProblemConfig, SimulationParams
 from smc.simulation.cuda import require_device
 from smc.simulation.levels import quantile_levels
-from smc.simulation.linking import simulate as simulate_linked
 from smc.simulation.normals import bridge_increments, sobol_points
-from smc.simulation.paths import simulate as simulate_paths
 from smc.simulation.sizes import Sampling
 
 __all__ = [
@@ -108,33 +106,42 @@ class Simulation:
         error = means.std(axis=1, ddof=1) / np.sqrt(samples)
         return Estimate(means.mean(axis=1), error, samples * self.params.paths)
 
-    def simulate_moved(
-        self, table: torch.Tensor, moved: torch.Tensor, first: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Payoffs of contracts, and of contracts a little beside them on the same random numbers, as `simulate` does.
-
-        Shapes: two of (n, fields) float64 and () int64, on the device -> two of (n, M).
-        """
-        return self.simulate(table, first), self.simulate(moved, first)
-
     def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Payoffs of contracts known to be good, `first` being row 0's stream.
 
         Reads both where they are, so that a CUDA graph that holds this call may be replayed on new ones.
         Shapes: (n, fields) float64 and () int64, on the device -> (n, M).
         """
+        if self.device.type == "cuda":
+            threads = self.params.threads_per_block
+            return linking.simulate(self.problem, table, first, threads=threads, **self._sizes)
+        given = table.numpy(), int(first)
+        return torch.from_numpy(paths.simulate(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes))
+
+    def simulate_pairs(
+        self, table: torch.Tensor, moved: torch.Tensor, first: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Payoffs of contracts, and of contracts a little beside them on the same random numbers, as `simulate` does.
+
+        Shapes: two of (n, fields) float64 and () int64, on the device -> two of (n, M).
+        """
+        if self.device.type == "cuda":
+            threads = self.params.threads_per_block
+            return linking.simulate_pairs(self.problem, table, moved, first, threads=threads, **self._sizes)
+        given = table.numpy(), moved.numpy(), int(first)
+        found = paths.simulate_pairs(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    @property
+    def _sizes(self) -> Any:
         params = self.params
-        sizes: dict[str, Any] = {
+        return {
             "seed": params.mc_seed,
             "paths": params.paths,
             "steps": params.timesteps,
             "precision": params.dtype,
             "sampling": self.sampling,
         }
-        if self.device.type == "cuda":
-            return simulate_linked(self.problem, table, first, threads=params.threads_per_block, **sizes)
-        payoffs = simulate_paths(self.problem, table.numpy(), int(first), rows_at_once=self.rows_at_once, **sizes)
-        return torch.from_numpy(payoffs)
 
 
 def engine_of(

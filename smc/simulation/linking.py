@@ -11,8 +11,9 @@ import hashlib
 import math
 import os
 import threading
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -24,11 +25,11 @@ from smc.problem.problem import Problem
 from smc.simulation.cuda import Kernel
 from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
-from smc.simulation.sizes import Sampling, Sizes, sizes_of, time_grid
+from smc.simulation.sizes import KernelSizes, Sampling, Sizes, sizes_of, time_grid
 from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, sobol_normals
 from smc.simulation.walk import cache_folder, keep, numba_error
 
-__all__ = ["LinkedKernel", "link", "simulate"]
+__all__ = ["LinkedKernel", "link", "simulate", "simulate_pairs"]
 
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
@@ -60,13 +61,30 @@ struct Path {
     __device__ real payoff() const { return pays(a, s, k, q); }
 };
 
+// TABLES is 1, or 2 for pairs of contracts on the same normals.
+#if TABLES == 1
+#define CONTRACTS const double* __restrict__ contracts
+#define OUT real* __restrict__ out
+#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+#define STEP(z) path.step(z)
+#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff()
+#else
+#define CONTRACTS const double* __restrict__ contracts, const double* __restrict__ beside
+#define OUT real* __restrict__ out, real* __restrict__ out_beside
+#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride); \
+                    Path other(beside + (u64)FIELDS * blockIdx.y, steps, stride);
+#define STEP(z) (path.step(z), other.step(z))
+#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff(); \
+              out_beside[(u64)blockIdx.y * paths + at] = other.payoff()
+#endif
+
 extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
-    const double* __restrict__ contracts, const u64* __restrict__ first,
-    const u64 offset, const u64 seed, const int paths, const int steps, const int stride, real* __restrict__ out)
+    CONTRACTS, const u64* __restrict__ first,
+    const u64 offset, const u64 seed, const int paths, const int steps, const int stride, OUT)
 {
     const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= (u32)paths) return;
-    Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+    START
     const u64 stream = *first + offset + blockIdx.y;
     const u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
     real z[BLOCKS * PER_BLOCK];             // of GROUP steps, which take whole blocks of random words
@@ -79,7 +97,7 @@ extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
             normals(c0, c1, c2, c3, z + b * PER_BLOCK);
         }
         #pragma unroll
-        for (int i = 0; i < GROUP; ++i) path.step(z + i * NORMALS);
+        for (int i = 0; i < GROUP; ++i) STEP(z + i * NORMALS);
     }
     if (left > 0) {
         #pragma unroll
@@ -90,26 +108,26 @@ extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
         }
         #pragma unroll
         for (int i = 0; i < GROUP - 1; ++i)
-            if (i < left) path.step(z + i * NORMALS);
+            if (i < left) STEP(z + i * NORMALS);
     }
-    out[(u64)blockIdx.y * paths + at] = path.payoff();
+    STORE;
 }
 
 extern "C" __global__ __launch_bounds__(1024) void walk(
-    const double* __restrict__ contracts, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
-    const int paths, const int steps, const int stride, real* __restrict__ out)
+    CONTRACTS, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
+    const int paths, const int steps, const int stride, OUT)
 {
     const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= (u32)paths) return;
-    Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+    START
     const real* from = increments + (u64)blockIdx.y * steps * NORMALS * paths + at;
     real z[NORMALS];
     for (int i = 0; i < steps; ++i) {
         #pragma unroll
         for (int j = 0; j < NORMALS; ++j) z[j] = from[((u64)i * NORMALS + j) * paths];
-        path.step(z);
+        STEP(z);
     }
-    out[(u64)blockIdx.y * paths + at] = path.payoff();
+    STORE;
 }
 """
 
@@ -158,9 +176,30 @@ class LinkedKernel(Kernel):
         return cupy.RawModule(path=self._cubin).get_function(self.name)
 
 
-def simulate(
+def simulate(problem: Problem, table: Tensor, first: Tensor, **sizes: Unpack[KernelSizes]) -> Tensor:
+    """Discounted payoffs, row 0 being stream `first`, which is read where it is, as the contracts are.
+
+    A CUDA graph that holds this call may be replayed on new ones. Shapes: (n, fields) float64 and () int64, on the
+    device -> (n, paths). Units: currency. Raises: ConfigError as `smc.simulation.paths.simulate`, or for want of
+    numba-cuda.
+    """
+    return _simulated(problem, [table], first, **sizes)[0]
+
+
+def simulate_pairs(
+    problem: Problem, table: Tensor, moved: Tensor, first: Tensor, **sizes: Unpack[KernelSizes]
+) -> tuple[Tensor, Tensor]:
+    """As `simulate`, and what a second contract for each row pays on the same random numbers, in one kernel.
+
+    Shapes: two of (n, fields) float64 and () int64, on the device -> two of (n, paths). Units: currency.
+    """
+    payoffs, beside = _simulated(problem, [table, moved], first, **sizes)
+    return payoffs, beside
+
+
+def _simulated(
     problem: Problem,
-    table: Tensor,
+    tables: Sequence[Tensor],
     first: Tensor,
     *,
     seed: int,
@@ -169,35 +208,33 @@ def simulate(
     precision: Precision,
     sampling: Sampling,
     threads: int = 256,
-) -> Tensor:
-    """Discounted payoffs, row 0 being stream `first`, which is read where it is, as the contracts are.
-
-    A CUDA graph that holds this call may be replayed on new ones. Shapes: (n, fields) float64 and () int64, on the
-    device -> (n, paths). Units: currency. Raises: ConfigError as `smc.simulation.paths.simulate`, or for want of
-    numba-cuda.
-    """
+) -> list[Tensor]:
     steps, stride = time_grid(problem, steps, sampling)
-    out = torch.empty((len(table), paths), dtype=precision.torch, device=table.device)
+    rows_in_all, device = len(tables[0]), tables[0].device
+    outs = [torch.empty((rows_in_all, paths), dtype=precision.torch, device=device) for _ in tables]
     grid = -(-paths // threads)
     sizes = (np.int32(paths), np.int32(steps), np.int32(stride))
+    linked: dict[str, Any] = {"every_step": stride == 1, "tables": len(tables)}
     if sampling == "pseudorandom":
-        kernel = link(problem, precision, "pseudorandom", table.device, every_step=stride == 1)
-        for start in range(0, len(table), MOST_ROWS):
-            part = table[start : start + MOST_ROWS]
-            kernel((grid, len(part)), threads, (part, first, np.uint64(start), np.uint64(seed), *sizes, out[start:]))
-        return out
+        kernel = link(problem, precision, "pseudorandom", device, **linked)
+        for start in range(0, rows_in_all, MOST_ROWS):
+            parts = [table[start : start + MOST_ROWS] for table in tables]
+            given = (first, np.uint64(start), np.uint64(seed), *sizes)
+            kernel((grid, len(parts[0])), threads, (*parts, *given, *(out[start:] for out in outs)))
+        return outs
     width = problem.process.normals * steps
-    kernel = link(problem, precision, "walk", table.device, every_step=stride == 1)
-    points, bridge = _sobol_constants(width, paths, steps, precision, table.device)
+    kernel = link(problem, precision, "walk", device, **linked)
+    points, bridge = _sobol_constants(width, paths, steps, precision, device)
     rows = min(MOST_ROWS, max(1, _NORMALS // points.numel()))
-    for start in range(0, len(table), rows):
-        part = table[start : start + rows]
-        z = sobol_normals(points, first, start, len(part), seed=seed, threads=threads, precision=precision)
+    for start in range(0, rows_in_all, rows):
+        parts = [table[start : start + rows] for table in tables]
+        count = len(parts[0])
+        z = sobol_normals(points, first, start, count, seed=seed, threads=threads, precision=precision)
         if steps > 1:
-            by_factor = z.view(len(part), steps, problem.process.normals * paths)
+            by_factor = z.view(count, steps, problem.process.normals * paths)
             z = bridge @ by_factor
-        kernel((grid, len(part)), threads, (part, z, *sizes, out[start:]))
-    return out
+        kernel((grid, count), threads, (*parts, z, *sizes, *(out[start:] for out in outs)))
+    return outs
 
 
 _constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
@@ -219,20 +256,22 @@ _one_at_a_time = threading.Lock()
 _linked: dict[tuple[Any, ...], LinkedKernel] = {}
 
 
-def link(problem: Problem, precision: Precision, name: str, device: torch.device, *, every_step: bool) -> LinkedKernel:
-    """A kernel for a problem, linked once in a process. Raises: ConfigError."""
+def link(
+    problem: Problem, precision: Precision, name: str, device: torch.device, *, every_step: bool, tables: int = 1
+) -> LinkedKernel:
+    """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError."""
     major, minor = torch.cuda.get_device_capability(device)
     with _one_at_a_time:
-        key = (problem, precision, name, every_step, major, minor)
+        key = (problem, precision, name, every_step, tables, major, minor)
         if key not in _linked:
-            _linked[key] = LinkedKernel(_cubin(problem, precision, every_step, f"sm_{major}{minor}"), name)
+            _linked[key] = LinkedKernel(_cubin(problem, precision, every_step, tables, f"sm_{major}{minor}"), name)
         return _linked[key]
 
 
-def _cubin(problem: Problem, precision: Precision, every_step: bool, arch: str) -> str:
+def _cubin(problem: Problem, precision: Precision, every_step: bool, tables: int, arch: str) -> str:
     """The path of the file that has both kernels of a problem."""
     sizes = sizes_of(problem)
-    skeleton = _defines(problem, sizes, precision, every_step) + NORMALS_SOURCE + _SKELETON
+    skeleton = _defines(problem, sizes, precision, every_step, tables) + NORMALS_SOURCE + _SKELETON
     wrappers, source = _wrappers(problem, sizes, precision)
     try:
         import numba_cuda
@@ -251,7 +290,7 @@ def _cubin(problem: Problem, precision: Precision, every_step: bool, arch: str) 
     return os.fspath(path)
 
 
-def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: bool) -> str:
+def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: bool, tables: int) -> str:
     normals, per_block = problem.process.normals, 4 if precision is Precision.float32 else 2
     group = math.lcm(normals, per_block) // normals
     values = {
@@ -266,6 +305,7 @@ def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: b
         "BLOCKS": group * normals // per_block,
         "DATES": int(problem.product.dates > 0),
         "EVERY_STEP": int(every_step),
+        "TABLES": tables,
     }
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 

@@ -7,8 +7,9 @@ row does not depend on the batch that it is in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,10 @@ import torch
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.simulation.normals import bridge_plan, sobol_points
-from smc.simulation.sizes import Sampling, time_grid
+from smc.simulation.sizes import PathSizes, Sampling, time_grid
 from smc.simulation.walk import compiled_walk
 
-__all__ = ["simulate"]
+__all__ = ["simulate", "simulate_pairs"]
 
 Array = npt.NDArray[np.float64]
 
@@ -29,9 +30,30 @@ _NORMALS = 1 << 17
 _MOST_LANES, _LEAST_LANES = 512, 16
 
 
-def simulate(
+def simulate(problem: Problem, table: Array, first: int, **sizes: Unpack[PathSizes]) -> npt.NDArray[Any]:
+    """Discounted payoffs, row 0 being stream `first`.
+
+    Shapes: (n, fields) float64 -> (n, paths). Units: currency.
+    Raises: ConfigError for a number of steps that does not fit the product's dates, or a scalar method that cannot be
+    compiled.
+    """
+    return _simulated(problem, [table], first, **sizes)[0]
+
+
+def simulate_pairs(
+    problem: Problem, table: Array, moved: Array, first: int, **sizes: Unpack[PathSizes]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """As `simulate`, and what a second contract for each row pays on the same paths' random numbers.
+
+    Shapes: two of (n, fields) float64 -> two of (n, paths). Units: currency.
+    """
+    payoffs, beside = _simulated(problem, [table, moved], first, **sizes)
+    return payoffs, beside
+
+
+def _simulated(
     problem: Problem,
-    table: Array,
+    tables: Sequence[Array],
     first: int,
     *,
     seed: int,
@@ -40,15 +62,9 @@ def simulate(
     precision: Precision,
     sampling: Sampling,
     rows_at_once: int = 1,
-) -> npt.NDArray[Any]:
-    """Discounted payoffs, row 0 being stream `first`; a thread simulates `rows_at_once` before it is given more.
-
-    Shapes: (n, fields) float64 -> (n, paths). Units: currency.
-    Raises: ConfigError for a number of steps that does not fit the product's dates, or a scalar method that cannot be
-    compiled.
-    """
+) -> list[npt.NDArray[Any]]:
     steps, stride = time_grid(problem, steps, sampling)
-    walk = compiled_walk(problem, precision)
+    walk = compiled_walk(problem, precision, pairs=len(tables) == 2)
     width = problem.process.normals * steps
     lanes_at_once = _NORMALS // (width * precision.numpy.itemsize) // 16 * 16
     lanes_at_once = max(_LEAST_LANES, min(_MOST_LANES, lanes_at_once))
@@ -58,19 +74,21 @@ def simulate(
         points = sobol_points(width, paths)
         plan, weights = bridge_plan(steps)
         weights = weights.astype(precision.numpy)
-    out = np.empty((len(table), paths), dtype=precision.numpy)
-    rows = rows_at_once
-    table, seed_, first_ = np.ascontiguousarray(table), np.uint64(seed), np.uint64(first)
+    tables = [np.ascontiguousarray(table) for table in tables]
+    count = len(tables[0])
+    outs = [np.empty((count, paths), dtype=precision.numpy) for _ in tables]
+    seed_, first_ = np.uint64(seed), np.uint64(first)
 
     def fill(start: int) -> None:
-        part, payoffs = table[start : start + rows], out[start : start + rows]
-        walk(part, first_ + np.uint64(start), seed_, steps, stride, lanes_at_once, points, plan, weights, payoffs)
+        rows = slice(start, start + rows_at_once)
+        given = (first_ + np.uint64(start), seed_, steps, stride, lanes_at_once, points, plan, weights)
+        walk(*(table[rows] for table in tables), *given, *(out[rows] for out in outs))
 
-    starts = range(0, len(table), rows)
+    starts = range(0, count, rows_at_once)
     if len(starts) <= 1:
         for start in starts:
             fill(start)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             list(pool.map(fill, starts))
-    return out
+    return outs

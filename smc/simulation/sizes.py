@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from smc.errors import ConfigError
+from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 
-__all__ = ["Sampling", "Sizes", "sizes_of", "time_grid"]
+__all__ = ["KernelSizes", "PathSizes", "Sampling", "Sizes", "sizes_of", "time_grid"]
 
 Sampling = Literal["pseudorandom", "sobol"]
+
+
+class _Common(TypedDict):
+    seed: int
+    paths: int
+    steps: int
+    precision: Precision
+    sampling: Sampling
+
+
+class PathSizes(_Common, total=False):
+    """What is simulated of each contract, and how many rows a thread of a CPU takes before it is given more."""
+
+    rows_at_once: int
+
+
+class KernelSizes(_Common, total=False):
+    """What is simulated of each contract, and the threads of a block on a GPU."""
+
+    threads: int
+
 
 _MOST_DIMENSIONS = 21201  # of Sobol points, as there are direction numbers for
 

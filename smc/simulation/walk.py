@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from smc.simulation.sizes import Sizes, sizes_of
 __all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
 
 _one_at_a_time = threading.Lock()
-_walks: dict[tuple[Problem, Precision], Callable[..., None]] = {}
+_walks: dict[tuple[Problem, Precision, bool], Callable[..., None]] = {}
 
 _TEMPLATE = """# {name}, {real}. Made by smc.simulation.walk, {version}.
 import math
@@ -51,9 +51,12 @@ _Contract = namedtuple("_Contract", {fields!r})
 
 {scalar}
 
+"""
+# A function of the module: of contracts, or of pairs of contracts on the same normals.
+_WALK = """
 
 @_njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
-def walk(table, first, seed, steps, stride, lanes, points, plan, weights, out):
+def {function}({tables}, first, seed, steps, stride, lanes, points, plan, weights, {outs}):
     rows, paths = out.shape
     z = np.empty(({normals} * steps, lanes), dtype=np.{real})
     path = np.empty((steps + 1, lanes), dtype=np.{real})
@@ -75,7 +78,7 @@ def walk(table, first, seed, steps, stride, lanes, points, plan, weights, out):
 {step}
 {look}
             for lane in range(width):
-                out[row, begin + lane] = {payoff}
+{payoff}
 """
 _LOOK = """                if (at + 1) % stride == 0:
                     date = _real((at + 1) // stride)
@@ -83,13 +86,17 @@ _LOOK = """                if (at + 1) % stride == 0:
 """
 
 
-def compiled_walk(problem: Problem, precision: Precision) -> Callable[..., None]:
-    """The loop for a problem, compiled once in a process. Raises: ConfigError saying which line cannot be."""
+def compiled_walk(problem: Problem, precision: Precision, *, pairs: bool = False) -> Callable[..., None]:
+    """The loop for a problem, compiled once in a process; of `pairs` of contracts it takes two tables and two outputs.
+
+    Raises: ConfigError saying which line cannot be compiled.
+    """
     with _one_at_a_time:
-        key = (problem, precision)
+        key = (problem, precision, pairs)
         if key not in _walks:
             text, source = walk_source(problem, precision)
-            _walks[key] = _typed(_loaded(text), precision, text, source)
+            walk = getattr(_loaded(text), "walk_pairs" if pairs else "walk")
+            _walks[key] = _typed(walk, precision, text, source, pairs=pairs)
         return _walks[key]
 
 
@@ -98,43 +105,56 @@ def compiled_walk(problem: Problem, precision: Precision) -> Callable[..., None]
 
 def walk_source(problem: Problem, precision: Precision) -> tuple[str, ScalarSource]:
     """The module's text, and where its scalar functions come from."""
-    process, product, sizes = problem.process, problem.product, sizes_of(problem)
     source, call = scalar_methods(problem)
-    k, q = _tuple("k", sizes.process), _tuple("q", sizes.product)
-    state, seen = _tuple("s", sizes.state, "[lane]"), _tuple("a", sizes.seen, "[lane]")
-    z = "(" + "".join(f"z[{process.normals} * at + {i}, lane], " for i in range(process.normals)) + ")"
-    spot = f"{call['spot']}({state}, {k})"
-    real = precision.value
-    columns = ", ".join(f"table[row, {i}]" for i in range(len(problem.schema)))
-    look = ""
-    if product.dates:
-        observed = _stored("a", sizes.seen, f"{call['observe']}({seen}, {spot}, date, {q})")
-        look = _LOOK + _indented(observed, 6)
-    text = _TEMPLATE.format(
+    head = _TEMPLATE.format(
         name=problem.name,
-        real=real,
+        real=precision.value,
         version=_version(),
         functions=_functions(precision),
         fields=problem.schema.names,
         scalar=source.text,
-        normals=process.normals,
-        arrays=_indented(_arrays(sizes, real), 1),
-        contract=_indented(
-            [
-                f"contract = _Contract({columns})",
-                *_unpacked("k", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
-                *_unpacked("q", sizes.product, f"{call['terms']}(contract)"),
-                *_unpacked("first_s", sizes.state, f"{call['start']}(contract)"),
-                *_unpacked("first_a", sizes.seen, f"{call['begin']}({q})"),
-            ],
-            2,
-        ),
-        start=_indented([f"{n}{i}[lane] = first_{n}{i}" for n, count in sizes.arrays for i in range(count)], 4),
-        step=_indented(_stored("s", sizes.state, f"{call['step']}({state}, {z}, {k})"), 5),
-        look=look,
-        payoff=f"{call['payoff']}({seen}, {spot}, {q})",
     )
-    return text, source
+    pairs = _walk("walk_pairs", ("", "m"), problem, precision, call)
+    return head + _walk("walk", ("",), problem, precision, call) + pairs, source
+
+
+def _walk(
+    function: str, tags: tuple[str, ...], problem: Problem, precision: Precision, call: Mapping[str, str]
+) -> str:  # fmt: skip
+    """The loop over contracts whose numbers have these tags, "" for the first, on the same normals."""
+    process, product, sizes, real = problem.process, problem.product, sizes_of(problem), precision.value
+    z = "(" + "".join(f"z[{process.normals} * at + {i}, lane], " for i in range(process.normals)) + ")"
+    contract, start, step, observed, payoff = [], [], [], [], []
+    for tag in tags:
+        k, q = _tuple(f"k{tag}", sizes.process), _tuple(f"q{tag}", sizes.product)
+        state, seen = _tuple(f"s{tag}", sizes.state, "[lane]"), _tuple(f"a{tag}", sizes.seen, "[lane]")
+        spot = f"{call['spot']}({state}, {k})"
+        columns = ", ".join(f"table{tag}[row, {i}]" for i in range(len(problem.schema)))
+        contract += [
+            f"contract = _Contract({columns})",
+            *_unpacked(f"k{tag}", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
+            *_unpacked(f"q{tag}", sizes.product, f"{call['terms']}(contract)"),
+            *_unpacked(f"first_s{tag}", sizes.state, f"{call['start']}(contract)"),
+            *_unpacked(f"first_a{tag}", sizes.seen, f"{call['begin']}({q})"),
+        ]
+        start += [f"{n}{tag}{i}[lane] = first_{n}{tag}{i}" for n, count in sizes.arrays for i in range(count)]
+        step += _stored(f"s{tag}", sizes.state, f"{call['step']}({state}, {z}, {k})")
+        if product.dates:
+            observed += _stored(f"a{tag}", sizes.seen, f"{call['observe']}({seen}, {spot}, date, {q})")
+        payoff.append(f"out{tag}[row, begin + lane] = {call['payoff']}({seen}, {spot}, {q})")
+    return _WALK.format(
+        function=function,
+        tables=", ".join(f"table{tag}" for tag in tags),
+        outs=", ".join(f"out{tag}" for tag in tags),
+        real=real,
+        normals=process.normals,
+        arrays=_indented([line for tag in tags for line in _arrays(sizes, real, tag)], 1),
+        contract=_indented(contract, 2),
+        start=_indented(start, 4),
+        step=_indented(step, 5),
+        look=_LOOK + _indented(observed, 6) if observed else "",
+        payoff=_indented(payoff, 4),
+    )
 
 
 def _tuple(name: str, count: int, index: str = "") -> str:
@@ -149,8 +169,8 @@ def _stored(name: str, count: int, call: str) -> list[str]:
     return [f"_{name} = {call}", *(f"{name}{i}[lane] = _{name}[{i}]" for i in range(count))]
 
 
-def _arrays(sizes: Sizes, real: str) -> list[str]:
-    return [f"{n}{i} = np.empty(lanes, dtype=np.{real})" for n, count in sizes.arrays for i in range(count)]
+def _arrays(sizes: Sizes, real: str, tag: str) -> list[str]:
+    return [f"{n}{tag}{i} = np.empty(lanes, dtype=np.{real})" for n, count in sizes.arrays for i in range(count)]
 
 
 def _indented(lines: Iterable[str], depth: int) -> str:
@@ -181,7 +201,7 @@ def _loaded(text: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.walk
+    return module
 
 
 def cache_folder() -> Path:
@@ -211,12 +231,16 @@ def keep(path: Path, data: bytes) -> None:
         raise ConfigError(f"{folder}: {error}: set SMC_CACHE_DIR to a folder that can be written") from None
 
 
-def _typed(walk: Any, precision: Precision, text: str, source: ScalarSource) -> Callable[..., None]:
+def _typed(
+    walk: Any, precision: Precision, text: str, source: ScalarSource, *, pairs: bool
+) -> Callable[..., None]:  # fmt: skip
     """Compile at once, for the arguments that `simulate` gives, so that an error names its line."""
     real = numba.float32 if precision is Precision.float32 else numba.float64
     whole, stream = numba.int64, numba.uint64
     points, plan = numba.uint32[:, ::1], numba.int64[:, ::1]
-    arguments = (numba.float64[:, ::1], stream, stream, whole, whole, whole, points, plan, real[:, ::1], real[:, ::1])
+    count = 2 if pairs else 1
+    tables, outs = (numba.float64[:, ::1],) * count, (real[:, ::1],) * count
+    arguments = (*tables, stream, stream, whole, whole, whole, points, plan, real[:, ::1], *outs)
     try:
         walk.compile(arguments)
     except numba.core.errors.NumbaError as error:

@@ -61,6 +61,21 @@ def test_cpu_and_gpu_simulate_the_same_paths(problem: Problem, precision: Any, s
     assert here.std() > 0
 
 
+@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
+@pytest.mark.parametrize("precision", list(Precision))
+def test_pairs_of_contracts_have_the_same_random_numbers(precision: Any, sampling: Any) -> None:
+    for problem in PROBLEMS:
+        table = torch.from_numpy(table_of(problem)).cuda()
+        moved = 1.001 * table
+        sizes: dict[str, Any] = {"seed": 3, "paths": 3001, "steps": 12, "precision": precision, "sampling": sampling}
+        pair = linking.simulate_pairs(problem, table, moved, first_of(5), **sizes)
+        for found, contracts in zip(pair, (table, moved), strict=True):
+            alone = linking.simulate(problem, contracts, first_of(5), **sizes)
+            # Two contracts in a kernel may be rounded otherwise than one alone; where a payoff jumps that shows.
+            apart = (found - alone).abs() > (1e-4 if precision is Precision.float32 else 1e-10) * contracts[:, :1]
+            assert float(apart.double().mean()) <= (0 if problem.product.lipschitz else 3e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 8])
 def test_any_number_of_steps_uses_the_normals_of_its_address(steps: int) -> None:
     for problem in (Problem(LOG, EuropeanPut()), Problem(MeanReverting(), EuropeanPut())):

@@ -41,6 +41,19 @@ def simulated(problem: Problem, table: np.ndarray, paths_: int = 1 << 12, **chan
     return paths.simulate(problem, table, chosen.pop("first", 3), paths=paths_, **chosen)
 
 
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_pairs_of_contracts_have_the_same_random_numbers(precision: Precision, sampling: str) -> None:
+    for product in (EuropeanPut(), ArithmeticAsianPut(dates=8), UpAndOutCall(dates=4)):
+        problem = Problem(GBM, product)
+        table = np.insert(CONTRACTS, 2, 1.3, axis=1) if isinstance(product, UpAndOutCall) else CONTRACTS
+        moved = table * 1.01
+        sizes: dict[str, Any] = {"seed": 7, "paths": 1000, "steps": 16, "precision": precision, "sampling": sampling}
+        pair = paths.simulate_pairs(problem, table, moved, 3, **sizes)
+        for found, contracts in zip(pair, (table, moved), strict=True):
+            np.testing.assert_array_equal(found, paths.simulate(problem, contracts, 3, **sizes))
+
+
 # --- against what is known ---------------------------------------------------------------------------
 
 

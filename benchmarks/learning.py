@@ -1,0 +1,91 @@
+"""What is learnt of every problem in a given time, by one recipe, against its oracle or a simulation.
+
+.venv/bin/python -m benchmarks.learning [--seconds 60] [--seeds 1] [--kinds digital_put up_and_out_call] [--json FILE]
+
+Batches are counted as in `benchmarks.accuracy`. Payoffs that jump have no derivatives as labels. Beside the errors
+stands what must hold: no NaN, no bound broken, levels in order.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.accuracy import trained
+from benchmarks.reporting import Report, run
+from jobs.recipes import overlaid
+from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.evaluation import Measure, evaluate
+from smc.problem.problem import product_of
+from smc.problem.sobol_sampler import SobolSampler
+
+KINDS = (
+    "european_put", "european_call", "digital_put", "arithmetic_asian_put", "up_and_out_call", "down_and_out_call",
+)  # fmt: skip
+CONTRACTS = 2048
+SOUND = 20_000
+
+
+def measure(report: Report, options: argparse.Namespace) -> None:
+    """Train each kind and print what came of it."""
+    torch.set_num_threads(options.threads)
+    for kind in options.kinds:
+        training = {} if product_of({"kind": kind}).lipschitz else {"training": {"differential": 0.0}}
+        given = overlaid({"simulation": {"product": {"kind": kind}}}, training)
+        for seed in range(options.seeds):
+            pricer, batches, took = trained(given, options.seconds, seed, options.recipe)
+            schema = pricer.problem.schema
+            fresh = SobolSampler({}, seed=20_261_123, schema=schema).sample(CONTRACTS)
+            title = f"{kind}, {options.seconds} s, seed {seed}: "
+            for found, statistic, value in shown(evaluate(pricer, fresh)):
+                unit = "of its mean" if statistic == "relative" else f"{found.unit}, {found.compared}"
+                report.add(f"{title}{found.name} {statistic}", value, unit)
+            report.add(f"{title}training, {batches} batches", took, "s")
+            soundness(report, title, pricer)
+
+
+def shown(measures: dict[str, Measure]) -> Iterator[tuple[Measure, str, float]]:
+    """What is printed of the measures."""
+    for name, found in measures.items():
+        yield found, "rmse", found.rmse
+        if name == "price":
+            yield found, "maximum", found.maximum
+        elif found.relative is not None:
+            yield found, "relative", found.relative
+
+
+def soundness(report: Report, title: str, pricer: GbmCVNNPricer) -> None:
+    """What must hold for any contract, over many random ones, those of the domain's corners among them."""
+    names = pricer.problem.schema.names
+    bounds = np.array([[pricer.domain[name].lower, pricer.domain[name].upper] for name in names])
+    corners = np.array(np.meshgrid(*bounds)).reshape(len(names), -1).T
+    inside = np.random.default_rng(1).uniform(bounds[:, 0], bounds[:, 1], (SOUND - len(corners), len(names)))
+    contracts = np.concatenate([corners, inside])
+    law = pricer.problem.law(torch.from_numpy(contracts))
+    limits, basis = pricer.problem.product.bounds(law), 1e4 / pricer.problem.product.notionals(law).numpy()
+    price, levels = np.asarray(pricer.predict_price(contracts)), pricer.predict_distribution(contracts).host_levels
+    greeks = pricer.predict_greeks(contracts)
+    wrong = np.isnan(price).sum() + np.isnan(levels).sum() + sum(int(np.isnan(greek).sum()) for greek in greeks)
+    beyond = np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis
+    above = (levels.max(axis=1) - limits.payoff.numpy()) * basis
+    report.add(f"{title}NaN over {SOUND:,} contracts", float(wrong), "", at_most=0)
+    report.add(f"{title}price beyond a bound", max(0.0, float(beyond.max())), "bp", at_most=1e-6)
+    report.add(f"{title}level beyond a bound", max(0.0, float(above.max()), float(-levels.min())), "bp", at_most=1e-6)
+    report.add(
+        f"{title}a level below the one before it", max(0.0, float(-np.diff(levels, axis=1).min())), "", at_most=0
+    )
+
+
+if __name__ == "__main__":
+    run(
+        f"What is learnt of each problem, {CONTRACTS} fresh contracts of its default domain, Monte Carlo labels only",
+        measure,
+        ("--seeds", {"type": int, "default": 1}),
+        ("--seconds", {"type": int, "default": 60}),
+        ("--recipe", {"default": "default"}),
+        ("--kinds", {"nargs": "+", "default": list(KINDS)}),
+        ("--threads", {"type": int, "default": 2}),
+    )
