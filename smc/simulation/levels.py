@@ -22,7 +22,7 @@ import torch
 from smc.errors import ConfigError
 from smc.problem.oracles.black_scholes import check_probability
 from smc.problem.reflection import reflected_levels
-from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, put_levels
+from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, payoff_levels_and_slopes, put_levels
 
 __all__ = [
     "PayoffDistribution",
@@ -83,16 +83,21 @@ def payoff_spectrum_and_slope(
     """`payoff_spectrum`, and its derivative as `scale` moves by `d_scale` and each payoff by its slope.
 
     A slice keeps its probability as the payoffs move, so that the derivative of its mean is the mean of theirs.
+    Payoffs and slopes may be overwritten.
     Shapes: payoffs and slopes (n, M), scale and d_scale (n,) -> two of complex (n, N // 2 + 1).
     """
     _check_slices(payoffs.shape[1], network_size)
+    if payoffs.device.type == "cuda" and payoffs.shape[1] <= MOST_PATHS:
+        levels = payoff_levels_and_slopes(payoffs, slopes, scale, d_scale, network_size)
+        value, derivative = torch.fft.rfft(levels, norm="forward")
+        return value, derivative
     levels = torch.stack(
         [part.view(len(payoffs), network_size, -1).mean(dim=2) for part in _sorted_with(payoffs, slopes)]
     )
-    value = levels[0] * scale[:, None]
-    derivative = levels[0] * d_scale[:, None] + levels[1] * scale[:, None]
-    spectra = torch.fft.rfft(torch.cat([value, derivative]), norm="forward").chunk(2)
-    return spectra[0], spectra[1]
+    scaled = levels[0] * scale[:, None]
+    motion = levels[0] * d_scale[:, None] + levels[1] * scale[:, None]
+    value, derivative = torch.fft.rfft(torch.cat([scaled, motion]), norm="forward").chunk(2)
+    return value, derivative
 
 
 def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:

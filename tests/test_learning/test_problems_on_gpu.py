@@ -24,7 +24,7 @@ from smc.problem.products.european import EuropeanPut
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.config import ProblemConfig, SimulationParams
 from smc.simulation.engine import Simulation
-from smc.simulation.levels import payoff_spectrum_and_slope
+from smc.simulation.levels import payoff_spectrum, payoff_spectrum_and_slope, quantile_spectrum
 from tests.conftest import small_training
 
 pytestmark = pytest.mark.gpu
@@ -117,3 +117,24 @@ def test_resumed_training_is_the_same_bit_for_bit(product: Product) -> None:
         resumed.train(config.model_copy(update={"num_batches": 60 - at}))
     for here, there in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("paths", [64, 4096, 131_072])
+def test_payoffs_that_crowd_at_their_ends_are_ranked(dtype: torch.dtype, paths: int) -> None:
+    """Half pay nothing, a third the most there is: of a capped payoff, and of a digital one."""
+    generator = torch.Generator().manual_seed(2)
+    capped = (3 * torch.randn(4, paths, generator=generator, dtype=dtype)).clamp(0, 1)
+    digital = (capped > 0.5).to(dtype)
+    slopes = torch.randn(4, paths, generator=generator, dtype=dtype) * ((capped > 0) & (capped < 1))
+    slopes[:, ::5] = torch.where(capped[:, ::5] > 0, -2.0, 0.0).to(dtype)  # of some of those that pay the most, too
+    scale, d_scale = torch.ones(4, dtype=dtype), torch.full((4,), 0.5, dtype=dtype)
+    for payoffs in (capped, digital, torch.zeros_like(capped)):
+        slopes = torch.where(payoffs == 1, slopes.clamp(max=0), slopes) * (payoffs > 0)  # none rises at its cap
+        wanted = quantile_spectrum(payoffs.clone(), 32)
+        found = payoff_spectrum(payoffs.cuda(), scale.cuda(), 32)
+        torch.testing.assert_close(found.cpu(), wanted, atol=1e-6, rtol=1e-5)
+        both = payoff_spectrum_and_slope(payoffs.clone(), slopes.clone(), scale, d_scale, 32)
+        given = (x.cuda() for x in (payoffs.clone(), slopes.clone(), scale, d_scale))
+        for here, there in zip(both, payoff_spectrum_and_slope(*given, 32), strict=True):
+            torch.testing.assert_close(there.cpu(), here, atol=2e-5 if dtype == torch.float32 else 1e-10, rtol=1e-4)
