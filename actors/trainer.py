@@ -103,14 +103,16 @@ class TrainerActor:
         """Where training is, or None before it begins."""
         return self._pricer.progress if self._pricer else None
 
-    async def stop(self, within: float = math.inf, metrics: Mapping[str, float] | None = None) -> None:
+    async def stop(
+        self, within: float = math.inf, metrics: Mapping[str, float] | None = None, *, pruned: bool = False
+    ) -> None:
         """End training after the step it is in, with a final commit that has `within` seconds to reach the ledger.
 
-        `metrics` stand in that commit's entry.
+        `metrics` stand in that commit's entry, and that it is given up, if `pruned`.
         """
         self._stopping = True
         if self._pricer is not None:
-            self._pricer.stop(within=within, metrics=metrics)
+            self._pricer.stop(within=within, metrics=metrics, pruned=pruned)
 
     async def measure(self, objective: str) -> float | None:
         """A quantity's RMSE against the closed form, as the pricer is; None before training begins."""

@@ -10,21 +10,22 @@ import os
 import re
 import statistics
 import subprocess
-import tempfile
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from benchmarks.reporting import Report, captured, gpu_seconds, run
 from smc.models.numerical import Precision
+from smc.problem.problem import Problem
+from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.products.terminal import TerminalPrice
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
 from smc.simulation.levels import put_spectrum
-from smc.simulation.skeleton import path_kernel
+from smc.simulation.linking import link
 
 STEPS = 100
 
@@ -89,7 +90,7 @@ def roofline(report: Report) -> None:
         simulated = engine("cuda", 1024, 128, log_return=log_return)
         rate = 256 * 131072 * STEPS / gpu_seconds(captured(partial(simulated.simulate, table, first)))
         try:
-            per_step = _instructions_per_step(log_return)
+            per_step = _instructions_per_step("log" if log_return else "euler")
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             print(f"roofline: no disassembly here ({error!r})")
             return
@@ -99,15 +100,11 @@ def roofline(report: Report) -> None:
         report.add(f"{scheme}: achieved share of it", 100 * rate / bound, "%")
 
 
-def _instructions_per_step(log_return: bool) -> float:
-    kernel = path_kernel("pseudorandom", log_return, Precision.float32)
-    with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory) / "paths.cu", Path(directory) / "paths.cubin"
-        source.write_text(kernel.source)
-        defines = [f"-D{name}={value}" for name, value in kernel.defines.items()]
-        compiled = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", *defines, "-o", str(cubin), str(source)]
-        subprocess.run(compiled, capture_output=True, check=True)
-        out = subprocess.run(["cuobjdump", "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+def _instructions_per_step(scheme: Literal["log", "euler"]) -> float:
+    problem = Problem(GeometricBrownianMotion(scheme=scheme), TerminalPrice())
+    kernel = link(problem, Precision.float32, "pseudorandom", torch.device("cuda", 0), every_step=False)
+    sass = ["cuobjdump", "-sass", kernel.cubin]
+    out = subprocess.run(sass, capture_output=True, text=True, check=True).stdout
     body = out[out.index("Function : pseudorandom") :].split("Function :")[1]
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", body)
     address = [int(a, 16) for a, _ in lines]

@@ -65,7 +65,12 @@ KINDS = {
     "spare": {"through": lambda value: whole(value, -1)},
 }  # fmt: skip
 KINDS["spare"] |= KINDS["collect"]
-LEFT_OUT = {"commit": {"model_hash": none_or(digest), "parameters": lambda value: isinstance(value, dict)}}
+LEFT_OUT = {
+    "commit": {
+        "model_hash": none_or(digest), "parameters": lambda value: isinstance(value, dict),
+        "plan_end": none_or(whole), "pruned": lambda value: isinstance(value, bool),
+    }
+}  # fmt: skip
 
 
 def parse(line):

@@ -16,11 +16,9 @@ from typing import Any, Final, TypeVar
 from tqdm import tqdm
 
 from actors.ledger import address
-from jobs.search import PRUNED
 from smc.checkpoint.file import read_metadata
 from smc.errors import ConfigError, NotFound, SpectralMCError, Unavailable
 from smc.learning.experiment import Experiment
-from smc.learning.plan import PLAN_END
 from smc.learning.pricer import Progress, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.commits import CommitOutcome
@@ -71,7 +69,7 @@ class ExperimentOutcome:
         if isinstance(self.error, NotStarted):
             return True
         if self.result is None:
-            return self.version is not None and not is_finished(self.version) and not self.pruned
+            return self.version is not None and not self.version.is_finished and not self.pruned
         return self.result.stopped and not self.pruned
 
     @property
@@ -242,10 +240,10 @@ class Runner:
         newest = await self._newest(experiment)
         ours = newest if newest != found else None  # trained by this job, and lost before it could tell
         told = ExperimentOutcome(experiment, None, version=ours)
-        if ours is not None and ours.metrics.get(PRUNED):
+        if ours is not None and ours.pruned:
             return replace(told, pruned=True)
         extends = self._extends(found, newest)
-        if newest is not None and is_finished(newest) and not extends and self._options.measure is None:
+        if newest is not None and newest.is_finished and not extends and self._options.measure is None:
             if ours is None:
                 await self._check_settings(experiment, newest)
             return told
@@ -288,14 +286,14 @@ class Runner:
             if not await _unless(self._stopping, self._flush()):
                 raise NotStarted
             newest = await self._newest(experiment)
-            if newest is not None and not (self._extends(found, newest) and is_finished(newest)):
+            if newest is not None and not (self._extends(found, newest) and newest.is_finished):
                 await self._check_settings(experiment, newest)
             training = asyncio.ensure_future(plain(trainer.train.remote(newest, extend=self._extends(found, newest))))
             async for progress in _progress(trainer, training):
                 self._bars.show(experiment, progress)
                 if watch is not None and not pruned and progress.loss is not None and watch(progress):
                     pruned = True
-                    await plain(trainer.stop.remote(math.inf, {PRUNED: 1.0}))
+                    await plain(trainer.stop.remote(math.inf, pruned=True))
             result = await training
             value = None
             if self._options.measure is not None and not (result and result.stopped):
@@ -357,11 +355,6 @@ async def check_settings(store: AsyncBlockchainModelStore, experiment: Experimen
             f"{experiment.name} stands in the ledger with other settings ({version.version_id}): {difference}; "
             "an experiment with new settings needs a new name"
         )
-
-
-def is_finished(version: ModelVersion) -> bool:
-    """Whether training was done with this version, as its entry says."""
-    return version.step >= version.metrics.get(PLAN_END, math.inf)
 
 
 def cluster_places(num_cpus: float, num_gpus: float) -> int:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from smc.storage import ModelVersion
 
 __all__ = [
-    "PRUNED",
     "Choices",
     "PastTrial",
     "Random",
@@ -45,8 +44,6 @@ __all__ = [
     "trial_name",
 ]
 
-# The metric of a final commit that says that its experiment was given up.
-PRUNED: Final = "pruned"
 # Whole numbers that NumPy draws.
 _MOST: Final = 2**63
 
@@ -264,7 +261,7 @@ class Trials:
             if not _could_be_chosen(newest.parameters, self._spaces):
                 continue
             known += 1
-            if trial.value is None and not newest.metrics.get(PRUNED):
+            if trial.value is None and not newest.pruned:
                 self._unfinished.append((name, newest.parameters))
                 continue
             finished = trial.value is not None

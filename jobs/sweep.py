@@ -24,7 +24,6 @@ from jobs.search import PastTrial, Trial, Trials, require_optuna, search_prefix
 from jobs.session import connect, run_job, use_models
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
-from smc.learning.plan import PLAN_END
 from smc.reporting.command_line import add_models, say
 from smc.storage import AsyncBlockchainModelStore
 
@@ -118,7 +117,7 @@ async def _past(ledger: str, sweep: Sweep, path: Path, any_trial: Experiment) ->
                 continue
             if head.parameters.keys() == sweep.search.parameters.keys():
                 await check_settings(store, make_trial(sweep, name, head.parameters, path), head)
-            value, end = None, int(head.metrics.get(PLAN_END, any_trial.training.num_batches))
+            value, end = None, head.plan_end if head.plan_end is not None else any_trial.training.num_batches
             if head.step >= end:
                 value = head.loss
                 if objective != "loss":

@@ -107,7 +107,6 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
     every: list[StepReport] = []
     whole.train(small_training(22), logger=every.append)
     monkeypatch.setattr("smc.learning.step._AHEAD", {"cpu": 32})  # of contracts: eight steps
-    monkeypatch.setattr("smc.learning.pricer._REPORT_EVERY", {"cpu": 5})
     read: list[float] = []
     losses = TrainingStep.losses
 
@@ -117,7 +116,7 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(TrainingStep, "losses", keep)
     some: list[StepReport] = []
-    result = pricer.train(small_training(22), logger=some.append)
+    result = pricer.train(small_training(22), logger=some.append, report_every=5)
     assert [report.step for report in some] == [5, 10, 15, 20, 22]
     np.testing.assert_array_equal(read, [report.loss for report in every])
     assert result.loss == every[-1].loss
@@ -127,14 +126,13 @@ def test_no_loss_is_lost_where_a_window_of_steps_ends(monkeypatch: pytest.Monkey
 
 def test_a_loss_that_is_not_finite_is_found_in_reports_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
     pricer = GbmCVNNPricer(small_config())
-    monkeypatch.setattr("smc.learning.pricer._REPORT_EVERY", {"cpu": 5})
 
     def poison(report: StepReport) -> None:
         with torch.no_grad():
             next(pricer.model.parameters()).fill_(float("nan"))
 
     store = AsyncBlockchainModelStore("memory", objects=MemoryObjectStore())
-    settings = {"blockchain_store": store, "auto_commit": True, "commit_interval": 3}
+    settings = {"blockchain_store": store, "auto_commit": True, "commit_interval": 3, "report_every": 5}
     with pytest.raises(NumericsError, match="the loss is nan at step 11"):  # it was told of step 5 after step 10
         pricer.train(small_training(40), logger=poison, **settings)  # type: ignore[arg-type]
 
@@ -194,13 +192,13 @@ def test_tensors_are_priced_as_tensors_like_the_same_contracts_in_an_array(train
     np.testing.assert_allclose(distribution.mean, trained.predict_price(contracts), rtol=1e-9, atol=1e-9)
 
 
-def test_a_predictor_with_graphs_goes_when_nobody_holds_it(
+def test_apredictor_with_graphs_goes_when_nobody_holds_it(
     trained: GbmCVNNPricer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And not when Python next looks for cycles: a model that is served no more would keep the GPU's memory."""
     monkeypatch.setattr("smc.prediction.predictor.capture", lambda work, device: work() or (lambda: None))
     monkeypatch.setattr("torch.cuda.Event", MagicMock)
-    held = trained._predictor
+    held = trained.predictor
     predictor = Predictor(trained.model, held._scaling, held.domain, held._size)
     predictor._capturable = True
     predictor.predict_price(CONTRACTS)
@@ -236,7 +234,7 @@ def test_greeks_are_derivatives_of_the_predicted_price(trained: GbmCVNNPricer, k
     inner = CONTRACTS[:32] * 0.98 + 0.02 * np.array([100, 100, 1, 0.04, 0.02, 0.3])
     greeks = pricer.predict_greeks(inner, kind)
     # Where the price is held at its no-arbitrage bound, the bound's derivative is not the network's.
-    raw = pricer._predictor._spectrum(torch.from_numpy(inner))[0][:, 0].detach().numpy()
+    raw = pricer.predictor._spectrum(torch.from_numpy(inner))[0][:, 0].detach().numpy()
     free = np.abs(raw - pricer.predict_price(inner)) < 1e-12
     assert free.sum() > 8
 

@@ -38,7 +38,7 @@ from smc.simulation.cuda import Kernel
 from smc.simulation.engine import BlackScholes, BlackScholesConfig
 from smc.simulation.levels import put_spectrum_and_slope, quantile_levels, quantile_spectrum
 from smc.simulation.levels_cuda import put_levels
-from smc.simulation.skeleton import PATHS_SOURCE
+from smc.simulation.skeleton import NORMALS_SOURCE
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
 from smc.storage.objects import MemoryObjectStore
 from tests.conftest import free_port, small_config, small_simulation, small_training
@@ -239,7 +239,7 @@ extern "C" __global__ void dump(
 
 def drawn_normals(stream: int, paths: int, blocks: int, double: bool = False) -> torch.Tensor:
     """Shapes: -> (steps, paths)."""
-    kernel = Kernel(PATHS_SOURCE + DUMP, "dump", LOG_RETURN=1, DOUBLE=int(double))
+    kernel = Kernel(NORMALS_SOURCE + DUMP, "dump", DOUBLE=int(double))
     dtype = torch.float64 if double else torch.float32
     z = torch.empty((blocks * (2 if double else 4), paths), dtype=dtype, device="cuda")
     nothing = z.new_empty(0)
@@ -280,7 +280,7 @@ def test_a_billion_normals_have_the_moments_the_distribution_and_the_tails_of_no
 
 
 def test_no_two_contracts_paths_or_steps_share_their_random_words() -> None:
-    kernel = Kernel(PATHS_SOURCE + DUMP, "dump", LOG_RETURN=1, DOUBLE=0)
+    kernel = Kernel(NORMALS_SOURCE + DUMP, "dump", DOUBLE=0)
     paths, blocks = 4096, 25
     seen = []
     for stream in (0, 1, 2, 31, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40):
@@ -464,7 +464,7 @@ def test_prediction_by_graph_equals_prediction_eagerly(count: int, caplog: pytes
         return pricer.predict_price(contracts, "call"), *distributions
 
     captured = answers()
-    pricer._predictor._capturable = False
+    pricer.predictor._capturable = False
     eager = answers()
     for one, other in zip(captured[:2], eager[:2], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,9 @@ import torch
 
 from smc.checkpoint.file import Snapshot, encode, metadata_of, tensors_of
 from smc.checkpoint.ring import SnapshotRing, TakenSnapshot
-from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
+from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.learning.pricer import GbmCVNNPricer
+from smc.learning.state import TrainingState
 from tests.conftest import small_config, small_training
 
 OUTCOME = torch.tensor([0.25, 1.0], dtype=torch.float64)
@@ -34,16 +36,15 @@ def taken(ring: SnapshotRing, state: GbmCVNNPricerConfig) -> TakenSnapshot | Non
 
 def snapshots_that_differ(device: str, trials: int) -> list[int]:
     """Trials in which a snapshot, read while training goes on, is not what a synchronous save at its step wrote."""
-    pricer, rng = GbmCVNNPricer(small_config(device)), np.random.default_rng(0)
+    state, rng = TrainingState(small_config(device)), np.random.default_rng(0)
     training = small_training(10 * trials)
     different = []
     with ExitStack() as stack:
-        stack.enter_context(pricer._training_thread())
-        stack.enter_context(pricer._own_rng())
-        step = stack.enter_context(pricer._training_step(training, pricer._enter_plan(training)))
+        stack.enter_context(state.own_random_numbers())
+        step = stack.enter_context(state.training_step(training, state.enter_plan(training)))
         readers = stack.enter_context(ThreadPoolExecutor(2))
         step()
-        ring = ring_of(pricer._state(), 4)
+        ring = ring_of(state.by_reference(), 4)
 
         def read(snapshot: TakenSnapshot) -> bytes:
             data = bytes(snapshot.file())
@@ -54,11 +55,11 @@ def snapshots_that_differ(device: str, trials: int) -> list[int]:
         for trial in range(trials):
             for _ in range(rng.integers(0, 4)):
                 step()
-            state = pricer._state()
-            saved = encode(Snapshot.of(state)) if trial % 2 else None
-            snapshot = ring.take(tensors_of(state), metadata_of(state), step.outcome())
+            now = state.by_reference()
+            saved = encode(Snapshot.of(now)) if trial % 2 else None
+            snapshot = ring.take(tensors_of(now), metadata_of(now), step.outcome())
             assert snapshot is not None
-            saved = saved or encode(Snapshot.of(state))
+            saved = saved or encode(Snapshot.of(now))
             reading = readers.submit(read, snapshot)
             for _ in range(rng.integers(1, 4)):
                 step()

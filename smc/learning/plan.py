@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from smc.learning.optimizer import OptimizerName
 from smc.numeric_fields import RealNumber, WholeNumber
 
-__all__ = ["PLAN_END", "Progress", "StepReport", "TrainingConfig", "TrainingPlan"]
-
-# The metric of a commit that is the step at which its plan is done: whether anything is left needs no checkpoint.
-PLAN_END: Final = "plan_end"
+__all__ = ["Progress", "StepReport", "TrainingConfig", "TrainingPlan"]
 
 
 class TrainingConfig(BaseModel):

@@ -27,7 +27,7 @@ from smc.problem.schema import EXPIRY, Schema
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["EUROPEAN_PUT", "Problem", "process_of", "product_of", "register"]
+__all__ = ["EUROPEAN_PUT", "Problem", "known_fields", "process_of", "product_of", "register"]
 
 Kind = TypeVar("Kind", bound=type[Process] | type[Product])
 
@@ -132,6 +132,12 @@ def process_of(settings: Mapping[str, Any]) -> Process:
 def product_of(settings: Mapping[str, Any]) -> Product:
     """The product that settings with a `kind` describe. Raises: ConfigError for an unknown kind or setting."""
     return _made("product", _PRODUCTS, settings)  # type: ignore[return-value]
+
+
+def known_fields() -> tuple[str, ...]:
+    """The names of the fields of every process and product that is known."""
+    kinds: list[type[Process] | type[Product]] = [*_PROCESSES.values(), *_PRODUCTS.values()]
+    return tuple(dict.fromkeys([*(field.name for kind in kinds for field in kind.fields), EXPIRY.name]))
 
 
 def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> Process | Product:

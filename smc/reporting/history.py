@@ -140,7 +140,8 @@ async def difference(
 
 
 _SAID = {
-    "experiment", "step", "loss", "metrics", "parameters", "commit_message", "resumed_from", "size", "content_hash",
+    "experiment", "step", "loss", "metrics", "parameters", "plan_end", "pruned", "commit_message", "resumed_from",
+    "size", "content_hash",
 }  # fmt: skip
 
 

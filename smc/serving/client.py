@@ -31,6 +31,7 @@ from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailabl
 from smc.prediction.predictor import LEARNT, Kind, Kinds, Outside, Predictor
 from smc.problem.contracts import BoundSpec, ContractsLike, bound_of, resolve_domain, unit_of
 from smc.problem.oracles.black_scholes import Greeks
+from smc.problem.problem import known_fields
 from smc.simulation.cuda import require_device, synchronize
 from smc.simulation.levels import PayoffDistribution
 from smc.storage.catalog import Catalog
@@ -180,6 +181,8 @@ class ModelFollower:
     ) -> None:
         self._store, self._reference, self._track = store, reference, track
         self._domain = {name: bound_of(name, bound) for name, bound in (domain or {}).items()}
+        if unknown := sorted(set(self._domain) - set(known_fields())):
+            raise ConfigError(f"domain_bounds: unknown field {unknown[0]!r}; allowed are {', '.join(known_fields())}")
         self._device, self._template = require_device(device), model_template
         self._memory = memory
         self._remembered = read_memory(memory, store.uri)

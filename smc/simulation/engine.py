@@ -17,11 +17,10 @@ from smc.errors import ConfigError
 from smc.problem.contracts import ContractsLike, columns, contract_array
 from smc.problem.problem import Problem
 from smc.problem.products.terminal import TerminalPrice
-from smc.simulation import linking, paths, skeleton
+from smc.simulation import linking, paths
 from smc.simulation.config import BlackScholesConfig, ProblemConfig, SimulationParams
 from smc.simulation.cuda import require_device
 from smc.simulation.levels import quantile_levels
-from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.sizes import Sampling
 
 __all__ = [
@@ -38,8 +37,6 @@ __all__ = [
 _LANES = 1 << 15
 # Payoffs that are held at a time where only their mean is wanted.
 _PAYOFFS = 1 << 24
-# Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision, twice.
-_NORMALS = 1 << 28
 
 Array = npt.NDArray[np.float64]
 
@@ -173,7 +170,6 @@ class BlackScholes:
             raise ConfigError("sampling='sobol' has at most 21,201 time steps")
         prices = Problem(self.problem.process, TerminalPrice())
         self._prices = Simulation(prices, params.model_copy(update={"sampling": self.sampling}), self.device)
-        self._constants: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def terminal_prices(self, contracts: ContractsLike, *, offset: int = 0) -> torch.Tensor:
         """Simulated prices at expiry. Shapes: n contracts -> (n, M), on the engine's device.
@@ -198,7 +194,7 @@ class BlackScholes:
         Reads both where they are, so that a CUDA graph that holds this call may be replayed on new ones.
         Shapes: (n, 6) float64 and () int64, on the engine's device -> (n, M).
         """
-        terminal = (self._on_gpu if self.device.type == "cuda" else self._prices.simulate)(table, first)
+        terminal = self._prices.simulate(table, first)
         if self.config.normalize_forwards:
             c = columns(table)
             forward = c.X0 * torch.exp((c.r - c.d) * c.T)
@@ -208,39 +204,6 @@ class BlackScholes:
                 mean = torch.from_numpy(terminal.numpy().mean(axis=1, dtype=np.float64))
             terminal *= (forward / mean).to(terminal.dtype)[:, None]
         return terminal
-
-    # --- on a GPU -------------------------------------------------------------------------------------
-
-    def _on_gpu(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-        params = self.config.sim_params
-        common: dict[str, Any] = {
-            "seed": params.mc_seed,
-            "threads": params.threads_per_block,
-            "precision": params.dtype,
-        }
-        sizes: dict[str, Any] = {"paths": params.paths, "steps": params.timesteps}
-        if self.sampling == "pseudorandom":
-            log_return = self.config.simulate_log_return
-            return skeleton.simulate_pseudorandom(table, first, log_return=log_return, **sizes, **common)
-        if self.config.simulate_log_return:
-            return skeleton.simulate_sobol(table, first, **sizes, **common)
-        points, bridge = self._sobol_constants()
-        rows = min(skeleton.MOST_ROWS, max(1, _NORMALS // points.numel()))
-        pieces = []
-        for start in range(0, len(table), rows):
-            part = table[start : start + rows]
-            normals = skeleton.sobol_normals(points, first, start, len(part), **common)
-            walked = skeleton.walk(part, bridge @ normals, threads=params.threads_per_block, precision=params.dtype)
-            pieces.append(walked)
-        return torch.cat(pieces) if pieces else table.new_empty((0, params.paths), dtype=params.dtype.torch)
-
-    def _sobol_constants(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._constants is None:
-            params = self.config.sim_params
-            points = torch.from_numpy(sobol_points(params.timesteps, params.paths).view(np.int32))
-            bridge = torch.from_numpy(bridge_increments(params.timesteps))
-            self._constants = points.to(self.device), bridge.to(self.device, params.dtype.torch)
-        return self._constants
 
     @property
     def rows_at_once(self) -> int:

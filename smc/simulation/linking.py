@@ -26,110 +26,13 @@ from smc.simulation.cuda import Kernel
 from smc.simulation.normals import bridge_increments, sobol_points
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import KernelSizes, Sampling, Sizes, sizes_of, time_grid
-from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, sobol_normals
+from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, PATHS_SOURCE, sobol_normals
 from smc.simulation.walk import cache_folder, keep, numba_error
 
 __all__ = ["LinkedKernel", "link", "simulate", "simulate_pairs"]
 
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
-
-_SKELETON = r"""
-extern "C" __device__ void prepare(const double* contract, int steps, real* s, real* a, real* k, real* q);
-extern "C" __device__ void step_once(real* s, const real* z, const real* k);
-extern "C" __device__ void look(real* a, const real* s, real date, const real* k, const real* q);
-extern "C" __device__ real pays(const real* a, const real* s, const real* k, const real* q);
-
-struct Path {
-    real s[STATE], a[SEEN], k[PROCESS], q[PRODUCT];
-    real date;
-    int until;                              // steps to the next date
-    const int stride;
-    __device__ Path(const double* contract, int steps, int stride) : date(0), until(stride), stride(stride) {
-        prepare(contract, steps, s, a, k, q);
-    }
-    __device__ void step(const real* z) {
-        step_once(s, z, k);
-        if (DATES) {
-            if (EVERY_STEP || --until == 0) {
-                until = stride;
-                date += 1;
-                look(a, s, date, k, q);
-            }
-        }
-    }
-    __device__ real payoff() const { return pays(a, s, k, q); }
-};
-
-// TABLES is 1, or 2 for pairs of contracts on the same normals.
-#if TABLES == 1
-#define CONTRACTS const double* __restrict__ contracts
-#define OUT real* __restrict__ out
-#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
-#define STEP(z) path.step(z)
-#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff()
-#else
-#define CONTRACTS const double* __restrict__ contracts, const double* __restrict__ beside
-#define OUT real* __restrict__ out, real* __restrict__ out_beside
-#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride); \
-                    Path other(beside + (u64)FIELDS * blockIdx.y, steps, stride);
-#define STEP(z) (path.step(z), other.step(z))
-#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff(); \
-              out_beside[(u64)blockIdx.y * paths + at] = other.payoff()
-#endif
-
-extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
-    CONTRACTS, const u64* __restrict__ first,
-    const u64 offset, const u64 seed, const int paths, const int steps, const int stride, OUT)
-{
-    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= (u32)paths) return;
-    START
-    const u64 stream = *first + offset + blockIdx.y;
-    const u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
-    real z[BLOCKS * PER_BLOCK];             // of GROUP steps, which take whole blocks of random words
-    int block = 0, left = steps;
-    for (; left >= GROUP; left -= GROUP) {
-        #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b, ++block) {
-            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
-            philox4x32_10(c0, c1, c2, c3, k0, k1);
-            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
-        }
-        #pragma unroll
-        for (int i = 0; i < GROUP; ++i) STEP(z + i * NORMALS);
-    }
-    if (left > 0) {
-        #pragma unroll
-        for (int b = 0; b < BLOCKS; ++b, ++block) {
-            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
-            philox4x32_10(c0, c1, c2, c3, k0, k1);
-            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
-        }
-        #pragma unroll
-        for (int i = 0; i < GROUP - 1; ++i)
-            if (i < left) STEP(z + i * NORMALS);
-    }
-    STORE;
-}
-
-extern "C" __global__ __launch_bounds__(1024) void walk(
-    CONTRACTS, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
-    const int paths, const int steps, const int stride, OUT)
-{
-    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= (u32)paths) return;
-    START
-    const real* from = increments + (u64)blockIdx.y * steps * NORMALS * paths + at;
-    real z[NORMALS];
-    for (int i = 0; i < steps; ++i) {
-        #pragma unroll
-        for (int j = 0; j < NORMALS; ++j) z[j] = from[((u64)i * NORMALS + j) * paths];
-        STEP(z);
-    }
-    STORE;
-}
-"""
 
 _WRAPPERS = """import math
 from collections import namedtuple
@@ -166,14 +69,14 @@ class LinkedKernel(Kernel):
 
     def __init__(self, cubin: str, name: str) -> None:
         super().__init__("", name)
-        self._cubin = cubin
+        self.cubin = cubin
 
     @cached_property
     def raw(self) -> Any:
         """CuPy's function."""
         import cupy
 
-        return cupy.RawModule(path=self._cubin).get_function(self.name)
+        return cupy.RawModule(path=self.cubin).get_function(self.name)
 
 
 def simulate(problem: Problem, table: Tensor, first: Tensor, **sizes: Unpack[KernelSizes]) -> Tensor:
@@ -271,7 +174,7 @@ def link(
 def _cubin(problem: Problem, precision: Precision, every_step: bool, tables: int, arch: str) -> str:
     """The path of the file that has both kernels of a problem."""
     sizes = sizes_of(problem)
-    skeleton = _defines(problem, sizes, precision, every_step, tables) + NORMALS_SOURCE + _SKELETON
+    skeleton = _defines(problem, sizes, precision, every_step, tables) + NORMALS_SOURCE + PATHS_SOURCE
     wrappers, source = _wrappers(problem, sizes, precision)
     try:
         import numba_cuda

@@ -1,8 +1,8 @@
-"""The path kernels: random numbers and time steps of one path in one thread's registers.
+"""The CUDA C++ around a problem's own functions: random numbers and the loop over time steps, one path in a thread.
 
-Nothing but terminal prices is written to memory. Counters, uniforms and Sobol points are those of
-`smc.simulation.normals`, so CPU and GPU simulate the same paths up to the rounding of the elementary functions.
-Each launch reads contracts and stream index from device memory: a CUDA graph that holds it may be replayed.
+Nothing but payoffs is written to memory. Counters, uniforms and Sobol points are those of `smc.simulation.normals`, so
+CPU and GPU simulate the same paths up to the rounding of the elementary functions. Each launch reads contracts and
+stream index from device memory: a CUDA graph that holds it may be replayed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,7 @@ from torch import Tensor
 from smc.models.numerical import Precision
 from smc.simulation.cuda import Kernel
 
-__all__ = [
-    "MOST_ROWS",
-    "NORMALS_SOURCE",
-    "PATHS_SOURCE",
-    "path_kernel",
-    "simulate_pseudorandom",
-    "simulate_sobol",
-    "sobol_normals",
-    "walk",
-]
+__all__ = ["MOST_ROWS", "NORMALS_SOURCE", "PATHS_SOURCE", "sobol_normals"]
 
 NORMALS_SOURCE = r"""
 typedef unsigned int u32;
@@ -76,51 +67,107 @@ __device__ __forceinline__ void normals(u32 c0, u32 c1, u32 c2, u32 c3, real* z)
 """
 """Random words and normals, in the precision that DOUBLE says."""
 
-PATHS_SOURCE = (
-    NORMALS_SOURCE
-    + r"""
-struct Dynamics {
-    real X0, volatility, growth, drift;  // of one step, but for the drift of the whole log price
-    __device__ Dynamics(const double* p, int steps) {
-        const double T = p[2], carry = p[3] - p[4], v = p[5], dt = T / steps;
-        X0 = (real)p[0];
-        volatility = (real)(v * sqrt(dt));
-        growth = (real)(1.0 + carry * dt);
-        drift = (real)((carry - 0.5 * v * v) * T);
+PATHS_SOURCE = r"""
+extern "C" __device__ void prepare(const double* contract, int steps, real* s, real* a, real* k, real* q);
+extern "C" __device__ void step_once(real* s, const real* z, const real* k);
+extern "C" __device__ void look(real* a, const real* s, real date, const real* k, const real* q);
+extern "C" __device__ real pays(const real* a, const real* s, const real* k, const real* q);
+
+struct Path {
+    real s[STATE], a[SEEN], k[PROCESS], q[PRODUCT];
+    real date;
+    int until;                              // steps to the next date
+    const int stride;
+    __device__ Path(const double* contract, int steps, int stride) : date(0), until(stride), stride(stride) {
+        prepare(contract, steps, s, a, k, q);
     }
-    // From the sum of all the normals of a path, and by one Euler step: a step may cross zero, a price may not.
-    __device__ real after(real sum) const { return X0 * exp(fma(volatility, sum, drift)); }
-    __device__ real euler(real price, real z) const { return fabs(price * fma(volatility, z, growth)); }
+    __device__ void step(const real* z) {
+        step_once(s, z, k);
+        if (DATES) {
+            if (EVERY_STEP || --until == 0) {
+                until = stride;
+                date += 1;
+                look(a, s, date, k, q);
+            }
+        }
+    }
+    __device__ real payoff() const { return pays(a, s, k, q); }
 };
 
+// TABLES is 1, or 2 for pairs of contracts on the same normals.
+#if TABLES == 1
+#define CONTRACTS const double* __restrict__ contracts
+#define OUT real* __restrict__ out
+#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
+#define STEP(z) path.step(z)
+#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff()
+#else
+#define CONTRACTS const double* __restrict__ contracts, const double* __restrict__ beside
+#define OUT real* __restrict__ out, real* __restrict__ out_beside
+#define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride); \
+                    Path other(beside + (u64)FIELDS * blockIdx.y, steps, stride);
+#define STEP(z) (path.step(z), other.step(z))
+#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff(); \
+              out_beside[(u64)blockIdx.y * paths + at] = other.payoff()
+#endif
+
 extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
-    const double* __restrict__ contracts,   // (n, 6): X0, K, T, r, d, v
-    const u64* __restrict__ first,          // stream index of contract 0
-    const u64 offset, const u64 seed, const int paths, const int steps,
-    real* __restrict__ out)                 // (n, paths)
+    CONTRACTS, const u64* __restrict__ first,
+    const u64 offset, const u64 seed, const int paths, const int steps, const int stride, OUT)
 {
-    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= (u32)paths) return;
-    const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
+    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (u32)paths) return;
+    START
     const u64 stream = *first + offset + blockIdx.y;
     const u32 k0 = (u32)seed, k1 = (u32)(seed >> 32);
-    real state = LOG_RETURN ? (real)0 : gbm.X0;
-    real z[PER_BLOCK];
-    int block = 0;
-    for (int left = steps; left > 0; left -= PER_BLOCK, ++block) {
-        u32 c0 = path, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
-        philox4x32_10(c0, c1, c2, c3, k0, k1);
-        normals(c0, c1, c2, c3, z);
-        if (left < PER_BLOCK) break;
+    real z[BLOCKS * PER_BLOCK];             // of GROUP steps, which take whole blocks of random words
+    int block = 0, left = steps;
+    for (; left >= GROUP; left -= GROUP) {
         #pragma unroll
-        for (int i = 0; i < PER_BLOCK; ++i) state = LOG_RETURN ? state + z[i] : gbm.euler(state, z[i]);
+        for (int b = 0; b < BLOCKS; ++b, ++block) {
+            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+            philox4x32_10(c0, c1, c2, c3, k0, k1);
+            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
+        }
+        #pragma unroll
+        for (int i = 0; i < GROUP; ++i) STEP(z + i * NORMALS);
     }
-    #pragma unroll
-    for (int i = 0; i < PER_BLOCK - 1; ++i)
-        if (i < steps % PER_BLOCK) state = LOG_RETURN ? state + z[i] : gbm.euler(state, z[i]);
-    out[(u64)blockIdx.y * paths + path] = LOG_RETURN ? gbm.after(state) : state;
+    if (left > 0) {
+        #pragma unroll
+        for (int b = 0; b < BLOCKS; ++b, ++block) {
+            u32 c0 = at, c1 = block, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+            philox4x32_10(c0, c1, c2, c3, k0, k1);
+            normals(c0, c1, c2, c3, z + b * PER_BLOCK);
+        }
+        #pragma unroll
+        for (int i = 0; i < GROUP - 1; ++i)
+            if (i < left) STEP(z + i * NORMALS);
+    }
+    STORE;
 }
 
+extern "C" __global__ __launch_bounds__(1024) void walk(
+    CONTRACTS, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
+    const int paths, const int steps, const int stride, OUT)
+{
+    const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= (u32)paths) return;
+    START
+    const real* from = increments + (u64)blockIdx.y * steps * NORMALS * paths + at;
+    real z[NORMALS];
+    for (int i = 0; i < steps; ++i) {
+        #pragma unroll
+        for (int j = 0; j < NORMALS; ++j) z[j] = from[((u64)i * NORMALS + j) * paths];
+        STEP(z);
+    }
+    STORE;
+}
+"""
+"""The paths of a problem, whose functions and sizes are linked and defined in front of it."""
+
+_SOBOL_SOURCE = (
+    NORMALS_SOURCE
+    + r"""
 // Normal quantile of one scrambled Sobol coordinate. `point` is bit-reversed, as the hash wants it.
 __device__ real sobol_normal(u32 point, u32 dimension, u64 stream, u64 seed) {
     u32 key = dimension, c1 = 0xFFFFFFFFu, c2 = (u32)stream, c3 = (u32)(stream >> 32);
@@ -142,18 +189,6 @@ __device__ real sobol_normal(u32 point, u32 dimension, u64 stream, u64 seed) {
     return upper ? -z : z;
 }
 
-extern "C" __global__ __launch_bounds__(1024) void sobol_end(
-    const double* __restrict__ contracts, const u64* __restrict__ first,
-    const u64 offset, const u64 seed, const int paths, const int steps, real* __restrict__ out)
-{
-    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= (u32)paths) return;
-    const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
-    // The first Sobol coordinate of point i is the bit-reversed Gray code of i.
-    const real z = sobol_normal(path ^ (path >> 1), 0, *first + offset + blockIdx.y, seed);
-    out[(u64)blockIdx.y * paths + path] = gbm.after(z * sqrt((real)steps));
-}
-
 extern "C" __global__ __launch_bounds__(1024) void sobol_points(
     const u32* __restrict__ points,         // (dimensions, paths), bit-reversed
     const u64* __restrict__ first, const u64 offset, const u64 seed, const int paths, const int dimensions,
@@ -165,44 +200,11 @@ extern "C" __global__ __launch_bounds__(1024) void sobol_points(
     out[((u64)blockIdx.z * dimensions + dimension) * paths + path] =
         sobol_normal(point, dimension, *first + offset + blockIdx.z, seed);
 }
-
-extern "C" __global__ __launch_bounds__(1024) void walk(
-    const double* __restrict__ contracts, const real* __restrict__ increments,  // (n, steps, paths)
-    const int paths, const int steps, real* __restrict__ out)
-{
-    const u32 path = blockIdx.x * blockDim.x + threadIdx.x;
-    if (path >= (u32)paths) return;
-    const Dynamics gbm(contracts + 6ull * blockIdx.y, steps);
-    const real* z = increments + (u64)blockIdx.y * steps * paths + path;
-    real price = gbm.X0;
-    for (int step = 0; step < steps; ++step) price = gbm.euler(price, z[(u64)step * paths]);
-    out[(u64)blockIdx.y * paths + path] = price;
-}
 """
 )
 
 MOST_ROWS = 65535
 """Contracts of one launch: grid dimensions y and z hold no more blocks."""
-
-
-def simulate_pseudorandom(
-    contracts: Tensor, first: Tensor, *, seed: int, paths: int, steps: int, threads: int, log_return: bool,
-    precision: Precision,
-) -> Tensor:  # fmt: skip
-    """Terminal prices of every path of every contract, by Philox.
-
-    Shapes: contracts (n, 6) float64 and first () int64, both on the device -> (n, paths).
-    """
-    kernel = path_kernel("pseudorandom", log_return, precision)
-    return _by_rows(kernel, contracts, first, seed, paths, steps, threads, precision)
-
-
-def simulate_sobol(
-    contracts: Tensor, first: Tensor, *, seed: int, paths: int, steps: int, threads: int, precision: Precision
-) -> Tensor:
-    """Terminal prices by scrambled Sobol points, log scheme: only a bridge's end point matters to it."""
-    kernel = path_kernel("sobol_end", True, precision)
-    return _by_rows(kernel, contracts, first, seed, paths, steps, threads, precision)
 
 
 def sobol_normals(
@@ -212,32 +214,10 @@ def sobol_normals(
     dimensions, paths = points.shape
     out = torch.empty((count, dimensions, paths), dtype=precision.torch, device=points.device)
     arguments = (points, first, np.uint64(offset), np.uint64(seed), np.int32(paths), np.int32(dimensions), out)
-    path_kernel("sobol_points", False, precision)((-(-paths // threads), dimensions, count), threads, arguments)
+    _sobol_kernel(precision)((-(-paths // threads), dimensions, count), threads, arguments)
     return out
 
 
-def walk(contracts: Tensor, increments: Tensor, *, threads: int, precision: Precision) -> Tensor:
-    """Euler walks over given normals. Shapes: contracts (n, 6), increments (n, steps, paths) -> (n, paths)."""
-    n, steps, paths = increments.shape
-    out = torch.empty((n, paths), dtype=precision.torch, device=contracts.device)
-    arguments = (contracts, increments, np.int32(paths), np.int32(steps), out)
-    path_kernel("walk", False, precision)((-(-paths // threads), n), threads, arguments)
-    return out
-
-
-def _by_rows(
-    kernel: Kernel, contracts: Tensor, first: Tensor, seed: int, paths: int, steps: int, threads: int,
-    precision: Precision,
-) -> Tensor:  # fmt: skip
-    out = torch.empty((len(contracts), paths), dtype=precision.torch, device=contracts.device)
-    for start in range(0, len(contracts), MOST_ROWS):
-        part = contracts[start : start + MOST_ROWS]
-        sizes = (np.uint64(start), np.uint64(seed), np.int32(paths), np.int32(steps))
-        kernel((-(-paths // threads), len(part)), threads, (part, first, *sizes, out[start:]))
-    return out
-
-
-@lru_cache(maxsize=16)
-def path_kernel(name: str, log_return: bool, precision: Precision) -> Kernel:
-    """The kernel `name` of `PATHS_SOURCE`, for one scheme and precision."""
-    return Kernel(PATHS_SOURCE, name, LOG_RETURN=int(log_return), DOUBLE=int(precision is Precision.float64))
+@lru_cache(maxsize=2)
+def _sobol_kernel(precision: Precision) -> Kernel:
+    return Kernel(_SOBOL_SOURCE, "sobol_points", DOUBLE=int(precision is Precision.float64))

@@ -72,7 +72,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class ModelVersion(BaseModel):
-    """One commit: a model version of the ledger, as its entry says it."""
+    """One commit: a model version of the ledger, as its entry says it.
+
+    `plan_end` is the step at which its training is done, None where nobody said; `pruned`: it was given up there.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -87,6 +90,8 @@ class ModelVersion(BaseModel):
     resumed_from: Text | None
     model_hash: Hash | None = None
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    plan_end: WholeNumber | None = None
+    pruned: Annotated[bool, Field(strict=True)] = False
     commit_id: Text
     timestamp: datetime
     index: WholeNumber
@@ -94,10 +99,28 @@ class ModelVersion(BaseModel):
     entry_hash: Hash
     block: WholeNumber
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_said_before(cls, fields: Any) -> Any:
+        """Earlier versions said both among the metrics."""
+        if not isinstance(fields, dict) or not isinstance(metrics := fields.get("metrics"), dict):
+            return fields
+        end, said = metrics.get("plan_end"), dict(fields)
+        if "plan_end" not in fields and isinstance(end, int | float) and end >= 0 and float(end).is_integer():
+            said["plan_end"] = int(end)
+        if "pruned" not in fields and metrics.get("pruned") == 1:
+            said["pruned"] = True
+        return said
+
     @property
     def version_id(self) -> str:
         """The name of the version, like v0000000042."""
         return version_id(self.counter)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training was done with this version, as its entry says."""
+        return self.plan_end is not None and self.step >= self.plan_end
 
 
 class AliasMove(BaseModel):

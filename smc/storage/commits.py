@@ -82,6 +82,8 @@ class CommitRequest:
     resumed_from: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    plan_end: int | None = None
+    pruned: bool = False
     final: bool = False
 
 
@@ -492,6 +494,8 @@ class _Pending:
             experiment=request.experiment,
             metrics=dict(request.metrics),
             parameters=dict(request.parameters),
+            plan_end=request.plan_end,
+            pruned=request.pruned,
             resumed_from=request.resumed_from,
             model_hash=snapshot.model_hash(data),
         )

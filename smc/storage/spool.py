@@ -48,7 +48,8 @@ class CommitRecord(BaseModel):
     """What a commit's entry will say, apart from the checkpoint's hash and size.
 
     `model_hash` is the hash of what inference reads of the checkpoint, see `smc.checkpoint.tensor_header`; `parameters`
-    are what a sweep chose for the experiment.
+    are what a sweep chose for the experiment; `plan_end` is the step at which its training is done, and `pruned` says
+    that it was given up.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -63,6 +64,8 @@ class CommitRecord(BaseModel):
     resumed_from: str | None = None
     model_hash: str | None = None
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    plan_end: int | None = Field(default=None, ge=0)
+    pruned: bool = False
 
     @classmethod
     def checked(cls, **fields: Any) -> CommitRecord:

@@ -406,7 +406,7 @@ class AsyncBlockchainModelStore:
             "size": size,
             **record.model_dump(include={"experiment", "step", "loss", "metrics", "message", "resumed_from"}),
         }
-        optional = {"model_hash": record.model_hash, "parameters": record.parameters}
+        optional = record.model_dump(include={"model_hash", "parameters", "plan_end", "pruned"})
         payload = {**payload, **{name: value for name, value in optional.items() if value}}
         draft = Draft("commit", record.commit_id, payload, fresh=fresh)
         with self._order.place() as place:

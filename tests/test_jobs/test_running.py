@@ -14,10 +14,8 @@ from ray.exceptions import ActorDiedError
 
 from jobs.recipes import make_experiment
 from jobs.running import ExperimentOutcome, NotStarted, Runner, RunOptions, check_settings
-from jobs.search import PRUNED
 from jobs.sweep import main, report
 from smc.errors import ConfigError, Unavailable
-from smc.learning.plan import PLAN_END
 from smc.learning.pricer import GbmCVNNPricer, TrainingResult
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, commit_snapshot
 from smc.storage.commits import CommitOutcome
@@ -84,9 +82,7 @@ class Played(Runner):
 
 def at_step(step: int) -> ModelVersion:
     """The experiment's newest version in a plan of 60 steps, or in the next 60 that extended it."""
-    return ModelVersion.model_construct(
-        counter=step, step=step, loss=0.1, metrics={PLAN_END: 60.0 * math.ceil(step / 60)}
-    )
+    return ModelVersion.model_construct(counter=step, step=step, loss=0.1, plan_end=60 * math.ceil(step / 60))
 
 
 async def test_an_experiment_waits_for_a_ledger_that_cannot_be_reached(
@@ -182,7 +178,7 @@ async def test_what_a_lost_trainer_came_to_is_told_from_the_ledger() -> None:
     part = await lost_at(at_step(40), stopping=True)
     assert part.line == "a               stopped at step 40, as v0000000040 says, resumed once"
     assert (part.done, part.stopped, report([part])) == (False, True, 2)
-    given_up = at_step(40).model_copy(update={"metrics": {PLAN_END: 60.0, PRUNED: 1.0}})
+    given_up = at_step(40).model_copy(update={"pruned": True})
     pruned = await lost_at(given_up)
     assert pruned.line == "a               given up at step 40, as v0000000040 says, resumed once"
     assert (pruned.done, pruned.stopped, pruned.pruned) == (False, False, True)

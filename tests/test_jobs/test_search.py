@@ -12,7 +12,7 @@ import pytest
 
 from jobs import sweep
 from jobs.recipes import read_sweep
-from jobs.search import PRUNED, PastTrial, Random, Range, Search, Trials, draws, grid, nested, trial_name
+from jobs.search import PastTrial, Random, Range, Search, Trials, draws, grid, nested, trial_name
 from smc.errors import ConfigError
 from smc.storage import AsyncBlockchainModelStore, ModelVersion
 from smc.storage.objects import MemoryObjectStore
@@ -168,7 +168,7 @@ async def past_trials(plan: dict[str, tuple[list[int], float | None, bool]]) -> 
                     loss=1.0,
                     experiment=name,
                     parameters={"x": 0.25 + 0.01 * len(past), "h": [16, 16]},
-                    metrics={PRUNED: 1.0} if pruned and step == steps[-1] else {},
+                    pruned=pruned and step == steps[-1],
                 )
                 versions.append(await store.commit(f"{name}{step}".encode(), record))
             past[name] = PastTrial(versions, 100, value)

@@ -256,7 +256,7 @@ def test_a_barrier_stays_where_it_is_when_the_spot_moves(trained: Mapping[str, G
         moved = contracts.copy()
         moved[:, X0] *= 1 + share
         moved[:, H] /= 1 + share
-        predictor = pricer._predictor
+        predictor = pricer.predictor
         table = torch.from_numpy(moved)
         with torch.no_grad():
             return predictor._spectrum(table)[0][:, 0].numpy()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 import pytest
@@ -13,6 +14,7 @@ from smc.errors import ConfigError, Corrupt
 from smc.storage.chain import (
     GENESIS_PARENT,
     Draft,
+    ModelVersion,
     Tail,
     build_block,
     check_after,
@@ -130,3 +132,28 @@ def test_version_ids_round_trip_and_others_are_refused() -> None:
     for bad in ("42", "v42", "v00000000042", "V0000000042", "latest", ""):
         with pytest.raises(ConfigError, match="is not a version: versions look like v0000000042"):
             parse_version_id(bad)
+
+
+@pytest.mark.parametrize(
+    ("said", "end", "pruned"),
+    [
+        ({"metrics": {}}, None, False),
+        ({"metrics": {"plan_end": 60.0, "pruned": 1.0}}, 60, True),
+        ({"metrics": {"plan_end": 60.0}, "plan_end": 80, "pruned": False}, 80, False),
+        ({"metrics": {"plan_end": 60.0, "pruned": 1.0}, "plan_end": None}, None, True),
+        ({"metrics": {"plan_end": 0.5, "pruned": 0.0}}, None, False),
+        ({"metrics": {"plan_end": -1.0}}, None, False),
+        ({"metrics": {"plan_end": 1e300}}, int(1e300), False),
+    ],
+)
+def test_where_a_plan_ends_is_read_from_entries_of_earlier_versions_too(
+    said: dict[str, Any], end: int | None, pruned: bool
+) -> None:
+    fields = {
+        "counter": 0, "content_hash": "0" * 64, "size": 1, "experiment": "a", "step": 60, "loss": None, "message": "",
+        "resumed_from": None, "commit_id": "c", "timestamp": "2026-11-27T00:00:00Z", "index": 0,
+        "parent_hash": "0" * 64, "entry_hash": "0" * 64, "block": 0, **said,
+    }  # fmt: skip
+    version = ModelVersion.model_validate(fields)
+    assert (version.plan_end, version.pruned) == (end, pruned)
+    assert version.is_finished == (end is not None and end <= 60)

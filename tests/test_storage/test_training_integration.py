@@ -276,13 +276,16 @@ def stopped_at_20(objects: ObjectStore, **why: Any) -> tuple[AsyncBlockchainMode
 
 
 async def test_where_it_was_stopped_there_is_one_commit_the_final_one() -> None:
-    store, _ = stopped_at_20(MemoryObjectStore(), metrics={"pruned": 1.0})
+    store, _ = stopped_at_20(MemoryObjectStore(), metrics={"reason": 1.0}, pruned=True)
     async with store:
         versions = await store.list_versions()
     assert [v.step for v in versions] == [10, 20]
-    assert [v.metrics.get("pruned") for v in versions] == [None, 1.0]
+    assert [v.metrics.get("reason") for v in versions] == [None, 1.0]
+    assert [v.pruned for v in versions] == [False, True]
+    assert [v.plan_end for v in versions] == [100, 100]
+    assert not any({"plan_end", "pruned"} & v.metrics.keys() for v in versions)
     with pytest.raises(ConfigError, match="metrics must be finite"):
-        GbmCVNNPricer(small_config()).stop(metrics={"pruned": float("nan")})
+        GbmCVNNPricer(small_config()).stop(metrics={"reason": float("nan")})
 
 
 def test_the_state_it_was_stopped_in_is_kept_on_a_disk_with_little_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,11 @@ ROWS: list[tuple[str, Change, bool]] = [
     ("commit", {"unknown": [{"a": None}]}, True),
     ("commit", {"model_hash": HASH, "parameters": {"a": [1, None, "x"]}}, False),  # not that of this checkpoint
     ("commit", {"model_hash": None}, True),
+    ("commit", {"plan_end": 60, "pruned": True}, True),
+    ("commit", {"plan_end": -1}, False),
+    ("commit", {"plan_end": 60.0}, False),
+    ("commit", {"plan_end": True}, False),
+    ("commit", {"pruned": 1}, False),
     ("commit", {"parameters": []}, False),
     ("commit", {"loss": 1}, True),
     ("commit", {"loss": 0.5, "step": -3}, True),
