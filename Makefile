@@ -12,7 +12,7 @@ demo: $(MARK)
 	$(BIN)/python -m jobs.demo
 
 test: check
-	$(BIN)/python -m pytest -n 3 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
 
 # No server, no Ray, no GPU: for every change, in a minute.
 test-fast: $(MARK)

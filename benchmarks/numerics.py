@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.reporting import Report, run
+from smc.prediction.distribution import PayoffDistribution
 from smc.problem.oracles import black_scholes
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.simulation.levels import PayoffDistribution, quantile_levels, reflected_levels
+from smc.simulation.levels import quantile_levels, reflected_levels
 
 Array = npt.NDArray[np.float64]
 

@@ -25,6 +25,7 @@ from jobs.session import run_job, use_models
 from jobs.sweep import report, run_experiments
 from smc.errors import ConfigError
 from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.evaluation import distance, evaluate, price_error
 from smc.prediction.reference import reference_of
 from smc.problem.problem import EUROPEAN_PUT
@@ -32,7 +33,6 @@ from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import add_models, replace_file, say
 from smc.reporting.page import png
 from smc.reporting.pictures import draw_errors, draw_quantiles
-from smc.simulation.levels import PayoffDistribution
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 from smc.storage.dev_server import DevServer
 

@@ -31,11 +31,19 @@ NO_DELAYS = (0.0, 0.0, 0.0)
 
 
 _SERVICES = {"seaweed", "moto_url", "ray_cluster"}
+# Files that take longest, which are begun first: at the end of a run nobody is to wait for one of them alone.
+_LONGEST_FIRST = (
+    "test_sweep", "test_submitted", "test_cluster", "test_own_models", "test_demo", "test_search", "test_ledger",
+    "test_chaos", "test_trainer", "test_problems", "test_examples", "test_promises", "test_gc", "test_inference",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server or Ray, also where a parameter says so, and skip, visibly, what needs a GPU."""
+    last = len(_LONGEST_FIRST)
+    ranks = {name: rank for rank, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, last))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -10,8 +10,8 @@ import torch
 
 from smc.errors import ConfigError
 from smc.learning.pricer import GbmCVNNPricer
+from smc.prediction.distribution import PayoffDistribution
 from smc.problem.oracles import black_scholes
-from smc.simulation.levels import PayoffDistribution
 from tests.conftest import small_config, small_training
 
 CONTRACTS = np.array([[100, 105, 1.0, 0.03, 0.01, 0.25], [100, 90, 0.5, 0.01, 0.02, 0.3], [80, 90, 1.5, 0.0, 0.0, 0.4]])

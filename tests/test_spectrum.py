@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from smc.errors import ConfigError
+from smc.prediction.distribution import PayoffDistribution
 from smc.problem.oracles import black_scholes
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes, BlackScholesConfig
 from smc.simulation.levels import (
-    PayoffDistribution,
     bin_weights,
     levels_from_spectrum,
     quantile_levels,

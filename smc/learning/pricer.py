@@ -21,11 +21,11 @@ from smc.learning.plan import Progress, StepReport, TrainingConfig
 from smc.learning.result import TrainingResult
 from smc.learning.state import TrainingState
 from smc.numeric_fields import is_whole
+from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.predictor import LEARNT, Array, Kind, Kinds, Outside, Predictor
 from smc.problem.contracts import BoundSpec, ContractsLike
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import Problem
-from smc.simulation.levels import PayoffDistribution
 from smc.storage.commits import DEFAULT_MESSAGE, FLUSH_SECONDS, CommitTarget
 
 __all__ = [

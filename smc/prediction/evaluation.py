@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from smc.errors import ConfigError
+from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.predictor import Kind
 from smc.prediction.reference import Known, reference_of
 from smc.problem.contracts import BoundSpec, ContractsLike
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
-from smc.simulation.levels import PayoffDistribution
 
 __all__ = ["QUANTITIES", "Measure", "Predicts", "distance", "evaluate", "objective_value", "price_error"]
 

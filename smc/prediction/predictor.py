@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from smc.errors import ConfigError
 from smc.learning.modules import evaluating
 from smc.learning.scale import Scaling, View
+from smc.prediction.distribution import PayoffDistribution
 from smc.problem.contracts import BoundSpec, ContractsLike, contract_array, outside_domain, unit_of
 from smc.problem.oracles.black_scholes import Greeks, OptionKind, OptionKinds
 from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.simulation.cuda import NotCapturable, capture
-from smc.simulation.levels import PayoffDistribution, levels_from_spectrum, valid_levels
+from smc.simulation.levels import levels_from_spectrum, valid_levels
 
 __all__ = ["LEARNT", "Kind", "Kinds", "Outside", "Predictor"]
 

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from smc.checkpoint.file import decode_parts, restore
 from smc.checkpoint.tensor_header import TensorHeader
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
+from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.predictor import LEARNT, Kind, Kinds, Outside, Predictor
 from smc.problem.contracts import BoundSpec, ContractsLike, bound_of, resolve_domain, unit_of
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import known_fields
 from smc.simulation.cuda import require_device, synchronize
-from smc.simulation.levels import PayoffDistribution
 from smc.storage.catalog import Catalog
 from smc.storage.chain import ModelVersion, block_key
 from smc.storage.log import HEAD_KEY
