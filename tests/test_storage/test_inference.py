@@ -376,7 +376,7 @@ def test_what_goes_wrong_in_loading_is_a_problem_and_tried_again(
         raise RuntimeError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("smc.serving.client._built", full)
+        patch.setattr("smc.serving.follower._built", full)
         new = asyncio.run(_one_commit(ledger))
         deadline = time.monotonic() + 20
         while client.status.problem is None and time.monotonic() < deadline:
