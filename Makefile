@@ -6,17 +6,21 @@ export RAY_USAGE_STATS_ENABLED = 0
 
 MARK := $(VENV)/installed
 
-.PHONY: demo test test-fast check bench s3 clean
+.PHONY: demo test coverage test-fast check bench s3 clean
 
 demo: $(MARK)
 	$(BIN)/python -m jobs.demo
 
 test: check
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10 tests
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 tests
+
+# The same, several minutes longer, and which lines no test of this process reaches.
+coverage: $(MARK)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 tests
 
 # No server, no Ray, no GPU: for every change, in a minute.
 test-fast: $(MARK)
-	$(BIN)/python -m pytest -n 2 -m "not service and not slow and not gpu" tests
+	$(BIN)/python -m pytest -n 2 -m "not service and not slow and not gpu" $(OPTIONS) tests
 
 check: $(MARK)
 	$(BIN)/ruff format --check .

@@ -33,8 +33,9 @@ NO_DELAYS = (0.0, 0.0, 0.0)
 _SERVICES = {"seaweed", "moto_url", "ray_cluster"}
 # Files that take longest, which are begun first: at the end of a run nobody is to wait for one of them alone.
 _LONGEST_FIRST = (
-    "test_sweep", "test_submitted", "test_cluster", "test_own_models", "test_demo", "test_search", "test_ledger",
+    "test_submitted", "test_sweep", "test_cluster", "test_demo", "test_own_models", "test_search", "test_ledger",
     "test_chaos", "test_trainer", "test_problems", "test_examples", "test_promises", "test_gc", "test_inference",
+    "test_faults", "test_store",
 )  # fmt: skip
 
 

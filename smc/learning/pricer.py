@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.errors import ConfigError
@@ -21,10 +21,9 @@ from smc.learning.plan import Progress, StepReport, TrainingConfig
 from smc.learning.result import TrainingResult
 from smc.learning.state import TrainingState
 from smc.numeric_fields import is_whole
-from smc.prediction.distribution import PayoffDistribution
-from smc.prediction.predictor import LEARNT, Array, Kind, Kinds, Outside, Predictor
-from smc.problem.contracts import BoundSpec, ContractsLike
-from smc.problem.oracles.black_scholes import Greeks
+from smc.prediction.predicting import Predicting
+from smc.prediction.predictor import Kind, Predictor
+from smc.problem.contracts import BoundSpec
 from smc.problem.problem import Problem
 from smc.storage.commits import DEFAULT_MESSAGE, FLUSH_SECONDS, CommitTarget
 
@@ -40,7 +39,7 @@ __all__ = [
 Metrics = Callable[["GbmCVNNPricer"], Mapping[str, float]]
 
 
-class GbmCVNNPricer:
+class GbmCVNNPricer(Predicting):
     """Learns the discounted payoff's quantile spectrum over a domain of contracts: of European puts under geometric
     Brownian motion, or of any problem that `config.cfg` names.
 
@@ -170,57 +169,22 @@ class GbmCVNNPricer:
 
     # --- prediction -----------------------------------------------------------------------------------
 
-    def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> Array | Tensor:
-        """Present values, held within the no-arbitrage bounds. `kind`: of a European put, calls follow by parity.
-
-        Shapes: n contracts, or an (n, fields) array or tensor -> (n,) float64, a tensor on its device if given one.
-        What is certain (T = 0, v = 0) is exact, without the network.
-        Raises: ConfigError for a contract outside the trained domain, unless outside='warn', and for a `kind` that does
-        not follow from what was learnt.
-        """
-        self._warn_if_untrained()
-        return self.predictor.predict_price(contracts, kind, outside=outside)
-
-    def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> PayoffDistribution:
-        """Distribution of the discounted payoff, its mean the price. Shapes: n contracts -> levels (n, N).
-
-        A put's is what the network learnt. A call's follows from it by reflection, which holds for log-normal prices.
-        """
-        self._warn_if_untrained()
-        return self.predictor.predict_distribution(contracts, kind, outside=outside)
-
-    def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> Greeks:
-        """Derivatives of the learnt price by automatic differentiation. Shapes: -> five of (n,)."""
-        self._warn_if_untrained()
-        return self.predictor.predict_greeks(contracts, kind, outside=outside)
-
-    def predict_sensitivities(
-        self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
-    ) -> Any:
-        """Derivatives of the learnt price by every field of a contract, by name. Shapes: -> (n,) each."""
-        self._warn_if_untrained()
-        return self.predictor.predict_sensitivities(contracts, kind, outside=outside)
+    @cached_property
+    def predictor(self) -> Predictor:
+        """What answers for the network as it is at the moment, while it is trained further too."""
+        state = self._state
+        return Predictor(state.model, state.scaling, state.domain, state.params.network_size, state.problem)
 
     @property
     def distribution_kinds(self) -> tuple[Kind, ...]:
         """What there are distributions of: what was learnt, first, and the other option where that follows."""
         return self.predictor.distribution_kinds
 
-    def _warn_if_untrained(self) -> None:
+    def asked(self) -> Predictor:
+        """The predictor; with a warning before any training."""
         if self._state.position.step == 0:
             warnings.warn(
                 "this pricer has not been trained: what it predicts is its network's random start; call train first",
                 stacklevel=3,
             )
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """What answers for the network as it is at the moment, while it is trained further too."""
-        state = self._state
-        return Predictor(state.model, state.scaling, state.domain, state.params.network_size, state.problem)
+        return self.predictor

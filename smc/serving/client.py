@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from smc.errors import ConfigError, Unavailable
+from smc.prediction.predicting import Predicting
 from smc.prediction.predictor import Predictor
 from smc.problem.contracts import BoundSpec
-from smc.serving.follower import ModelFollower, Predicting, ServedModel, ServingStatus, load_predictor
+from smc.serving.follower import ModelFollower, ServedModel, ServingStatus, load_predictor
 from smc.storage.store import AsyncBlockchainModelStore
 
 __all__ = ["InferenceClient", "ModelFollower", "ServedModel", "ServingStatus", "load_predictor"]
@@ -122,7 +123,8 @@ class InferenceClient(Predicting):
             self._follower.go_on_with(self._store)
             self._run = _Run(self._follower, self._store, self._poll_seconds)
 
-    def _predictor(self) -> Predictor:
+    def asked(self) -> Predictor:
+        """The predictor of the model that is served now."""
         return self.current.predictor
 
 

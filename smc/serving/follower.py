@@ -9,25 +9,23 @@ import asyncio
 import logging
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smc.checkpoint.file import decode_parts, restore
 from smc.checkpoint.tensor_header import TensorHeader
 from smc.errors import ConfigError, Corrupt, NotFound, NumericsError, Unavailable
-from smc.prediction.distribution import PayoffDistribution
-from smc.prediction.predictor import LEARNT, Kind, Kinds, Outside, Predictor
-from smc.problem.contracts import BoundSpec, ContractsLike, bound_of, resolve_domain, unit_of
-from smc.problem.oracles.black_scholes import Greeks
+from smc.prediction.predicting import Predicting
+from smc.prediction.predictor import Predictor
+from smc.problem.contracts import BoundSpec, bound_of, resolve_domain, unit_of
 from smc.problem.problem import known_fields
 from smc.simulation.cuda import require_device, synchronize
 from smc.storage.catalog import Catalog
@@ -36,7 +34,7 @@ from smc.storage.log import HEAD_KEY
 from smc.storage.memory import Seen, read_memory, write_memory
 from smc.storage.store import AsyncBlockchainModelStore
 
-__all__ = ["ModelFollower", "Predicting", "ServedModel", "ServingStatus", "load_predictor"]
+__all__ = ["ModelFollower", "ServedModel", "ServingStatus", "load_predictor"]
 
 logger = logging.getLogger("smc.serving")
 
@@ -51,38 +49,6 @@ _LONGEST_WAIT: Final = 60.0
 _ONLY_OURS: Final = 3
 
 
-class Predicting(ABC):
-    """Predicts as `GbmCVNNPricer` does, with the predictor of the moment."""
-
-    @abstractmethod
-    def _predictor(self) -> Predictor:
-        """The predictor to ask now."""
-
-    def predict_price(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> Array | Tensor:
-        """As `GbmCVNNPricer.predict_price`. Shapes: -> (n,)."""
-        return self._predictor().predict_price(contracts, kind, outside=outside)
-
-    def predict_distribution(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> PayoffDistribution:
-        """As `GbmCVNNPricer.predict_distribution`. Shapes: -> levels (n, N)."""
-        return self._predictor().predict_distribution(contracts, kind, outside=outside)
-
-    def predict_greeks(
-        self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
-    ) -> Greeks:
-        """As `GbmCVNNPricer.predict_greeks`. Shapes: -> five of (n,)."""
-        return self._predictor().predict_greeks(contracts, kind, outside=outside)
-
-    def predict_sensitivities(
-        self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"
-    ) -> Any:
-        """As `GbmCVNNPricer.predict_sensitivities`. Shapes: -> (n,) each."""
-        return self._predictor().predict_sensitivities(contracts, kind, outside=outside)
-
-
 @dataclass(frozen=True)
 class ServedModel(Predicting):
     """A verified version, ready to predict. It never changes: whoever holds it goes on with it after a swap."""
@@ -90,7 +56,8 @@ class ServedModel(Predicting):
     version: ModelVersion
     predictor: Predictor
 
-    def _predictor(self) -> Predictor:
+    def asked(self) -> Predictor:
+        """Its predictor."""
         return self.predictor
 
 
