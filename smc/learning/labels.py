@@ -111,6 +111,17 @@ class ExampleSource:
             targets[:, order, 0, 0] -= anchors[order]
         return Examples(contracts.inputs, targets, contracts.weights)
 
+    def check_payoffs(self, count: int) -> None:
+        """Raises: ConfigError if a path of the first `count` contracts pays less than nothing, or no number."""
+        if isinstance(self.engine, Simulation):
+            first = torch.zeros((), dtype=torch.int64, device=self.engine.device)
+            least = float(self.engine.simulate(self.contracts(0, count).table, first).min())
+            if not least >= 0:
+                raise ConfigError(
+                    f"{self.engine.problem.name}: a path pays {least:g}: a payoff is a number, at least 0; what may be "
+                    "owed is a product of its own"
+                )
+
     def _describe(self, start: int, count: int) -> Contracts:
         points = torch.from_numpy(self._sampler.at(start, count))
         if self.engine.device.type == "cuda":  # from pinned memory, so that nothing waits for the copy

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 from smc.problem.contracts import BoundSpec, resolve_domain
+from smc.problem.law import Law
 from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.problem.product import Bounds
 from smc.problem.schema import EXPIRY
@@ -100,24 +101,36 @@ class View:
 
         Of a put: m = ln(F / K), w = v sqrt(T), T, r, d. Shapes: (n, fields) -> (n, inputs).
         """
-        law, product = self.problem.law(table), self.problem.product
-        distances, w = product.distances(law), product.width(law)
+        law = self.problem.law(table)
+        distances, w, more = (self._told(what, law) for what in ("distances", "width", "features"))
         resolved = [torch.tanh(m / (width * w)) for m in distances for width in _WIDTHS]
         standard = [_standardised(getattr(law.c, name), self.domain[name]) for name in self._standardised]
         spread = torch.log(w + _LEAST_VOLATILITY)
-        return torch.stack([*distances, w, spread, *resolved, *product.features(law), *standard], dim=1)
+        return torch.stack([*distances, w, spread, *resolved, *more, *standard], dim=1)
 
     def unit(self, table: Tensor) -> Tensor:
         """The scale of prices. Shapes: (n, fields) -> (n,). Units: currency."""
-        return self.problem.product.unit(self.problem.law(table))
+        unit: Tensor = self._told("unit", self.problem.law(table))
+        return unit
 
     def anchor(self, table: Tensor) -> Tensor:
         """What is taken off the price, in units of `unit`. Shapes: (n, fields) -> (n,)."""
-        return self.problem.product.anchor(self.problem.law(table))
+        anchor: Tensor = self._told("anchor", self.problem.law(table))
+        return anchor
 
     def bounds(self, table: Tensor) -> Bounds:
         """What prices and payoffs cannot be beyond. Shapes: (n, fields) -> (n,) each."""
-        return self.problem.product.bounds(self.problem.law(table))
+        bounds: Bounds = self._told("bounds", self.problem.law(table))
+        return bounds
+
+    def _told(self, what: str, law: Law) -> Any:
+        """What the product says of contracts with this law. Raises: ConfigError naming the method that fails."""
+        product = self.problem.product
+        try:
+            return getattr(product, what)(law)
+        except Exception as error:  # it may be anybody's own
+            where = f"{type(product).__name__}.{what} of {self.problem.name}"
+            raise ConfigError(f"{where} fails: {type(error).__name__}: {error}") from error
 
     def weight(self, table: Tensor) -> Tensor:
         """How much a contract counts in the loss. Shapes: (n, fields) -> (n,)."""

@@ -27,6 +27,8 @@ __all__ = ["TrainingState"]
 
 # Contracts that the output scaling is measured on, the first of the training stream.
 _SCALING_CONTRACTS = 512
+# Contracts whose payoffs are looked at, path by path, before anything is trained.
+_CHECKED_CONTRACTS = 64
 # Weight of bin 0, the price, against its share of the Wasserstein distance.
 _PRICE_WEIGHT = 10.0
 
@@ -110,6 +112,7 @@ class TrainingState:
         """The scale of the network's output, measured when first asked for."""
         if self._scaling is None:
             source = ExampleSource(self._engine, self.domain)
+            source.check_payoffs(_CHECKED_CONTRACTS)
             self._scaling = Scaling.of(self._examples(source, 0, 0, _SCALING_CONTRACTS).targets[:, 0])
         return self._scaling
 

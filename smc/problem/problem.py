@@ -55,7 +55,15 @@ class Problem:
             for name in ("kind", "fields"):
                 if not hasattr(type(part), name):
                     raise ConfigError(f"{type(part).__name__} has no {name}: it is an attribute of the class")
-        _ = self.schema
+        names = self.schema.names
+        for part in (self.process, self.product):
+            for attribute in ("inputs", "still", "ratios"):
+                wrong = [name for name in getattr(part, attribute, None) or () if name not in names]
+                if wrong:
+                    raise ConfigError(
+                        f"{type(part).__name__}.{attribute} names {wrong[0]!r}, which is no field of {self.name}; the "
+                        f"fields are {', '.join(names)}"
+                    )
 
     @cached_property
     def schema(self) -> Schema:

@@ -466,6 +466,42 @@ def test_a_scale_that_is_no_number_is_refused_before_training() -> None:
         pricer_of(Broken())
 
 
+def test_what_a_product_says_wrongly_is_one_clear_error() -> None:
+    class Failing(EuropeanPut):
+        kind = "failing_put"
+
+        def anchor(self, law: Any) -> torch.Tensor:
+            return law.c.H
+
+    with pytest.raises(ConfigError, match=r"Failing.anchor of gbm x failing_put fails: AttributeError: .*'H'"):
+        pricer_of(Failing())
+
+    class Misspelt(EuropeanPut):
+        kind = "misspelt_put"
+        inputs = ("k",)
+
+    with pytest.raises(
+        ConfigError, match=r"Misspelt.inputs names 'k', which is no field of gbm x misspelt_put; .*X0, K"
+    ):
+        Problem(GBM, Misspelt())
+
+
+@pytest.mark.parametrize(("paid", "said"), [("spot - k[0]", "-"), ("k[1] * math.log(spot - k[0])", "nan")])
+def test_a_payoff_that_is_negative_or_no_number_is_refused_before_training(
+    paid: str, said: str, tmp_path: Path
+) -> None:
+    name = f"pays_{said.replace('-', 'less')}"
+    (tmp_path / f"{name}.py").write_text(
+        "import math\n"
+        "from smc.problem.products.european import EuropeanPut\n"
+        f"class Own(EuropeanPut):\n    kind = '{name}'\n"
+        f"    def payoff(self, seen, spot, k):\n        return {paid} if spot < 0.9 * k[0] else 0.0\n"
+    )
+    pricer = pricer_of(load_models(tmp_path / f"{name}.py").Own(), dtype="float64")
+    with pytest.raises(ConfigError, match=rf"gbm x {name}: a path pays {said}.*: a payoff is a number, at least 0"):
+        pricer.train(small_training(1))
+
+
 def test_files_of_models_are_run_for_whoever_names_them(tmp_path: Path) -> None:
     path = tmp_path / "own_products.py"
     text = (
