@@ -145,10 +145,10 @@ def _show_prices(pricer: GbmCVNNPricer) -> None:
     columns.append(("CVaR97.5", distribution.cvar(0.975), tail, levels.noise))
     print(f"\n{problem.title}")
     heads = "".join(f"{name:>12}{'exact' if noise is None else 'simulated':>11}" for name, _, _, noise in columns)
-    print("".join(f"{name:>8}" for name in problem.schema.names) + heads)
+    print("".join(f"{name:>10}" for name in problem.schema.names) + heads)
     for row, contract in enumerate(contracts):
         cells = "".join(f"{learnt[row]:>12.4f}{known[row]:>11.4f}" for _, learnt, known, _ in columns)
-        print("".join(f"{value:>8.4g}" for value in contract) + cells)
+        print("".join(f"{value:>10.4g}" for value in contract) + cells)
 
 
 def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:

@@ -63,7 +63,7 @@ class Product(BaseModel, ABC):
     @property
     def title(self) -> str:
         """Its kind, as people write it."""
-        return self.kind.replace("_", " ")
+        return self.kind.replace("_", " ").replace("european", "European").replace("asian", "Asian")
 
     @abstractmethod
     def coefficients(self, c: Any) -> tuple[float, ...]:
