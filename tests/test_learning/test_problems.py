@@ -22,6 +22,7 @@ from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from smc.learning.scale import View, input_count
 from smc.prediction.evaluation import evaluate, objective_value, price_error
+from smc.prediction.reference import Reference
 from smc.problem.contracts import resolve_domain
 from smc.problem.models import load_models
 from smc.problem.oracles import black_scholes, log_normal
@@ -453,6 +454,18 @@ def test_a_process_that_says_nothing_of_its_law_is_learnt_all_the_same() -> None
     assert names == {"price", "W2, put", "CVaR97.5, put"}
     with pytest.raises(ConfigError, match="ratio x european_put has no 'vega' to measure; there are price; W2, put"):
         objective_value(pricer, "vega")
+
+
+def test_a_reference_answers_the_same_however_many_samples_it_was_asked_about() -> None:
+    reference = Reference(Problem(GBM, DigitalPut()))
+    samples = [SobolSampler({}, seed=seed, schema=reference.problem.schema).sample(8) for seed in range(40)]
+    first = [reference.price(contracts).values for contracts in samples]
+    for contracts, values in zip(samples, first, strict=True):
+        np.testing.assert_array_equal(reference.price(contracts).values, values)
+        np.testing.assert_array_equal(Reference(reference.problem).price(contracts).values, values)
+    levels = reference.levels(samples[0], 32).values
+    assert levels.shape == (8, 32)
+    np.testing.assert_allclose(levels.mean(axis=1), first[0], rtol=1e-12)
 
 
 def test_a_scale_that_is_no_number_is_refused_before_training() -> None:
