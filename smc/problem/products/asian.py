@@ -12,21 +12,15 @@ from torch import Tensor
 from smc.numeric_fields import WholeNumber
 from smc.problem.anchors import black, matched_average
 from smc.problem.law import Law
-from smc.problem.product import Bounds, Product
-from smc.problem.products.european import STRIKE
-from smc.problem.schema import Field
+from smc.problem.products.struck import StruckOption
 
 __all__ = ["ArithmeticAsianCall", "ArithmeticAsianPut"]
 
 
-class ArithmeticAsianPut(Product):
+class ArithmeticAsianPut(StruckOption):
     """Pays max(K - A, 0), A being the mean of the prices at `dates` dates."""
 
     kind: ClassVar[str] = "arithmetic_asian_put"
-    fields: ClassVar[tuple[Field, ...]] = (STRIKE,)
-    lipschitz: ClassVar[bool] = True
-    inputs: ClassVar[tuple[str, ...] | None] = ()
-    still: ClassVar[tuple[str, ...]] = ("K",)
     option: ClassVar[Literal["put", "call"] | None] = "put"
 
     dates: WholeNumber = Setting(default=16, ge=1)
@@ -56,24 +50,15 @@ class ArithmeticAsianPut(Product):
 
     def distances(self, law: Law) -> tuple[Tensor, ...]:
         """Of the strike, from the expected average."""
-        return (torch.log(law.on_dates(self.dates)[0].mean(dim=1) / law.c.K),)
+        return (torch.log(self.expected(law) / law.c.K),)
 
     def width(self, law: Law) -> Tensor:
         """That of the average."""
         return matched_average(*law.on_dates(self.dates))[1]
 
-    def bounds(self, law: Law) -> Bounds:
-        """The value of exercise in any case, and the discounted strike."""
-        most = law.c.K * law.discount
-        lower = (-self._forward_value(law)).clamp(min=0) if law.known else 0 * most
-        return Bounds(lower, most, most)
-
-    def parity(self, law: Law) -> Tensor | None:
-        """A call is worth more by the discounted mean of the average, less the strike."""
-        return self._forward_value(law) if law.known else None
-
-    def _forward_value(self, law: Law) -> Tensor:
-        return (law.on_dates(self.dates)[0].mean(dim=1) - law.c.K) * law.discount
+    def expected(self, law: Law) -> Tensor:
+        """The mean of the forwards on the dates."""
+        return law.on_dates(self.dates)[0].mean(dim=1)
 
 
 class ArithmeticAsianCall(ArithmeticAsianPut):
@@ -85,14 +70,3 @@ class ArithmeticAsianCall(ArithmeticAsianPut):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] * max(k[2] * seen[0] - k[0], 0.0)
-
-    def bounds(self, law: Law) -> Bounds:
-        """The value of exercise in any case, and the discounted mean of the average; a payoff has no bound."""
-        if not law.known:
-            return Product.bounds(self, law)
-        value = self._forward_value(law)
-        return Bounds(value.clamp(min=0), value + law.c.K * law.discount, torch.full_like(value, math.inf))
-
-    def parity(self, law: Law) -> Tensor | None:
-        """A put is worth less by the discounted mean of the average, less the strike."""
-        return -self._forward_value(law) if law.known else None

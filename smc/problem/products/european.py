@@ -10,23 +10,16 @@ from torch import Tensor
 
 from smc.problem.anchors import smooth_intrinsic
 from smc.problem.law import Law
-from smc.problem.product import Bounds, Product
+from smc.problem.products.struck import STRIKE, StruckOption
 from smc.problem.reflection import Reflection
-from smc.problem.schema import Field
 
 __all__ = ["STRIKE", "EuropeanCall", "EuropeanPut"]
 
-STRIKE = Field("K", "strike", "in currency", 50.0, 150.0, least=0.0, strict=True)
 
-
-class EuropeanPut(Product):
+class EuropeanPut(StruckOption):
     """Pays max(K - S_T, 0)."""
 
     kind: ClassVar[str] = "european_put"
-    fields: ClassVar[tuple[Field, ...]] = (STRIKE,)
-    lipschitz: ClassVar[bool] = True
-    inputs: ClassVar[tuple[str, ...] | None] = ()
-    still: ClassVar[tuple[str, ...]] = ("K",)
     option: ClassVar[Literal["put", "call"] | None] = "put"
     reflection: ClassVar[Reflection | None] = Reflection()
 
@@ -50,18 +43,9 @@ class EuropeanPut(Product):
         """Of the strike."""
         return (torch.log(law.spot / law.c.K) + law.growth,)
 
-    def bounds(self, law: Law) -> Bounds:
-        """The value of exercise at expiry, and the discounted strike."""
-        most = law.c.K * law.discount
-        lower = (-self._forward_value(law)).clamp(min=0) if law.known else 0 * most
-        return Bounds(lower, most, most)
-
-    def parity(self, law: Law) -> Tensor | None:
-        """A call is worth more by the value of the forward."""
-        return self._forward_value(law) if law.known else None
-
-    def _forward_value(self, law: Law) -> Tensor:
-        return (law.forward - law.c.K) * law.discount
+    def expected(self, law: Law) -> Tensor:
+        """The forward."""
+        return law.forward
 
 
 class EuropeanCall(EuropeanPut):
@@ -82,14 +66,3 @@ class EuropeanCall(EuropeanPut):
     def anchor(self, law: Law) -> Tensor:
         """The intrinsic value, its kink rounded."""
         return smooth_intrinsic(torch.expm1(-self.distances(law)[0]), law.deviation)
-
-    def bounds(self, law: Law) -> Bounds:
-        """The value of exercise at expiry, and the discounted forward; a payoff has no bound."""
-        if not law.known:
-            return Product.bounds(self, law)
-        most = law.forward * law.discount
-        return Bounds(self._forward_value(law).clamp(min=0), most, torch.full_like(most, math.inf))
-
-    def parity(self, law: Law) -> Tensor | None:
-        """A put is worth less by the value of the forward."""
-        return -self._forward_value(law) if law.known else None
