@@ -7,17 +7,12 @@ read back from S3, so it may be killed at any moment; every call is idempotent a
 
 from __future__ import annotations
 
-import ast
 import asyncio
-import hashlib
-import importlib.util
 import os
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
@@ -27,15 +22,18 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import observe, observe_ledger
-from smc.errors import AccessDenied, Busy, ConfigError, Conflict, SpectralMCError, Unavailable
-from smc.storage.s3 import endpoint_of
+from smc.errors import Busy, ConfigError, Conflict, SpectralMCError, Unavailable
+from smc.storage.address import endpoint_of
 from smc.storage.spool import CommitRecord
 from smc.storage.store import AsyncBlockchainModelStore
 
 if TYPE_CHECKING:  # it needs torch, which nothing that runs here does
     from smc.storage.commits import CommitOutcome
+from actors.code import code_version
+from actors.upload import Connection, RemoteUploadActor
 
 __all__ = ["NAMESPACE", "LedgerActor", "LedgerHandle", "address", "code_version", "ledger_actor"]
+
 
 T = TypeVar("T")
 
@@ -52,148 +50,12 @@ _CUT_SECONDS = 2.0
 _MOST_REPLACED, _MOST_DEATHS = 3, 30
 
 
-class _Connection:
-    """A store, opened when it is first asked for: a constructor cannot await, and many first calls come at once."""
-
-    def __init__(self, uri: str, endpoint_url: str | None) -> None:
-        self._uri, self._endpoint_url = uri, endpoint_url
-        self.store: AsyncBlockchainModelStore | None = None
-        self._opening = asyncio.Lock()
-        self._calls: Counter[AsyncBlockchainModelStore] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def call(self, work: Callable[[AsyncBlockchainModelStore], Awaitable[T]]) -> T:
-        """`work` with the store; once more, with one opened anew, where its credentials are refused.
-
-        A store takes credentials when it opens, and nobody tells when they are renewed.
-        """
-        with suppress(AccessDenied):
-            return await self._once(work)
-        return await self._once(work)
-
-    async def _once(self, work: Callable[[AsyncBlockchainModelStore], Awaitable[T]]) -> T:
-        async with self._opening:
-            if self.store is None:
-                store = AsyncBlockchainModelStore(self._uri, endpoint_url=self._endpoint_url)
-                self.store = await store.__aenter__()
-        store = self.store
-        self._calls[store] += 1
-        try:
-            return await work(store)
-        except AccessDenied:
-            if self.store is store:
-                self.store = None
-            raise
-        finally:
-            self._calls[store] -= 1
-            if not self._calls[store]:
-                del self._calls[store]
-                if self.store is not store:  # refused, or closed meanwhile, and this was the last call that used it
-                    self.beside(store.__aexit__(None, None, None))
-
-    def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that goes on by itself; the loop alone would not keep it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def close(self) -> None:
-        """Close the store, now or with the last call that uses it."""
-        store, self.store = self.store, None
-        if store is not None and store not in self._calls:
-            await store.__aexit__(None, None, None)
-
-
-class UploadActor:
-    """A trainer's process for its uploads, on its node: the bytes travel to S3 and nowhere else.
-
-    An actor and not tasks: on a node whose CPUs are all taken, Ray ends a task's process that has been idle for some
-    seconds, and each commit would start another (a second of a processor). It lives as long as the trainer's
-    `committer`: one that stayed would keep its node from being drained, or scaled down.
-    """
-
-    def __init__(self, uri: str, endpoint_url: str | None, owner: str) -> None:
-        self._owner = owner
-        self._connection = _Connection(uri, endpoint_url)
-        self._uploads: set[asyncio.Task[Any]] = set()
-
-    def __repr__(self) -> str:
-        return f"Upload({self._owner})"
-
-    async def upload(self, boxed: list[Any]) -> tuple[str, int]:
-        """Store the checkpoint behind the ref in `boxed`, which is fetched without a copy; -> its SHA-256 and size.
-
-        Raises: AccessDenied, Busy, ConfigError, Unavailable.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        self._uploads.add(task)
-        try:
-            data = memoryview(await boxed[0])
-            return await self._connection.call(lambda store: store.upload(data))
-        finally:
-            self._uploads.discard(task)
-
-    async def close(self) -> None:
-        """Cut short what is under way, and take it back from S3, where the parts of an upload would be paid for."""
-        if uploads := set(self._uploads):
-            for upload in uploads:
-                upload.cancel()
-            await asyncio.wait(uploads)
-        await self._connection.close()
-
-
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """A digest of the source that a LedgerActor runs: what differs may not be the same ledger."""
-    files = sources()
-    return hashlib.sha256(b"".join(files[name].read_bytes() for name in sorted(files))).hexdigest()[:16]
-
-
-def sources() -> dict[str, Path]:
-    """The files that a LedgerActor runs, by module: this one and what it imports of this project, directly or not.
-
-    Imports for types alone do not count.
-    """
-    found: dict[str, Path] = {}
-    waiting = [__name__]
-    while waiting:
-        name = waiting.pop()
-        spec = importlib.util.find_spec(name) if name not in found else None
-        if spec is not None and spec.origin is not None:
-            found[name] = Path(spec.origin)
-            waiting += _imports(ast.parse(found[name].read_bytes()))
-    return found
-
-
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Modules of this project that a module imports, with the packages they are in."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] in ("smc", "actors", "jobs"):
-                yield from (".".join(parts[: n + 1]) for n in range(len(parts)) if _is_module(parts[: n + 1]))
-        yield from _imports(node)
-
-
-def _is_module(parts: Sequence[str]) -> bool:
-    with suppress(ImportError):
-        return importlib.util.find_spec(".".join(parts)) is not None
-    return False
-
-
 class LedgerActor:
     """Appends to one ledger. A plain async class; `ledger_actor` starts it as an actor."""
 
     def __init__(self, uri: str, *, endpoint_url: str | None = None) -> None:
         self._uri = uri
-        self._connection = _Connection(uri, endpoint_url)
+        self._connection = Connection(uri, endpoint_url)
         self._committed = self._failed = self._replaced = self._calls = self._uploading = self._bytes = 0
         self._recent: deque[list[int]] = deque(maxlen=11)  # the latest seconds, each with its commits
         self._observer: asyncio.Task[None] | None = None
@@ -487,5 +349,3 @@ def _cause(error: RayTaskError) -> Exception:
 
 
 RemoteLedgerActor = ray.remote(LedgerActor)
-# A byte of memory, because Ray places an actor that asks for nothing at random, whatever node it is told.
-RemoteUploadActor = ray.remote(num_cpus=0, memory=1, max_restarts=-1, max_task_retries=3)(UploadActor)

@@ -258,7 +258,7 @@ async def test_each_role_can_do_its_work_with_its_policy(on_seaweed: str, size: 
     with acting_as("trainer", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:  # what is there and old cannot be written again
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("smc.storage.store._YOUNG", timedelta(0))
+                patch.setattr("smc.storage.checkpoints._YOUNG", timedelta(0))
                 assert await store.upload(checkpoint) == (content_hash, size)
     with acting_as("collector", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:

@@ -20,7 +20,6 @@ from smc.storage.commits import (
     BackgroundCommits,
     CommitOutcome,
     CommitRequest,
-    _Pace,
     check_entry,
     check_template,
     slots_for,
@@ -415,14 +414,14 @@ def test_commits_that_took_their_share_of_the_processor_pause_without_taking_mor
             uploads.append(time.monotonic())
             return await super().upload(data)
 
-    def delay(pace: _Pace, now: float) -> float:
+    def delay(pace: Pace, now: float) -> float:
         looks.append(time.monotonic())
         return measured(pace, now)
 
     uploads: list[float] = []
     looks: list[float] = []
-    measured = _Pace.delay
-    monkeypatch.setattr(_Pace, "delay", delay)
+    measured = Pace.delay
+    monkeypatch.setattr(Pace, "delay", delay)
     commits = commits_to(Costly())
     for step in (1, 2):
         submit(commits, step)

@@ -103,53 +103,90 @@ def _verification(report: Verification, blobs: bool) -> str:
 
 
 def _history(catalog: Catalog, stored: Mapping[str, int]) -> list[str]:
-    versions, runs = catalog.versions, runs_of(catalog.versions)
-    rows, kept_by = [], {}
-    for name, head in sorted(catalog.heads.items()):
-        own = [v for v in versions if v.experiment == name]
-        kept = {v.content_hash: v.size for v in own if catalog.collected_at(v.content_hash) is None}
-        kept_by[name] = sum(kept.values())
-        losses = [v.loss for v in own if v.loss is not None]
-        rows.append(
-            (
-                name or "(no experiment)",
-                str(len(own)),
-                str(sum(run.experiment == name for run in runs)),
-                head.version_id,
-                str(head.step),
-                f"{losses[-1]:.3e}" if losses else "",
-                f"{min(losses):.3e}" if losses else "",
-                f"{head.timestamp:%Y-%m-%d %H:%M}",
-                f"{len(kept)}, {sum(kept.values()) / 1e6:.1f} MB",
-            )
-        )
-    columns = {
-        "experiment": "text", "versions": "", "runs": "", "newest": "text", "step": "", "loss": "", "least loss": "",
-        "time (UTC)": "text", "checkpoints kept": "",
-    }  # fmt: skip
     tags = [
         (alias, v.version_id, v.experiment, str(v.step), v.content_hash[:16], _moved(catalog, alias))
         for alias, v in catalog.aliases.items()
     ]
     tag_columns = {"alias": "text", "version": "text", "experiment": "text", "step": "", "content": "text", "": "text"}
+    collected = sum(catalog.collected_at(v.content_hash) is not None for v in catalog.versions)
+    timeline, lineage = _lineage_pictures(catalog)
+    return [
+        "<h2>Experiments</h2>",
+        table(_COLUMNS, [_experiment_row(catalog, name) for name in sorted(catalog.heads)]),
+        "<h2>Aliases</h2>",
+        table(tag_columns, tags) if tags else "<p>None.</p>",
+        "<h2>Learning</h2>",
+        figure(
+            "learning", "Loss of each version, by its step and by its place in the ledger.", _learning_picture(catalog)
+        ),
+        "<h2>Versions in time</h2>",
+        figure("timeline", "Every version when it was committed, and where the aliases point.", timeline),
+        figure("lineage", "What was resumed from what; the newest 60 runs at most.", lineage),
+        "<h2>Sizes</h2>",
+        figure(
+            "sizes",
+            f"{len(stored)} checkpoints, {sum(stored.values()) / 1e6:.1f} MB stored; {collected} versions' collected.",
+            _sizes_picture(catalog, stored),
+        ),
+    ]
 
+
+_COLUMNS = {
+    "experiment": "text", "versions": "", "runs": "", "newest": "text", "step": "", "loss": "", "least loss": "",
+    "time (UTC)": "text", "checkpoints kept": "",
+}  # fmt: skip
+
+
+def _experiment_row(catalog: Catalog, name: str) -> tuple[str, ...]:
+    head, own = catalog.heads[name], [v for v in catalog.versions if v.experiment == name]
+    kept, losses = _kept(catalog, name), [v.loss for v in own if v.loss is not None]
+    return (
+        name or "(no experiment)",
+        str(len(own)),
+        str(sum(run.experiment == name for run in runs_of(catalog.versions))),
+        head.version_id,
+        str(head.step),
+        f"{losses[-1]:.3e}" if losses else "",
+        f"{min(losses):.3e}" if losses else "",
+        f"{head.timestamp:%Y-%m-%d %H:%M}",
+        f"{len(kept)}, {sum(kept.values()) / 1e6:.1f} MB",
+    )
+
+
+def _kept(catalog: Catalog, name: str) -> dict[str, int]:
+    """Sizes of an experiment's checkpoints that were not collected, by hash."""
+    own = (v for v in catalog.versions if v.experiment == name)
+    return {v.content_hash: v.size for v in own if catalog.collected_at(v.content_hash) is None}
+
+
+def _learning_picture(catalog: Catalog) -> bytes:
     curves = Figure(figsize=(12.5, 4.5), layout="constrained")
     left, right = curves.subplots(1, 2)
     for name in sorted(catalog.heads):
-        known = [(v.step, v.counter, v.loss) for v in versions if v.experiment == name and v.loss]
+        known = [(v.step, v.counter, v.loss) for v in catalog.versions if v.experiment == name and v.loss]
         steps, counters, losses = [list(column) for column in zip(*known, strict=True)] if known else ([], [], [])
         draw_learning(left, steps, losses, "loss of the step", name=name or "(no experiment)")
         draw_learning(right, counters, losses, "loss of the step", name=name or "(no experiment)")
     right.set_xlabel("version")
     if catalog.heads:
         left.legend(frameon=False, fontsize=8)
+    return png(curves)
 
+
+def _lineage_pictures(catalog: Catalog) -> tuple[bytes, bytes]:
+    """The runs by time and by version."""
+    runs = runs_of(catalog.versions)
     height = 1.6 + 0.45 * len(catalog.heads)
     timeline = Figure(figsize=(12.5, height), layout="constrained")
     draw_runs(timeline.subplots(), runs, catalog.aliases, by="time")
     lineage = Figure(figsize=(12.5, 1.6 + 0.3 * min(len(runs), 60)), layout="constrained")
     draw_runs(lineage.subplots(), runs[-60:], catalog.aliases, by="version")
+    return png(timeline), png(lineage)
 
+
+def _sizes_picture(catalog: Catalog, stored: Mapping[str, int]) -> bytes:
+    kept_by = {name: sum(_kept(catalog, name).values()) for name in sorted(catalog.heads)}
+    versions = catalog.versions
     sizes = Figure(figsize=(12.5, 3.2), layout="constrained")
     left, right = sizes.subplots(1, 2)
     left.step(range(len(versions)), np.cumsum([v.size for v in versions]) / 1e6, where="post", label="as committed")
@@ -158,24 +195,7 @@ def _history(catalog: Catalog, stored: Mapping[str, int]) -> list[str]:
     left.legend(frameon=False)
     right.barh([plain(name or "(no experiment)") for name in kept_by], [size / 1e6 for size in kept_by.values()])
     right.set(xlabel="checkpoints kept, MB")
-    collected = sum(catalog.collected_at(v.content_hash) is not None for v in versions)
-    return [
-        "<h2>Experiments</h2>",
-        table(columns, rows),
-        "<h2>Aliases</h2>",
-        table(tag_columns, tags) if tags else "<p>None.</p>",
-        "<h2>Learning</h2>",
-        figure("learning", "Loss of each version, by its step and by its place in the ledger.", png(curves)),
-        "<h2>Versions in time</h2>",
-        figure("timeline", "Every version when it was committed, and where the aliases point.", png(timeline)),
-        figure("lineage", "What was resumed from what; the newest 60 runs at most.", png(lineage)),
-        "<h2>Sizes</h2>",
-        figure(
-            "sizes",
-            f"{len(stored)} checkpoints, {sum(stored.values()) / 1e6:.1f} MB stored; {collected} versions' collected.",
-            png(sizes),
-        ),
-    ]
+    return png(sizes)
 
 
 def _moved(catalog: Catalog, alias: str) -> str:

@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from smc.storage.chain import ModelVersion
-from smc.storage.store import AsyncBlockchainModelStore, recover
+from smc.storage.recovery import recover
+from smc.storage.store import AsyncBlockchainModelStore
 
 if TYPE_CHECKING:
     from smc.storage.snapshots import commit_snapshot, load_snapshot_from_checkpoint

@@ -15,8 +15,9 @@ import sys
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Protocol
 
-from smc.reporting import commands
+from smc.reporting import changing, commands
 from smc.reporting.command_line import add_models, exit_status
 from smc.storage.dev_server import DevServer
 from smc.storage.memory import parse_seen
@@ -30,6 +31,12 @@ _DEV_BUCKETS = ("spectralmc", "my-model-bucket", "prod-models", "experiments-202
 _VERSION = "v0000000042, 42, head, head:EXPERIMENT, an alias, or the beginning of a hash"
 
 Command = Callable[[AsyncBlockchainModelStore, argparse.Namespace], Awaitable[int]]
+
+
+class AddCommand(Protocol):
+    """Adds one command that works on an open ledger."""
+
+    def __call__(self, name: str, command: Command, *, only_prints: bool = False) -> argparse.ArgumentParser: ...
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,6 +62,26 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=lambda options: asyncio.run(_with_store(command, options)), may_be_cut=only_prints)
         return sub
 
+    _add_looking(on_ledger)
+    _add_changing(on_ledger)
+    _add_collection(on_ledger)
+    _add_showing(on_ledger)
+    server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
+    server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")
+    server.add_argument("--port", type=_port, help="the S3 port (default: the last one, or a free one)")
+    server.add_argument(
+        "--bucket", action="append", help=f"a bucket to create; repeatable (default: {', '.join(_DEV_BUCKETS)})"
+    )
+    server.set_defaults(run=_dev_server, may_be_cut=False)
+    return parser
+
+
+def _add_as_of(sub: argparse.ArgumentParser) -> None:
+    about = "the ledger as it was then: its versions, and what its aliases named"
+    sub.add_argument("--at", type=_time, metavar="TIME", help=about)
+
+
+def _add_looking(on_ledger: AddCommand) -> None:
     sub = on_ledger("verify", commands.verify)
     sub.add_argument("--blobs", action="store_true", help="the bytes of every checkpoint too")
     sub.add_argument("--full", action="store_true", help="read every block, whatever the server says of it")
@@ -66,11 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--memory", type=Path, metavar="FILE", help="a file that keeps that entry from call to call")
     on_ledger("find-corruption", commands.find_corruption)
-
-    def as_of(sub: argparse.ArgumentParser) -> None:
-        about = "the ledger as it was then: its versions, and what its aliases named"
-        sub.add_argument("--at", type=_time, metavar="TIME", help=about)
-
     sub = on_ledger("list-versions", commands.list_versions, only_prints=True)
     sub.add_argument("--experiment", help="only this experiment's")
     sub.add_argument("--message", metavar="TEXT", help="only those whose message contains this")
@@ -80,42 +102,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--until", type=_time, metavar="TIME")
     sub.add_argument("--last", type=_count, metavar="N", help="only the newest N")
-    as_of(sub)
+    _add_as_of(sub)
     sub = on_ledger("inspect", commands.inspect, only_prints=True)
     sub.add_argument("version", nargs="?", help=f"{_VERSION}; the newest if left out")
     add_models(sub)
-    as_of(sub)
+    _add_as_of(sub)
     sub = on_ledger("diff", commands.diff, only_prints=True)
     sub.add_argument("a", help=_VERSION)
     sub.add_argument("b", help="another")
     add_models(sub)
-    as_of(sub)
+    _add_as_of(sub)
     sub = on_ledger("lineage", commands.lineage)
     sub.add_argument("--out", type=Path, metavar="FILE", help="a picture too: .png, .svg or .pdf")
-    as_of(sub)
+    _add_as_of(sub)
     sub = on_ledger("alias-history", commands.alias_history, only_prints=True)
     sub.add_argument("name", nargs="?", help="only this alias's")
+    sub = on_ledger("export", commands.export)
+    sub.add_argument("version", help=_VERSION)
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--force", action="store_true", help="replace the file")
+    _add_as_of(sub)
 
-    for name, command in (("tag", commands.tag), ("untag", commands.untag), ("rollback", commands.rollback)):
+
+def _add_changing(on_ledger: AddCommand) -> None:
+    for name, command in (("tag", changing.tag), ("untag", changing.untag), ("rollback", changing.rollback)):
         sub = on_ledger(name, command)
         sub.add_argument("name", help="the alias")
         if name != "untag":
             sub.add_argument("version", nargs="?" if name == "rollback" else None, help=_VERSION)
         sub.add_argument("--message", default="", help="why, for the ledger")
-    sub = on_ledger("export", commands.export)
-    sub.add_argument("version", help=_VERSION)
-    sub.add_argument("file", type=Path)
-    sub.add_argument("--force", action="store_true", help="replace the file")
-    as_of(sub)
-    sub = on_ledger("import", commands.import_)
+    sub = on_ledger("import", changing.import_)
     sub.add_argument("file", type=Path)
     sub.add_argument("--experiment", default="", help="the experiment it belongs to")
     add_models(sub)
     sub.add_argument("--message", default="", help="for the ledger")
-    sub = on_ledger("recover", commands.recover_spool)
+    sub = on_ledger("recover", changing.recover_spool)
     sub.add_argument("--spool", type=Path, help="the spool directory (default: SMC_SPOOL_DIR or ~/.smc/spool)")
 
-    for name, command in (("gc-preview", commands.gc_preview), ("gc-run", commands.gc_run)):
+
+def _add_collection(on_ledger: AddCommand) -> None:
+    for name, command in (("gc-preview", changing.gc_preview), ("gc-run", changing.gc_run)):
         sub = on_ledger(name, command)
         sub.add_argument("keep", type=int, help="how many of the newest versions keep their checkpoints")
         sub.add_argument("--protect-tags", type=_names, default=[], metavar="5,12,BEST", help="keep these versions too")
@@ -134,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "gc-run":
             sub.add_argument("--yes", action="store_true", help="really delete")
 
+
+def _add_showing(on_ledger: AddCommand) -> None:
     sub = on_ledger("tensorboard-log", commands.tensorboard_log)
     add_models(sub)
     sub.add_argument("--log-dir", type=Path, default=Path("runs"), help="where TensorBoard looks (default: runs)")
@@ -142,16 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--contracts", type=int, default=2048, help="sample for the comparison with the closed form")
     sub.add_argument("--blobs", action="store_true", help="verify the bytes of every checkpoint")
     add_models(sub)
-    as_of(sub)
-
-    server = subparsers.add_parser("dev-server", help="run a real S3 server on loopback, data kept")
-    server.add_argument("--dir", type=Path, default=Path(".smc/s3"), help="data and credentials (default: .smc/s3)")
-    server.add_argument("--port", type=_port, help="the S3 port (default: the last one, or a free one)")
-    server.add_argument(
-        "--bucket", action="append", help=f"a bucket to create; repeatable (default: {', '.join(_DEV_BUCKETS)})"
-    )
-    server.set_defaults(run=_dev_server, may_be_cut=False)
-    return parser
+    _add_as_of(sub)
 
 
 async def _with_store(command: Command, options: argparse.Namespace) -> int:

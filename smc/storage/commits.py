@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import reprlib
-import string
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Final
 
 from torch import Tensor
 
 from smc.checkpoint.file import CheckpointMetadata
 from smc.checkpoint.ring import SnapshotRing, TakenSnapshot
-from smc.errors import Busy, ConfigError, Conflict, NumericsError
+from smc.errors import Conflict, NumericsError
+from smc.storage.commit_request import (
+    DEFAULT_MESSAGE,
+    CommitOutcome,
+    CommitRequest,
+    CommitSeconds,
+    CommitTarget,
+    Committer,
+    check_entry,
+    check_template,
+)
+from smc.storage.pace import Pace, StopWatch, patiently
 from smc.storage.spool import CommitRecord, Spool, new_commit_id
 
 __all__ = [
@@ -42,147 +50,21 @@ __all__ = [
     "slots_for",
 ]
 
-DEFAULT_MESSAGE = "Training checkpoint: step={step}, loss={loss:.6f}"
 # How long the end of training waits for commits; what is not settled then goes to the spool.
 FLUSH_SECONDS: Final = 120.0
 
 logger = logging.getLogger("smc.commits")
-T = TypeVar("T")
-# Seconds that a commit waits for a ledger that has too much to do.
-_BUSY_LIMIT: Final = 60.0
 # Seconds that training waits, before its first step, for a connection to be there.
 _OPENING_LIMIT: Final = 5.0
 # Snapshots kept at a time: as many as fit into this, within limits.
 _MEMORY: Final = 2 * 2**30
 _FEWEST, _MOST = 2, 8
-# Share of one processor that the commits' event loop may take while training runs, beyond a burst of so many seconds:
-# Python lets one thread work at a time, and a commit is some milliseconds of it. No commit waits for longer than that.
-_SHARE: Final = 0.1
-_BURST: Final = 0.1
-_LONGEST_DELAY: Final = 2.0
 # To look whether it may go on takes processor time as well.
 _SHORTEST_DELAY: Final = 0.02
 # Seconds beyond the deadline that closing the connection may take.
 _HANG_UP_LIMIT: Final = 1.0
-# Of a commit's message and of each number in it, in characters.
-_LONGEST_MESSAGE: Final = 2_000
-_WIDEST: Final = 100
 # Seconds between two lines that say how many snapshots were replaced.
 _REPLACED_INTERVAL: Final = 10.0
-
-
-@dataclass(frozen=True)
-class CommitRequest:
-    """What the entry of a snapshot will say, except for the loss, which may still be on its way from the device."""
-
-    step: int
-    batch: int
-    template: str = DEFAULT_MESSAGE
-    experiment: str = ""
-    resumed_from: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    plan_end: int | None = None
-    pruned: bool = False
-    final: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CommitSeconds:
-    """Seconds that each stage of a commit took; None for a stage that it did not reach.
-
-    `clone` is what the next step waits for; `copy` goes from a GPU to the host, `put` into Ray's object store,
-    `sequence` is the wait for earlier commits and the append, and `acknowledged` everything from the submission.
-    """
-
-    clone: float | None = None
-    copy: float | None = None
-    encode: float | None = None
-    put: float | None = None
-    upload: float | None = None
-    sequence: float | None = None
-    acknowledged: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CommitOutcome:
-    """What became of one commit.
-
-    `version_id` is set when committed; `reason` and `spooled` (a path, or None if that failed too) when not.
-    """
-
-    step: int
-    status: Literal["committed", "replaced", "failed"]
-    version_id: str | None = None
-    content_hash: str | None = None
-    reason: str | None = None
-    spooled: str | None = None
-    seconds: CommitSeconds = CommitSeconds()
-
-
-class Committer(Protocol):
-    """The steps of a commit, on the event loop that opened it."""
-
-    async def put(self, data: memoryview) -> Any:
-        """Place a checkpoint where `upload` finds it; -> what `upload` takes. The data stay as they are until then."""
-        ...
-
-    async def upload(self, placed: Any) -> tuple[str, int]:
-        """Store a checkpoint by content; -> its SHA-256 and size."""
-        ...
-
-    async def append(self, record: CommitRecord, content_hash: str, size: int) -> str:
-        """Enter it in the ledger; -> its version id. Idempotent in `record.commit_id`.
-
-        Raises: Conflict if a collector deleted it after the upload.
-        """
-        ...
-
-    def settled(self, outcome: CommitOutcome, experiment: str) -> None:
-        """Hear what became of a commit, for whoever watches the ledger."""
-        ...
-
-
-class CommitTarget(Protocol):
-    """Something a pricer can commit to: a store, or a LedgerActor's handle."""
-
-    @property
-    def uri(self) -> str:
-        """Where the ledger is, for the spool."""
-        ...
-
-    def committer(self) -> AbstractAsyncContextManager[Committer]:
-        """A connection of its own, opened and closed on the loop that uses it."""
-        ...
-
-
-def check_template(template: str) -> None:
-    """Refuse a commit message template that could fail later.
-
-    Raises: ConfigError (a ValueError) naming what is wrong; {step}, {loss}, {batch} are allowed.
-    """
-    where = f"commit_message_template {reprlib.repr(template)}"
-    try:
-        for _, name, form, _ in string.Formatter().parse(template):
-            if name is not None and name not in ("step", "loss", "batch"):
-                raise ConfigError(
-                    f"commit_message_template: unknown variable {{{name}}}; allowed are {{step}}, {{loss}}, {{batch}}"
-                )
-            if "{" in (form or "") or any(int(n) > _WIDEST for n in re.findall(r"[0-9]+", form or "")):
-                raise ConfigError(f"{where}: a format has a width of at most {_WIDEST}, and no variable in it")
-        message = template.format(step=10**15, loss=0.5, batch=10**15)
-        message.encode()
-    except ConfigError:
-        raise
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-    if len(message) > _LONGEST_MESSAGE:
-        raise ConfigError(f"{where}: the message has {len(message):,} characters, {_LONGEST_MESSAGE:,} are allowed")
-
-
-def check_entry(experiment: str, parameters: Mapping[str, Any]) -> None:
-    """Refuse what an entry cannot hold. Raises: ConfigError."""
-    CommitRecord.checked(ledger="", message="", step=0, loss=None, experiment=experiment, parameters=dict(parameters))
 
 
 class BackgroundCommits:
@@ -316,7 +198,7 @@ class BackgroundCommits:
             self._loop.close()
 
     async def _serve(self, ready: threading.Event) -> None:
-        self._pace = _Pace(self._loop.time())
+        self._pace = Pace(self._loop.time())
         opening = asyncio.create_task(self._open_early(ready))  # which may take longer than there is time
         while (pending := await self._next()) is not None:
             task = asyncio.create_task(self._commit(pending))
@@ -340,7 +222,7 @@ class BackgroundCommits:
             await self._opened()
         except Exception as error:  # each commit tries again, and says so if it fails
             logger.info("%s: %s", self._target.uri, error)
-        self._pace = _Pace(self._loop.time())
+        self._pace = Pace(self._loop.time())
         ready.set()
 
     async def _next(self) -> _Pending | None:
@@ -395,7 +277,7 @@ class BackgroundCommits:
         return self._committer
 
     async def _commit(self, pending: _Pending) -> None:
-        request, watch = pending.request, _StopWatch()
+        request, watch = pending.request, StopWatch()
         limit = asyncio.timeout_at(self._deadline)
         try:
             try:
@@ -420,14 +302,14 @@ class BackgroundCommits:
         self._outcomes[pending.number] = outcome
         self._tell(outcome, request.experiment)
 
-    async def _entered(self, pending: _Pending, watch: _StopWatch) -> CommitOutcome:
+    async def _entered(self, pending: _Pending, watch: StopWatch) -> CommitOutcome:
         """Encode, put, upload and append it, after the commits before it."""
         record, data = await self._loop.run_in_executor(self._encoder, pending.encode, self._target.uri, watch)
         committer = await self._opened()
         watch.start()
         placed = await committer.put(data)
         watch.stop("put")
-        content_hash, size = await _patiently(lambda: committer.upload(placed))
+        content_hash, size = await patiently(lambda: committer.upload(placed))
         watch.stop("upload")
         taken = time.perf_counter() - pending.submitted
         record = record.model_copy(update={"metrics": {**record.metrics, "commit_seconds": taken}})
@@ -437,10 +319,10 @@ class BackgroundCommits:
             await asyncio.wait(earlier)
         pending.settling = True
         try:
-            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+            version_id = await patiently(lambda: committer.append(record, content_hash, size))
         except Conflict:  # an equal checkpoint was collected meanwhile, and this one with it
-            await _patiently(lambda: committer.upload(placed))
-            version_id = await _patiently(lambda: committer.append(record, content_hash, size))
+            await patiently(lambda: committer.upload(placed))
+            version_id = await patiently(lambda: committer.append(record, content_hash, size))
         watch.stop("sequence")
         return CommitOutcome(record.step, "committed", version_id=version_id, content_hash=content_hash)
 
@@ -450,7 +332,7 @@ class BackgroundCommits:
         logger.error("Failed to commit at step %d: %s", step, reason)
 
         def save() -> str:
-            encoded = pending.encode(self._target.uri, _StopWatch())
+            encoded = pending.encode(self._target.uri, StopWatch())
             return str(self._spool.save(*encoded, final=pending.request.final))
 
         try:
@@ -476,7 +358,7 @@ class _Pending:
     settled: bool = False
     overtaken_by: int | None = None
 
-    def encode(self, ledger: str, watch: _StopWatch) -> tuple[CommitRecord, memoryview]:
+    def encode(self, ledger: str, watch: StopWatch) -> tuple[CommitRecord, memoryview]:
         """Wait for the snapshot; -> its record and file. Raises: NumericsError if a loss before it was not finite."""
         snapshot, request = self.snapshot, self.request
         watch.seconds.update(snapshot.seconds())
@@ -502,50 +384,7 @@ class _Pending:
         return record, data
 
 
-class _Pace:
-    """How long the thread should wait so that its processor time stays below the share it may take."""
-
-    def __init__(self, now: float) -> None:
-        self._at, self._used, self._debt = now, time.thread_time(), 0.0
-
-    def delay(self, now: float) -> float:
-        """Seconds, 0 if it need not wait."""
-        used = time.thread_time()
-        debt = self._debt + used - self._used - _SHARE * (now - self._at)
-        self._debt = min(max(0.0, debt), _BURST + _SHARE * _LONGEST_DELAY)
-        self._at, self._used = now, used
-        return max(0.0, self._debt - _BURST) / _SHARE
-
-
-class _StopWatch:
-    """Seconds of one stage after the other."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.start()
-
-    def start(self) -> None:
-        self._at = time.perf_counter()
-
-    def stop(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage], self._at = now - self._at, now
-
-
 def slots_for(tensors: Mapping[str, Tensor]) -> int:
     """How many snapshots of these tensors are kept at a time: as many as fit into 2 GiB, at least 2, at most 8."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     return max(_FEWEST, min(_MOST, _MEMORY // max(1, size)))
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """The call's result, asked for again as long as the ledger says that it is busy, up to a limit."""
-    waited = 0.0
-    while True:
-        try:
-            return await call()
-        except Busy as busy:
-            if waited >= _BUSY_LIMIT:
-                raise
-            await asyncio.sleep(busy.retry_after)
-            waited += max(busy.retry_after, 0.01)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from smc.errors import ConfigError, Unavailable
-from smc.storage.s3 import parse_uri
+from smc.storage.address import parse_uri
 
 __all__ = ["DevServer"]
 

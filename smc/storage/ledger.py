@@ -8,19 +8,17 @@ failure to read for an empty ledger. Plain asyncio; one instance serves one even
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Final
 
 import orjson
 
-from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, StorageError, Unavailable
+from smc.errors import Busy, ConfigError, Conflict, Corrupt, NotFound, Unavailable
 from smc.storage.chain import (
     LARGEST_BLOCK,
     LARGEST_ENTRY,
@@ -33,7 +31,7 @@ from smc.storage.chain import (
     parse_block,
     version_id,
 )
-from smc.storage.index import SEGMENT, encode_index, index_key
+from smc.storage.derived import Derived, head_hint
 from smc.storage.log import HEAD_KEY, Log
 from smc.storage.objects import ObjectStore
 from smc.storage.reader import LogReader
@@ -46,7 +44,6 @@ _MAX_BLOCK_ENTRIES: Final = 256
 _MAX_QUEUE: Final = 4096
 # The numbers that an entry gets with its place have more digits than those of the first entry.
 _ROOM_FOR_NUMBERS: Final = 64
-_HINT_INTERVAL = 1.0  # seconds: a hint for every block would be a third of the requests
 
 logger = logging.getLogger("smc.storage")
 
@@ -83,16 +80,13 @@ class Ledger:
         self._log = Log(objects, retry_delays)
         self._reader = LogReader(objects, self._log)
         self._turns = Turns(objects)
+        self._derived = Derived(objects, self._log, self._reader, refresh=self.refresh, retry_delays=self._retry_delays)
         self._lock = asyncio.Lock()
         self._stale = False  # the outcome of the last append is unknown
         self._forgotten = False  # also what was read before the log contradicted it
-        self._indexed: set[int] | None = None
-        self._published: int | None = None
         self._queue: deque[_Waiting] = deque()
         self._queued: dict[str, _Waiting] = {}
         self._sequencer: asyncio.Task[None] | None = None
-        self._publisher: asyncio.Task[None] | None = None
-        self._at_once = asyncio.Event()  # hints do not wait
         self._proved = False
         self._block_seconds = 0.05
 
@@ -173,7 +167,7 @@ class Ledger:
             await self._reader.refresh()
             if not self._proved:
                 await self._prove_conditional_writes()
-            self._publish()
+            self._derived.publish()
 
     @property
     def known_head(self) -> str | None:
@@ -201,14 +195,7 @@ class Ledger:
 
     async def publish(self) -> None:
         """Leave the newest hint behind, if this instance has written to the ledger."""
-        if self._publisher is None:
-            return
-        self._at_once.set()
-        try:
-            await asyncio.wait({self._publisher})
-            await self._write_derived()  # what failed a moment ago may succeed now
-        finally:
-            self._at_once.clear()
+        await self._derived.settle()
 
     async def _sequence(self) -> None:
         while self._queue:
@@ -249,7 +236,7 @@ class Ledger:
         while True:
             batch = await self._settle_known(batch)
             if not batch:
-                self._publish()  # the writer of what was known already may have died before it did
+                self._derived.publish()  # the writer of what was known already may have died before it did
                 return
             if await self._turns.leave_room(self._block_seconds):
                 await reader.refresh()
@@ -261,7 +248,7 @@ class Ledger:
             stored = await self._create_or_read(tail.block, body)
             self._block_seconds = 0.8 * self._block_seconds + 0.2 * (time.monotonic() - started)
             reader.advance(parse_block(tail.block, stored))
-            self._publish()
+            self._derived.publish()
             if stored == body:
                 self._turns.appended()
                 continue
@@ -321,7 +308,7 @@ class Ledger:
         """
         for _ in range(2):
             try:
-                await retried(lambda: self._objects.create(HEAD_KEY, self._head_hint()), self._retry_delays)
+                await retried(lambda: self._objects.create(HEAD_KEY, head_hint(self._reader.tail)), self._retry_delays)
             except Conflict:
                 self._proved = True
                 return
@@ -329,69 +316,6 @@ class Ledger:
             "the storage server does not honour If-None-Match: two conditional writes of one key both "
             "succeeded. A ledger needs it to keep its order; AWS S3, SeaweedFS and MinIO honour it"
         )
-
-    # --- what is derived from the log -----------------------------------------------------------------
-
-    def _publish(self) -> None:
-        """Bring head.json and the indexes up to date, beside the acknowledgements and never in their way."""
-        if self._derived_is_behind() and (self._publisher is None or self._publisher.done()):
-            self._publisher = asyncio.create_task(self._write_derived())
-
-    def _derived_is_behind(self) -> bool:
-        tail = self._reader.tail
-        if tail is None:
-            return False
-        indexed = (self._indexed or set()) - self._log.wrong_indexes
-        return self._hinted() != tail.block - 1 or len(indexed) < tail.block // SEGMENT
-
-    def _hinted(self) -> int | None:
-        """The block that head.json names, as far as this instance knows."""
-        return self._reader.hinted if self._published is None else self._published
-
-    async def _write_derived(self) -> None:
-        try:
-            while (tail := self._reader.tail) is not None and self._derived_is_behind():
-                block, hint = tail.block - 1, self._head_hint()
-                if self._hinted() != block:
-                    await retried(partial(self._objects.put, HEAD_KEY, hint), self._retry_delays)
-                    self._published = block
-                await self._write_indexes((block + 1) // SEGMENT)
-                with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
-                    await asyncio.wait_for(self._at_once.wait(), _HINT_INTERVAL)
-                # Of two writers' hints the older may arrive last. Whoever wrote last looks again, so the one
-                # that stays is the newest.
-                tail = self._reader.tail
-                if tail is not None and tail.block - 1 == block and await self._log.probe(block + 1):
-                    await self.refresh()
-        except Corrupt as error:  # of the log, which was read to see whether the hint is the newest
-            logger.error("%s", error)
-        except (StorageError, ConfigError) as error:
-            logger.info("head.json or an index not updated, readers do without: %s", error)
-
-    async def _write_indexes(self, whole_segments: int) -> None:
-        if whole_segments == 0:
-            return
-        if self._indexed is None:
-            found = [info.key async for info in self._objects.list("index/")]
-            self._indexed = {k for k in range(whole_segments) if index_key(k) in found}
-        # One that is there and wrong is made again like one that is missing.
-        self._indexed -= self._log.wrong_indexes
-        raw = self._reader.raw
-        for segment in set(range(whole_segments)) - self._indexed:
-            numbers = range(segment * SEGMENT, (segment + 1) * SEGMENT)
-            texts = [raw[n] for n in numbers if n in raw]
-            if len(texts) < SEGMENT:
-                blocks = await self._log.read_blocks(numbers.start, numbers.stop)
-                texts = [b"".join(entry.line for entry in block) for block in blocks]
-            await retried(
-                partial(self._objects.put, index_key(segment), encode_index(segment, texts)), self._retry_delays
-            )
-            self._indexed.add(segment)
-            self._log.wrong_indexes.discard(segment)
-
-    def _head_hint(self) -> bytes:
-        tail = self._reader.tail or Tail()
-        return orjson.dumps({"block": tail.block - 1, "index": tail.index - 1, "hash": tail.parent_hash})
 
 
 def _size_of(draft: Draft) -> int:

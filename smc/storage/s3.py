@@ -1,4 +1,4 @@
-"""Objects on S3 through aiobotocore. The only module that knows what S3's errors are called."""
+"""Objects on S3 through aiobotocore."""
 
 from __future__ import annotations
 
@@ -6,18 +6,11 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import ipaddress
-import logging
-import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from functools import lru_cache
 from types import TracebackType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
-import aiohttp
-import botocore.session
 import numpy as np
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
@@ -25,104 +18,21 @@ from aiobotocore.session import get_session
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
 )
-from botocore.exceptions import (
-    ConnectionError as BotoConnectionError,
-)
-from botocore.parsers import ResponseParserError
 
-from smc.errors import AccessDenied, ConfigError, Conflict, NotFound, Unavailable
+from smc.errors import AccessDenied, ConfigError, Unavailable
+from smc.storage.address import endpoint_of, parse_uri, warn_if_open
 from smc.storage.objects import Body, ObjectInfo
+from smc.storage.s3_errors import FAILURES, Redirected, code_of, status_of, translated
 
 __all__ = ["S3ObjectStore", "endpoint_of", "parse_uri"]
 
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 # Parts of large objects: the size, and how many travel at a time.
 _PART = 16 * 2**20
 _PARALLEL = 8
 _SMALLEST_PART = 8 * 2**20
 _CHUNK = 2**20
-# Names that a ledger gives to what lies under its prefix: another ledger there would be taken for a part of it.
-_TAKEN = {"log", "blobs", "index", "head.json", "waiting.json"}
 _ABORT_SECONDS = 2.0
-_DENIED = {
-    "AccessDenied",
-    "AllAccessDisabled",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-    "401",
-    "403",
-    "Unauthorized",
-    "Forbidden",
-}
-# Answers of status 400 that another try may not get: to bytes that were altered or lost on their way among others.
-_PASSING = {"BadDigest", "IncompleteBody", "RequestTimeout", "SlowDown"}
-
-logger = logging.getLogger("smc.storage")
-
-
-def parse_uri(uri: str) -> tuple[str, str]:
-    """Bucket and prefix of `bucket`, `s3://bucket` or `s3://bucket/some/prefix`.
-
-    Raises: ConfigError for anything else.
-    """
-    path = uri.removeprefix("s3://")
-    bucket, _, prefix = path.partition("/")
-    if (prefix and path == uri) or not _BUCKET.match(bucket):
-        raise ConfigError(f"{uri!r} is neither a bucket's name nor s3://bucket/prefix")
-    prefix = prefix.strip("/")
-    if taken := [part for part in prefix.split("/") if part in _TAKEN]:
-        raise ConfigError(
-            f"{uri!r}: a ledger in s3://{bucket} would take {taken[0]!r} for a part of its own; a prefix has no part "
-            f"named {', '.join(sorted(_TAKEN))}"
-        )
-    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
-        raise ConfigError(f"{uri!r}: a prefix is made of names separated by single slashes")
-    return bucket, f"{prefix}/" if prefix else ""
-
-
-def endpoint_of(endpoint_url: str | None = None) -> str | None:
-    """The server that botocore's environment and profiles name where `endpoint_url` does not; None for AWS itself.
-
-    A bucket of AWS is the same one from every region. Raises: ConfigError.
-    """
-    settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") and "KEY" not in k))
-    return _endpoint_of(endpoint_url, settings)
-
-
-@lru_cache
-def _endpoint_of(endpoint_url: str | None, settings: tuple[tuple[str, str], ...]) -> str | None:
-    try:
-        session = botocore.session.get_session()
-        region = session.get_config_variable("region") or "us-east-1"
-        client = session.create_client("s3", endpoint_url=endpoint_url, region_name=region)
-    except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"S3 endpoint: {error}") from None
-    found = str(client.meta.endpoint_url).rstrip("/")
-    host = urlsplit(found).hostname or ""
-    return None if host.endswith((".amazonaws.com", ".amazonaws.com.cn")) else found
-
-
-def _is_open(endpoint: str) -> bool:
-    """Whether others on the way to a server can read and change what is sent to it."""
-    parts = urlsplit(endpoint)
-    host = parts.hostname or ""
-    with contextlib.suppress(ValueError):
-        return parts.scheme == "http" and not ipaddress.ip_address(host).is_loopback
-    return parts.scheme == "http" and host != "localhost" and not host.endswith(".localhost")
-
-
-@lru_cache
-def _warn_of(endpoint: str) -> None:
-    logger.warning(
-        "%s is not encrypted: checkpoints can be read, and the ledger held up, on the way to it; use https", endpoint
-    )
 
 
 class _Direct:
@@ -139,12 +49,8 @@ class _Direct:
         headers = response.headers
         if 300 <= response.status < 400 and response.status != 304 and "x-amz-bucket-region" not in headers:
             response.release()
-            raise _Redirected(f"redirects to {headers.get('location', 'nowhere')} (status {response.status})")
+            raise Redirected(f"redirects to {headers.get('location', 'nowhere')} (status {response.status})")
         return response
-
-
-class _Redirected(Exception):
-    """The server sends whoever asks to another one."""
 
 
 class _Session(AIOHTTPSession):  # type: ignore[misc]
@@ -184,8 +90,7 @@ class S3ObjectStore:
         try:
             self._context = get_session().create_client("s3", endpoint_url=self._endpoint_url, config=config)
             self._client = await self._context.__aenter__()
-            if _is_open(self._endpoint()):
-                _warn_of(self._endpoint())
+            if warn_if_open(self._endpoint()):
                 # Without TLS only a signature over the body tells the server that it was altered.
                 self._client.meta.config.s3["payload_signing_enabled"] = True
         except (BotoCoreError, ValueError) as error:
@@ -226,8 +131,8 @@ class S3ObjectStore:
             response = await self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **how)
             async with response["Body"] as body:
                 data = bytes(await body.read())
-        except _FAILURES as error:
-            if isinstance(error, ClientError) and _status(error) in (304, 416):
+        except FAILURES as error:
+            if isinstance(error, ClientError) and status_of(error) in (304, 416):
                 raise _NothingThere from None
             self._translate(error, key)
         self._check_answer(response, key, "ETag", "ContentLength")
@@ -241,7 +146,7 @@ class S3ObjectStore:
                 await self._put_in_parts(key, data)
             else:
                 await self._put_whole(key, data)
-        except _FAILURES as error:
+        except FAILURES as error:
             await self._denied_or_missing(error)
             self._translate(error, key)
 
@@ -268,7 +173,7 @@ class S3ObjectStore:
                     while chunk := await body.read(_CHUNK):
                         view[at : at + len(chunk)] = chunk
                         at += len(chunk)
-            except _FAILURES as error:
+            except FAILURES as error:
                 self._translate(error, key)
             except ValueError:
                 raise Unavailable(f"{self._where(key)}: more bytes arrived than were asked for") from None
@@ -318,7 +223,7 @@ class S3ObjectStore:
             )
         except BaseException:
             # Whoever ends this may have no time to lose.
-            with contextlib.suppress(*_FAILURES):
+            with contextlib.suppress(*FAILURES):
                 async with asyncio.timeout(_ABORT_SECONDS):
                     await self._client.abort_multipart_upload(**where, UploadId=upload)
             raise
@@ -329,15 +234,15 @@ class S3ObjectStore:
                 await self._put_in_parts(key, data, IfNoneMatch="*")
             else:
                 await self._put_whole(key, data, IfNoneMatch="*")
-        except _FAILURES as error:
+        except FAILURES as error:
             await self._denied_or_missing(error)
             self._translate(error, key)
 
     async def stat(self, key: str) -> ObjectInfo:
         try:
             response = await self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
-        except _FAILURES as error:
-            if isinstance(error, ClientError) and _code(error) in ("404", "NotFound", "NoSuchKey"):
+        except FAILURES as error:
+            if isinstance(error, ClientError) and code_of(error) in ("404", "NotFound", "NoSuchKey"):
                 # HEAD has no body to tell a missing key from a missing bucket. Who may not ask for the bucket was told
                 # of a key: S3 refuses the question itself where it would give away more.
                 with contextlib.suppress(AccessDenied):
@@ -349,7 +254,7 @@ class S3ObjectStore:
     async def delete(self, key: str) -> bool:
         try:
             response = await self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
-        except _FAILURES as error:
+        except FAILURES as error:
             self._translate(error, key)
         return not response.get("DeleteMarker", False)
 
@@ -358,7 +263,7 @@ class S3ObjectStore:
         while True:
             try:
                 page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **token)
-            except _FAILURES as error:
+            except FAILURES as error:
                 self._translate(error, prefix)
             # Of a server that is none, botocore reads an empty answer as an empty listing.
             self._check_answer(page, prefix, "Name", "IsTruncated")
@@ -374,15 +279,15 @@ class S3ObjectStore:
         try:
             await self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:
-            if _code(error) in ("404", "NoSuchBucket", "NotFound"):
+            if code_of(error) in ("404", "NoSuchBucket", "NotFound"):
                 raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
             self._translate(error, "")
-        except _FAILURES as error:
+        except FAILURES as error:
             self._translate(error, "")
 
     async def _denied_or_missing(self, error: Exception) -> None:
         # Writing into a bucket that is not there may be answered with a bare denial.
-        if isinstance(error, ClientError) and _code(error) == "AccessDenied":
+        if isinstance(error, ClientError) and code_of(error) == "AccessDenied":
             await self.check_bucket()
 
     def _check_answer(self, answer: Mapping[str, Any], key: str, *fields: str) -> None:
@@ -400,39 +305,7 @@ class S3ObjectStore:
         return f"s3://{self._bucket}/{self._prefix}{key}"
 
     def _translate(self, error: Exception, key: str) -> NoReturn:
-        where = self._where(key)
-        if isinstance(error, ClientError):
-            code, status = _code(error), _status(error)
-            detail = error.response.get("Error", {}).get("Message") or code
-            if code == "NoSuchBucket":
-                raise ConfigError(f"bucket {self._bucket!r} does not exist at {self._endpoint()}") from None
-            if code in ("NoSuchKey", "404", "NotFound") or status == 404:
-                raise NotFound(f"{where} does not exist") from None
-            if code == "PreconditionFailed" or status == 412:
-                raise Conflict(f"{where} exists already") from None
-            if code in _DENIED or status in (401, 403):
-                raise AccessDenied(f"{where}: access denied by {self._endpoint()} ({code}: {detail})") from None
-            if status in (408, 409, 429) or status >= 500 or code in _PASSING:
-                raise Unavailable(f"{where}: {code} ({detail})") from None
-            raise ConfigError(f"{where}: {self._endpoint()} refused the request ({code}: {detail})") from None
-        if isinstance(error, HTTPClientError) and isinstance(error.kwargs.get("error"), _Redirected):
-            raise ConfigError(
-                f"{where}: {self._endpoint()} {error.kwargs['error']}: give the address of the S3 server itself"
-            ) from None
-        if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            raise AccessDenied(f"{where}: {error}; set AWS_ACCESS_KEY_ID and the rest, or AWS_PROFILE") from None
-        if isinstance(error, _TRANSIENT):
-            text = str(error).removeprefix("Connection was closed before we received a valid response from ")
-            raise Unavailable(f"{where}: {text or type(error).__name__}") from None
-        if isinstance(error, ResponseParserError):
-            raise ConfigError(
-                f"{where}: {self._endpoint()} does not answer like S3; is it the address of an S3 server?"
-            ) from None
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-
-
-_TRANSIENT = (BotoConnectionError, HTTPClientError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
-_FAILURES = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, asyncio.TimeoutError, OSError)
+        raise translated(error, where=self._where(key), bucket=self._bucket, endpoint=self._endpoint()) from None
 
 
 async def _side_by_side(work: Callable[[int], Awaitable[None]], starts: Iterable[int]) -> None:
@@ -487,11 +360,3 @@ def _md5(etag: str) -> str | None:
 
 class _NothingThere(Exception):
     """The answer was 304 or 416: nothing new, or nothing in the range."""
-
-
-def _status(error: ClientError) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))

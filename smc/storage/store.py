@@ -6,38 +6,32 @@ Torch is not imported here: what only orders or uploads starts in a second and s
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from types import TracebackType
 
-from smc.checkpoint.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
-from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound
-from smc.storage.budget import UploadBudget
+from smc.checkpoint.tensor_header import TensorHeader
+from smc.errors import ConfigError, Conflict, Corrupt, NotFound
+from smc.storage.address import parse_uri
 from smc.storage.catalog import Catalog
 from smc.storage.chain import Draft, Entry, ModelVersion, blob_key, block_key, check_alias, parse_version_id
+from smc.storage.checkpoints import Checkpoints
 from smc.storage.elapsed import Elapsed
 from smc.storage.ledger import Ledger
 from smc.storage.objects import Body, ObjectStore
+from smc.storage.order import Order
 from smc.storage.requests import RETRY_DELAYS, TimedObjects, retried
-from smc.storage.s3 import S3ObjectStore, parse_uri
-from smc.storage.spool import CommitRecord, Spool, new_commit_id
+from smc.storage.s3 import S3ObjectStore
+from smc.storage.spool import CommitRecord, new_commit_id
 from smc.storage.verify import Verification, verify_ledger
 
-__all__ = ["AsyncBlockchainModelStore", "StoreCommitter", "recover"]
+__all__ = ["AsyncBlockchainModelStore", "StoreCommitter"]
 
 logger = logging.getLogger("smc.storage")
 
-_SMALL = 8 * 2**20
-# Most headers are smaller; what is read beyond one belongs to the model.
-_HEADER_GUESS = 4096
-_YOUNG = timedelta(minutes=10)
-# Checkpoints that are known to be there without asking, because they were just uploaded.
-_MOST_UPLOADED = 4096
 # How often a checkpoint that is being collected is looked at before its commit is given back to the caller.
 _LOOKS = 3
 
@@ -63,13 +57,12 @@ class AsyncBlockchainModelStore:
         self._bucket, self._prefix = parse_uri(bucket)
         self._endpoint_url, self._given, self._retry_delays = endpoint_url, objects, tuple(retry_delays)
         self._timeout = timeout
-        self._budget = UploadBudget()
         self._exit: AsyncExitStack | None = None
         self._objects: ObjectStore | None = None
         self._ledger: Ledger | None = None
+        self._checkpoints: Checkpoints | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._order = _Order()
-        self._uploaded: OrderedDict[str, tuple[int, Elapsed]] = OrderedDict()
+        self._order = Order()
         self._catalog = Catalog()
         self._catalog_lock = asyncio.Lock()
 
@@ -89,6 +82,9 @@ class AsyncBlockchainModelStore:
             self._objects = TimedObjects(connection, self._timeout)
         self._loop = asyncio.get_running_loop()
         self._ledger = Ledger(self._objects, retry_delays=self._retry_delays, vetted_seconds=self._timeout)
+        self._checkpoints = Checkpoints(
+            self._objects, uri=self.uri, retry_delays=self._retry_delays, missing=self._missing
+        )
         return self
 
     async def __aexit__(
@@ -100,7 +96,7 @@ class AsyncBlockchainModelStore:
             await self._ledger.close()
         finally:
             await self._exit.aclose()
-            self._exit = self._objects = self._ledger = None
+            self._exit = self._objects = self._ledger = self._checkpoints = None
 
     def another(self) -> AsyncBlockchainModelStore:
         """The same ledger, unopened: for another thread or event loop."""
@@ -146,6 +142,13 @@ class AsyncBlockchainModelStore:
         self._check_open()
         assert self._objects is not None
         return self._objects
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints beside the log, by hash. Raises: ConfigError outside `async with`."""
+        self._check_open()
+        assert self._checkpoints is not None
+        return self._checkpoints
 
     async def require(self) -> None:
         """Raises: NotFound if there is no ledger here, not even an empty one."""
@@ -267,130 +270,34 @@ class AsyncBlockchainModelStore:
         `whole`, and where the entry has none, all bytes are read and have the SHA-256 in the checkpoint's name.
         Raises: Corrupt, NotFound if it was collected.
         """
-        if whole or version.model_hash is None:
-            file = memoryview(await self.load_checkpoint(version))
-            header = parse_header(file, len(file))
-            if version.model_hash not in (None, model_hash(file)):
-                raise Corrupt(f"the entry of {version.version_id} does not have the hash of its checkpoint's model")
-            return header, {name: file[p.start : p.stop] for name, p in header.for_inference().items()}
-        async with self._checkpoint_of(version) as key:
-            header, parts, digest = await self._model_parts(key, version.size)
-            if digest != version.model_hash:
-                raise Corrupt(f"the model of {version.version_id} does not have the hash in its entry")
-        return header, parts
-
-    async def _model_parts(self, key: str, size: int) -> tuple[TensorHeader, dict[str, memoryview], str]:
-        header, start = await self._header(key, size)
-        places = header.for_inference()
-        digest = hashlib.sha256(start[: header.size])
-        parts: dict[str, memoryview] = {}
-        for first, last in merged(places.values()):
-            here = start[first:last]
-            if len(here) < last - first:
-                here += await self._range(key, size, first + len(here), last)
-            digest.update(here)
-            for name, place in places.items():
-                if first <= place.start and place.stop <= last:
-                    parts[name] = memoryview(here)[place.start - first : place.stop - first]
-        return header, parts, digest.hexdigest()
+        return await self.checkpoints.model(version, whole=whole)
 
     async def load_header(self, version: ModelVersion) -> TensorHeader:
         """What a checkpoint says of itself, in one ranged read or two; its hash, which covers more, is not verified.
 
         Raises: Corrupt, NotFound if it was collected.
         """
-        async with self._checkpoint_of(version) as key:
-            header, _ = await self._header(key, version.size)
-        return header
-
-    @asynccontextmanager
-    async def _checkpoint_of(self, version: ModelVersion) -> AsyncIterator[str]:
-        """The key to read it at; what goes wrong is told with the key, or why it is not there."""
-        key = blob_key(version.content_hash)
-        try:
-            yield key
-        except NotFound:
-            raise await self._missing(version) from None
-        except Corrupt as error:
-            raise Corrupt(f"{key}: {error}", ((key, str(error)),)) from None
-
-    async def _header(self, key: str, size: int) -> tuple[TensorHeader, bytes]:
-        """A file's header, and the bytes that were read with it."""
-        start = await self._range(key, size, 0, min(size, _HEADER_GUESS))
-        end = header_size(start, size)
-        if end > len(start):
-            start += await self._range(key, size, len(start), end)
-        return parse_header(start, size), start
-
-    async def _range(self, key: str, size: int, start: int, stop: int) -> bytes:
-        data = await retried(lambda: self.objects.get_range(key, start, stop), self._retry_delays)
-        if len(data) != stop - start:
-            raise Corrupt(f"it has {start + len(data)} bytes, its entry says {size}")
-        return data
+        return await self.checkpoints.header(version)
 
     async def load_checkpoint(self, version: ModelVersion) -> bytes | bytearray:
         """A version's checkpoint, its hash verified. Raises: Corrupt, NotFound if it was collected."""
-        key = blob_key(version.content_hash)
-        try:
-            data, digest = await retried(lambda: self._get_hashed(key, version.size), self._retry_delays)
-        except NotFound:
-            raise await self._missing(version) from None
-        if digest != version.content_hash:
-            reason = f"the bytes of {version.version_id} do not have the hash in its name"
-            raise Corrupt(f"{key}: {reason}", ((key, reason),))
-        return data
+        return await self.checkpoints.load(version)
 
     async def _missing(self, version: ModelVersion) -> NotFound:
         collected_at = (await self.catalog()).collected_at(version.content_hash)
         why = "is not there" if collected_at is None else f"was collected, says entry {collected_at}"
         return NotFound(f"{self.uri}: the checkpoint of {version.version_id} {why} ({blob_key(version.content_hash)})")
 
-    async def _get_hashed(self, key: str, size: int) -> tuple[bytes | bytearray, str]:
-        digest = hashlib.sha256()
-        data = await self.objects.get(key, size, digest.update)
-        return data, digest.hexdigest()
-
     async def upload(self, data: Body) -> tuple[str, int]:
         """Store a checkpoint under its SHA-256; -> the hash and the size. Equal bytes are stored once.
 
         Raises: Busy when too much is being uploaded already.
         """
-        async with self._budget.share(len(data)):
-            digest = await _sha256(data)
-            await retried(lambda: self._put_once(blob_key(digest), data), self._retry_delays)
-        self.note_uploaded(digest, len(data))
-        return digest, len(data)
+        return await self.checkpoints.upload(data)
 
     def note_uploaded(self, content_hash: str, size: int) -> None:
         """Remember that a checkpoint is there as of now: it is not asked for before it is committed."""
-        self._uploaded[content_hash] = size, Elapsed()
-        self._uploaded.move_to_end(content_hash)
-        while len(self._uploaded) > _MOST_UPLOADED:
-            self._uploaded.popitem(last=False)
-
-    async def _put_once(self, key: str, data: Body) -> None:
-        if len(data) <= _SMALL:  # one round trip; a large body is not sent before asking
-            try:
-                await self.objects.create(key, data)
-                return
-            except Conflict:
-                pass
-        try:
-            there = await self.objects.stat(key)
-        except NotFound:
-            with suppress(Conflict):  # somebody else was faster
-                await self.objects.create(key, data)
-            return
-        # An old one is written again: a collector leaves alone what is young, and this is about to be committed.
-        if there.size == len(data) and datetime.now(UTC) - there.modified < _YOUNG:
-            return
-        try:
-            await self.objects.put(key, data)
-        except AccessDenied:
-            # A bucket may allow nobody to overwrite a checkpoint. What is there will do, unless it is being collected,
-            # and whoever enters it in the ledger finds that out.
-            if there.size != len(data):
-                raise
+        self.checkpoints.note_uploaded(content_hash, size)
 
     async def append_commit(
         self, record: CommitRecord, content_hash: str, size: int, *, fresh: bool = False
@@ -410,7 +317,7 @@ class AsyncBlockchainModelStore:
         payload = {**payload, **{name: value for name, value in optional.items() if value}}
         draft = Draft("commit", record.commit_id, payload, fresh=fresh)
         with self._order.place() as place:
-            there = await self._is_there(content_hash, size)
+            there = await self.checkpoints.is_there(content_hash, size)
             await place.reached()
         entry = None if there else await self.ledger.find(record.commit_id)
         if entry is None and not there:
@@ -437,7 +344,7 @@ class AsyncBlockchainModelStore:
         await asyncio.sleep(3 * max(self._timeout, self.ledger.collector_seconds))
         for _ in range(_LOOKS):
             vetted = Elapsed()
-            if not await self._is_young(key):
+            if not await self.checkpoints.is_young(key):
                 break
             try:
                 return await self.ledger.append(replace(draft, vetted=vetted))
@@ -445,28 +352,6 @@ class AsyncBlockchainModelStore:
                 continue
         reason = "was collected between its upload and its entry, or may still be: upload it again"
         raise Conflict(f"{self.uri}: {key} {reason}")
-
-    async def _is_there(self, content_hash: str, size: int) -> bool:
-        """Whether the checkpoint is there. Raises: ConfigError if it has another size."""
-        known, since = self._uploaded.get(content_hash, (size, None))
-        if since is None or since.seconds > _YOUNG.total_seconds():
-            try:
-                known = (await retried(lambda: self.objects.stat(blob_key(content_hash)), self._retry_delays)).size
-            except NotFound:
-                self._uploaded.pop(content_hash, None)
-                return False
-            self.note_uploaded(content_hash, known)
-        if known != size:
-            raise ConfigError(f"{self.uri}: {blob_key(content_hash)} has {known} bytes, the commit says {size}")
-        return True
-
-    async def _is_young(self, key: str) -> bool:
-        """Whether the object is there, and no collector that looks at it now deletes it."""
-        try:
-            info = await retried(lambda: self.objects.stat(key), self._retry_delays)
-        except NotFound:
-            return False
-        return datetime.now(UTC) - info.modified < _YOUNG
 
     async def commit(self, data: Body, record: CommitRecord, *, fresh: bool = False) -> ModelVersion:
         """Upload a checkpoint and enter it in the ledger. Arguments and errors as for `append_commit`."""
@@ -481,37 +366,6 @@ class AsyncBlockchainModelStore:
         """Check the whole ledger; see `smc.storage.verify`."""
         await self.ledger.publish()
         return await verify_ledger(self.objects, blobs=blobs, full=full, since=since)
-
-
-class _Place:
-    def __init__(self, before: asyncio.Event | None) -> None:
-        self._before, self.left = before, asyncio.Event()
-
-    async def reached(self) -> None:
-        """Wait until everybody in front has left."""
-        if self._before is not None:
-            await self._before.wait()
-
-
-class _Order:
-    """Lets calls go on in the order in which they came, whatever each of them had to ask first.
-
-    Whoever leaves its place goes on before the next one does, up to its next pause.
-    """
-
-    def __init__(self) -> None:
-        self._last: asyncio.Event | None = None
-
-    @contextmanager
-    def place(self) -> Iterator[_Place]:
-        place = _Place(self._last)
-        self._last = place.left
-        try:
-            yield place
-        finally:
-            place.left.set()
-            if self._last is place.left:
-                self._last = None
 
 
 class StoreCommitter:
@@ -533,46 +387,3 @@ class StoreCommitter:
 
     def settled(self, outcome: object, experiment: str) -> None:
         """Nobody watches a store in process: the TrainingResult says it."""
-
-
-async def recover(
-    store: AsyncBlockchainModelStore, spool: Spool, *, told: Callable[[ModelVersion], None] | None = None
-) -> list[ModelVersion]:
-    """Commit what the spool keeps for this ledger, each once, and remove it when it is in; `told` hears of each.
-
-    What turns out to be in the ledger already, because its acknowledgement came too late, is not uploaded again.
-    Raises: Corrupt, after all the others are in, naming what is no record, is not what was kept, or what the ledger
-    cannot hold; it stays where it is.
-    """
-    records, left = spool.read()
-    versions = []
-    for record in records:
-        if record.ledger != store.uri:
-            continue
-        entry = await store.ledger.find(record.commit_id)
-        version = entry.version if entry is not None else None
-        try:
-            data = b"" if version else spool.load(record)
-        except Corrupt as error:
-            left.append(str(error).removeprefix("spool: "))
-            continue
-        try:
-            version = version or await store.commit(data, record)
-        except AccessDenied:
-            raise
-        except ConfigError as error:
-            left.append(f"{record.commit_id}: {error}")
-            continue
-        spool.remove(record)
-        versions.append(version)
-        if told is not None:
-            told(version)
-    if left:
-        raise Corrupt(f"spool: {'; '.join(left)}")
-    return versions
-
-
-async def _sha256(data: Body) -> str:
-    if len(data) <= _SMALL // 16:  # a thread would cost more than the hash
-        return hashlib.sha256(data).hexdigest()
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())

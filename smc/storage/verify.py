@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-import orjson
-
 from smc.checkpoint.tensor_header import model_hash
 from smc.errors import Corrupt, NotFound
 from smc.storage.chain import (
@@ -25,17 +23,17 @@ from smc.storage.chain import (
     is_content_hash,
     parse_block,
 )
-from smc.storage.index import SEGMENT, decode_index, index_key
+from smc.storage.index import SEGMENT
 from smc.storage.ledger import HEAD_KEY
 from smc.storage.objects import ObjectInfo, ObjectStore
 from smc.storage.requests import retried
+from smc.storage.verify_derived import check_head, check_indexes, read_head, read_indexes, settled_head
 
 __all__ = ["Verification", "verify_ledger"]
 
 _AT_ONCE = 48
 _BLOCK_KEY = re.compile(r"^log/[0-9]{10}\.jsonl$")
 _SIGNATURE_KEY = re.compile(r"^log/[0-9]{10}\.sig$")
-_INDEX_KEY = re.compile(r"^index/[0-9]{10}\.json$")
 # Blocks that may be missing one after the other in a log. What stands further behind was never part of it.
 _LONGEST_GAP = 256
 # A first checkpoint is there before the first block that names it, by what it takes to write one.
@@ -99,7 +97,7 @@ async def _verified(
     progress: Callable[[int], None] | None,
 ) -> Verification:
     report = Verification()
-    seen = await _head(objects)  # before the log, which may grow meanwhile
+    seen = await read_head(objects)  # before the log, which may grow meanwhile
     listed = {info.key: info async for info in objects.list("log/")}
     numbers = [int(key[4:14]) for key in listed if _BLOCK_KEY.match(key)]
     for key in sorted(listed):
@@ -109,19 +107,19 @@ async def _verified(
     for number in sorted(number for number in numbers if number > last):
         reason = f"not a block of this log, which ends at block {last}: more than {_LONGEST_GAP} before it are missing"
         report.problems.append((block_key(number), reason))
-    indexes = await _indexes(objects, (last + 1) // SEGMENT)
+    indexes = await read_indexes(objects, (last + 1) // SEGMENT)
     blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
     if seen is not None and seen[0] > last:
         report.problems.append((block_key(seen[0]), "the block is missing: head.json has seen it"))
-    head = await _settled_head(objects, last) if listed or seen is not None else None
+    head = await settled_head(objects, last) if listed or seen is not None else None
     report.found = bool(listed) or seen is not None
     head_hash = head[1] if head is not None and head[0] == last else None
     said = _check_chain(blocks, head_hash, report)
     if last >= 0:
-        _check_head(head, blocks, report)
+        check_head(head, blocks, report.problems)
     if since is not None:
         _check_since(since, blocks, report)
-    await _check_indexes(objects, indexes, blocks, report)
+    await check_indexes(objects, indexes, blocks, report.problems)
     await _check_blobs(objects, said, report, contents=blobs, progress=progress)
     return report
 
@@ -151,90 +149,6 @@ def _check_since(since: tuple[int | None, str], blocks: Sequence[list[Entry] | N
     else:
         reason = f"entry {index} has hash {found.hash[:12]}..., and the one that was there had {digest[:12]}..."
         report.problems.append((block_key(found.block), reason))
-
-
-async def _head(objects: ObjectStore) -> tuple[int, str, int] | None:
-    """What head.json says: block, hash, index; None if it says nothing usable."""
-    try:
-        data = bytes(await retried(lambda: objects.get(HEAD_KEY)))
-        fields = orjson.loads(data)
-        block, index, digest = fields["block"], fields["index"], fields["hash"]
-        if type(block) is not int or type(index) is not int or type(digest) is not str:
-            return None
-        if orjson.dumps({"block": block, "index": index, "hash": digest}) == data:
-            return block, digest, index
-    except (NotFound, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        pass
-    return None
-
-
-async def _settled_head(objects: ObjectStore, last: int) -> tuple[int, str, int] | None:
-    """The head hint, given a moment to catch up: a writer writes it after the block, once a second."""
-    for delay in (0.2, 0.8, 1.0, 0.0):
-        head = await _head(objects)
-        if head is not None and head[0] >= last:
-            break
-        await asyncio.sleep(delay)
-    return head
-
-
-def _check_head(head: tuple[int, str, int] | None, blocks: Sequence[list[Entry] | None], report: Verification) -> None:
-    if head is None:
-        report.problems.append((HEAD_KEY, "the head hint is missing or not one"))
-        return
-    block, digest, index = head
-    if 0 <= block < len(blocks):
-        entries = blocks[block]
-        if entries and (entries[-1].hash != digest or entries[-1].index != index):
-            # One of the two was changed, and nothing here tells which.
-            report.problems.append((HEAD_KEY, "its hash or index is not that of the block it names"))
-            report.problems.append((block_key(block), "its last entry does not have the hash that head.json names"))
-    if block < len(blocks) - 1:
-        reason = (
-            f"it is {len(blocks) - 1 - block} blocks behind the log: an old one was put back, or a writer "
-            "ended before it wrote it; the next writer renews it"
-        )
-        report.problems.append((HEAD_KEY, reason))
-
-
-async def _indexes(objects: ObjectStore, segments: int) -> dict[int, list[bytes] | None]:
-    """The raw blocks that each index repeats; None for an index that is missing or broken."""
-    gate = asyncio.Semaphore(_AT_ONCE)
-
-    async def one(segment: int) -> list[bytes] | None:
-        async with gate:
-            try:
-                return decode_index(segment, bytes(await retried(lambda: objects.get(index_key(segment)))))
-            except NotFound:
-                return None
-
-    return dict(zip(range(segments), await asyncio.gather(*(one(k) for k in range(segments))), strict=True))
-
-
-async def _check_indexes(
-    objects: ObjectStore,
-    indexes: dict[int, list[bytes] | None],
-    blocks: Sequence[list[Entry] | None],
-    report: Verification,
-) -> None:
-    listed = {info.key async for info in objects.list("index/")}
-    for key in sorted(listed - {index_key(k) for k in indexes}):
-        if not (_INDEX_KEY.match(key) and int(key[6:16]) == len(indexes)):  # one just written by a writer at work
-            report.problems.append((key, "not an index of this log"))
-    for segment, raw in indexes.items():
-        if raw is None:
-            # A writer may be at work on the last one.
-            raw = (await _indexes(objects, segment + 1))[segment] if segment == len(indexes) - 1 else None
-        key = index_key(segment)
-        if raw is None:
-            reason = "not an index" if key in listed else "the index is missing; the next writer makes it again"
-            report.problems.append((key, reason))
-            continue
-        for offset, block in enumerate(raw):
-            entries = blocks[segment * SEGMENT + offset]
-            if entries is not None and b"".join(e.line for e in entries) != block:
-                report.problems.append((key, f"it differs from {block_key(segment * SEGMENT + offset)}"))
-                break
 
 
 async def _all_blocks(

@@ -28,7 +28,7 @@ from tests.faults import FAULTS, FaultStore
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexes of four blocks and a memory of eight entries, so that short histories are longer than either."""
-    for module in ("index", "ledger", "verify"):
+    for module in ("index", "derived", "verify", "verify_derived"):
         monkeypatch.setattr(f"smc.storage.{module}.SEGMENT", 4)
     monkeypatch.setattr("smc.storage.reader._REMEMBERED", 8)
     monkeypatch.setattr("smc.storage.identities._FEWEST_SORTED_IN", 4)
