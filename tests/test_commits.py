@@ -24,6 +24,7 @@ from smc.storage.commits import (
     check_template,
     slots_for,
 )
+from smc.storage.pace import Pace
 from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config
 

@@ -8,9 +8,11 @@ import contextlib
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, NoReturn
 
+import botocore.session
 import numpy as np
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
@@ -88,7 +90,9 @@ class S3ObjectStore:
             response_checksum_validation="when_required",
         )
         try:
-            self._context = get_session().create_client("s3", endpoint_url=self._endpoint_url, config=config)
+            session = get_session()
+            session.register_component("data_loader", _service_descriptions())
+            self._context = session.create_client("s3", endpoint_url=self._endpoint_url, config=config)
             self._client = await self._context.__aenter__()
             if warn_if_open(self._endpoint()):
                 # Without TLS only a signature over the body tells the server that it was altered.
@@ -306,6 +310,12 @@ class S3ObjectStore:
 
     def _translate(self, error: Exception, key: str) -> NoReturn:
         raise translated(error, where=self._where(key), bucket=self._bucket, endpoint=self._endpoint()) from None
+
+
+@lru_cache
+def _service_descriptions() -> Any:
+    """botocore's files about services, read once: those of S3 take longer than all the rest of opening."""
+    return botocore.session.get_session().get_component("data_loader")
 
 
 async def _side_by_side(work: Callable[[int], Awaitable[None]], starts: Iterable[int]) -> None:
