@@ -12,11 +12,11 @@ demo: $(MARK)
 	$(BIN)/python -m jobs.demo
 
 test: check
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=10 tests
+	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder --durations=10 tests
 
 # The same, several minutes longer, and which lines no test of this process reaches.
 coverage: $(MARK)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 tests
+	$(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term:skip-covered --cov-fail-under=90 tests
 
 # No server, no Ray, no GPU: for every change, in a minute.
 test-fast: $(MARK)

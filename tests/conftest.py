@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ _LONGEST_FIRST = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server or Ray, also where a parameter says so, and skip, visibly, what needs a GPU."""
-    last = len(_LONGEST_FIRST)
+    last, users = len(_LONGEST_FIRST), Counter[Path]()
     ranks = {name: rank for rank, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, last))
     for item in items:
@@ -53,6 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_server = needed & {"on_s3", "make_store"} and not {"memory"} & set(map(str, parameters.values()))
         if needed & _SERVICES or on_server:
             item.add_marker("service")
+        users[item.path] |= "ray_cluster" in needed
+    for item in items:  # those that share this process's Ray go to one worker: others start none
+        item.add_marker(pytest.mark.xdist_group("ray" if users[item.path] else str(item.path)))
 
 
 def free_port() -> int:

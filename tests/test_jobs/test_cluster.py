@@ -1,4 +1,4 @@
-"""Twelve experiments; a node, the LedgerActor and the driver are killed, and the sweep is submitted again."""
+"""Six experiments; a node, the LedgerActor and the driver are killed, and the sweep is submitted again."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ for line in sys.stdin:
 def file(tmp_path: Path) -> Path:
     experiment = make_experiment("speed", {"training": {"num_batches": 300}}, recipe="tiny")
     speed = 300 / GbmCVNNPricer(experiment.fresh()).train(experiment.training).seconds
-    path = tmp_path / "twelve.yaml"
+    path = tmp_path / "six.yaml"
     path.write_text(
         f"recipe: tiny\ndefaults: {{training: {{num_batches: {SHORT}}}, commit_interval: 25}}\n"
         f"experiments:\n  long: {{training: {{num_batches: {int(speed * LONG_SECONDS)}}}, commit_interval: 100}}\n"
-        + "".join(f"  short-{i}: {{network: {{seed: {i}}}}}\n" for i in range(2, 5))
-        + "grid: {training.learning_rate: [0.003, 0.01], network.seed: [0, 1], training.batch_size: [8, 16]}\n"
+        + "  short: \n"
+        + "grid: {training.learning_rate: [0.003, 0.01], network.seed: [0, 1]}\n"
     )
     return path
 
@@ -145,7 +145,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     expected = undisturbed(file)
     out, _ = again.communicate(timeout=400)
     assert again.returncode == 0, out
-    assert "12 of 12 experiments done" in out
+    assert "6 of 6 experiments done" in out
 
     async def verified() -> bool:
         async with AsyncBlockchainModelStore(on_seaweed) as store:
@@ -159,7 +159,7 @@ def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Pa
     assert set(steps.values()) == {1}, "something was committed twice"
     resumed = {v.experiment for v in after if v.resumed_from is not None}
     assert "long" in resumed
-    print(f"\n12 experiments, {len(after)} versions, {len(resumed)} experiments resumed")
+    print(f"\n6 experiments, {len(after)} versions, {len(resumed)} experiments resumed")
 
 
 UPLOADERS = """
@@ -269,7 +269,7 @@ def test_a_notice_of_ec2_is_seen() -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=lambda: server.serve_forever(0.01), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/latest"
         assert not spot_notice(url)
         answers["GET"] = (200, b'{"action": "terminate"}')
