@@ -47,7 +47,7 @@ def main() -> int:
         tail = client.predict_distribution([contract]).cvar(0.975)[0]
         by = client.predict_sensitivities([contract])
         print(f"price {price:.1f}, CVaR97.5 {tail:.0f}, dP/da {by.a[0]:.1f}, dP/dv {by.v[0]:.0f}")
-        sample = SobolSampler(predictor.domain, seed=1, schema=predictor.problem.schema).sample(256)
+        sample = SobolSampler(predictor.domain, seed=1, schema=predictor.problem.schema).sample(32)
         error = evaluate(predictor, sample)["price"]
         print(f"RMSE {error.rmse:.0f} {error.unit} over {error.count} contracts, {error.compared}")
     return status

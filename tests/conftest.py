@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.pricer import GbmCVNNPricerConfig, TrainingConfig
@@ -32,18 +32,31 @@ NO_DELAYS = (0.0, 0.0, 0.0)
 
 
 _SERVICES = {"seaweed", "moto_url", "ray_cluster"}
+_SHARE_A_RAY = {"test_sweep", "test_search", "test_ledger", "test_chaos", "test_trainer"}
 # Files that take longest, which are begun first: at the end of a run nobody is to wait for one of them alone.
 _LONGEST_FIRST = (
-    "test_submitted", "test_sweep", "test_cluster", "test_demo", "test_own_models", "test_search", "test_ledger",
-    "test_chaos", "test_trainer", "test_problems", "test_examples", "test_promises", "test_gc", "test_inference",
-    "test_faults", "test_store",
+    "test_sweep", "test_search", "test_ledger", "test_chaos", "test_trainer", "test_cluster", "test_submitted",
+    "test_own_models", "test_demo", "test_guarded", "test_problems", "test_examples", "test_promises", "test_gc",
+    "test_inference", "test_faults", "test_store", "test_evaluate",
 )  # fmt: skip
+
+
+class _ByFile(LoadScopeScheduling):
+    """Files go to workers as wholes, and those that share a Ray go to one: the others start none."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "ray" if Path(file).stem in _SHARE_A_RAY else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs a server or Ray, also where a parameter says so, and skip, visibly, what needs a GPU."""
-    last, users = len(_LONGEST_FIRST), Counter[Path]()
+    last = len(_LONGEST_FIRST)
     ranks = {name: rank for rank, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, last))
     for item in items:
@@ -54,9 +67,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         on_server = needed & {"on_s3", "make_store"} and not {"memory"} & set(map(str, parameters.values()))
         if needed & _SERVICES or on_server:
             item.add_marker("service")
-        users[item.path] |= "ray_cluster" in needed
-    for item in items:  # those that share this process's Ray go to one worker: others start none
-        item.add_marker(pytest.mark.xdist_group("ray" if users[item.path] else str(item.path)))
 
 
 def free_port() -> int:

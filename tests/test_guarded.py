@@ -174,8 +174,15 @@ asyncio.run(within()) if sys.argv[3] == "loop" else main()
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", "loop"])
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2, [signal.SIGTERM] * 2])
+@pytest.mark.parametrize(
+    ("kind", "signals"),
+    [
+        ("plain", [signal.SIGINT]),
+        ("loop", [signal.SIGTERM]),
+        ("loop", [signal.SIGINT] * 2),
+        ("plain", [signal.SIGTERM] * 2),
+    ],
+)
 def test_a_signal_leaves_the_newest_state_in_the_ledger_or_the_spool(
     kind: str, signals: list[signal.Signals], on_seaweed: str, tmp_path: Path, own_spool: Path
 ) -> None:

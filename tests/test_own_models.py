@@ -16,7 +16,7 @@ ENDS = re.compile(
     r"2 of 2 experiments done\n(.*\n)*1 of 1 experiments done\n"
     r"fast: v0000000008, step 120\nslow: v000000000\d, step 60\n"
     r"price 1\d\.\d, CVaR97\.5 \d\d, dP/da -\d\.\d, dP/dv \d\d\n"
-    r"RMSE \d+ bp of spot over 128 contracts, simulated, 2\^\d\d paths, standard error [\d.]+ bp of spot\n$"
+    r"RMSE \d+ bp of spot over 32 contracts, simulated, 2\^\d\d paths, standard error [\d.]+ bp of spot\n$"
 )
 
 

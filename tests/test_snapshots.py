@@ -69,7 +69,7 @@ def snapshots_that_differ(device: str, trials: int) -> list[int]:
     return different
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_snapshots_equal_synchronous_saves_while_training_goes_on() -> None:
     assert snapshots_that_differ("cpu", 1000) == []
 

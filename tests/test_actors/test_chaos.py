@@ -41,6 +41,7 @@ def verified_independently(directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-I", str(VERIFIER), str(directory)], capture_output=True, text=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.timeout(240)
 def test_three_trainers_through_faults_and_ten_kills_commit_everything_once(

@@ -17,15 +17,15 @@ import ray
 import torch
 from ray.exceptions import TaskCancelledError
 
+from actors.code import sources
 from actors.ledger import (
     LedgerActor,
     LedgerHandle,
-    UploadActor,
     _ActorCommitter,
     address,
     ledger_actor,
-    sources,
 )
+from actors.upload import UploadActor
 from smc.checkpoint.file import metadata_of, tensors_of
 from smc.errors import AccessDenied, Busy, ConfigError, Unavailable
 from smc.storage import AsyncBlockchainModelStore

@@ -107,6 +107,7 @@ def undisturbed(path: Path, *, last: int | None = None) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_experiment_ends_as_if_nothing_had_happened(cluster: Any, file: Path, on_seaweed: str) -> None:
     def ask(actor: str) -> str:
@@ -189,6 +190,7 @@ def test_a_checkpoint_is_uploaded_on_the_node_that_has_it(cluster: Any, on_seawe
     assert process.returncode == 0, out
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_node_that_is_taken_away_commits_first_and_its_experiment_goes_on_elsewhere(
     on_seaweed: str, tmp_path: Path

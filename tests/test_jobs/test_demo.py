@@ -14,6 +14,7 @@ from jobs import demo
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.service
 def test_the_demo_runs_twice_into_one_ledger(tmp_path: Path) -> None:

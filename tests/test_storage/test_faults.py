@@ -129,7 +129,7 @@ async def scenario(call: int, fault: str, tmp_path: Path) -> int:
     return objects.calls
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_fault_at_every_request_of_a_history_loses_and_doubles_nothing(tmp_path: Path) -> None:
     total = asyncio.run(scenario(-1, "none", tmp_path))
     count = 0

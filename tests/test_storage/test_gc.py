@@ -447,7 +447,7 @@ async def all_of(scenarios: list[Coroutine[Any, Any, Any]], at_a_time: int = 12)
     return len(scenarios)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_collection_under_fire() -> None:
     total = await fault_at(-1, "none")
     assert total > 30

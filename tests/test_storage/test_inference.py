@@ -438,7 +438,7 @@ def client(ledger: Ledger) -> Iterator[InferenceClient]:
         yield client
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_commits_are_served_whole_and_swapped_unseen(ledger: Ledger, client: InferenceClient) -> None:
     """As many swaps as ten minutes of polls could see; callers never wait for one, nor see half of one."""
     stop = threading.Event()

@@ -29,9 +29,8 @@ from smc.checkpoint.tensor_header import model_hash, parse_header
 from smc.errors import ConfigError, Conflict, Corrupt, NotFound, SpectralMCError
 from smc.learning.pricer import GbmCVNNPricer
 from smc.serving.client import ModelFollower
-from smc.storage import AsyncBlockchainModelStore, chain, gc, reader, recover
+from smc.storage import AsyncBlockchainModelStore, chain, checkpoints, gc, reader, recover
 from smc.storage import objects as memory_objects
-from smc.storage import store as store_module
 from smc.storage.__main__ import main as storage_command
 from smc.storage.chain import UNKNOWN, Draft, Tail, blob_key, block_key, build_block, parse_block
 from smc.storage.gc import RetentionPolicy, collect, plan_collection
@@ -357,7 +356,7 @@ class Clock:
         clock = self
         monkeypatch.setattr("time.clock_gettime", lambda clock: real(clock) + self.ahead)
         monkeypatch.setattr("asyncio.sleep", sleep)
-        for module in (chain, gc, memory_objects, reader, store_module):
+        for module in (chain, checkpoints, gc, memory_objects, reader):
             monkeypatch.setattr(module, "datetime", Later)
 
     def sleep(self, seconds: float) -> None:
@@ -443,9 +442,9 @@ EVENTS = st.tuples(
 happened: Counter[str] = Counter()
 
 
+@pytest.mark.long
 @settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.integers(0, 60), EVENTS, max_size=4))
-@pytest.mark.slow
 def test_whatever_happens_at_any_request_of_a_collector_that_sleeps(
     tmp_path_factory: pytest.TempPathFactory, plan: dict[int, tuple[str, int, float, bool]]
 ) -> None:
