@@ -13,6 +13,8 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray lets its workers give way to all others, and tests would wait for them the longer, the more tests run beside.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  as Ray spells it
 
 import pytest
 import torch

@@ -25,6 +25,7 @@ from jobs import node, sweep, train
 from smc.errors import AccessDenied, Conflict
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.gc import RetentionPolicy, collect
+from smc.storage.limits import LIMITS
 from smc.storage.spool import CommitRecord
 
 ROOT = Path(__file__).parent.parent
@@ -258,7 +259,7 @@ async def test_each_role_can_do_its_work_with_its_policy(on_seaweed: str, size: 
     with acting_as("trainer", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:  # what is there and old cannot be written again
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("smc.storage.checkpoints._YOUNG", timedelta(0))
+                patch.setattr(LIMITS, "young", timedelta(0))
                 assert await store.upload(checkpoint) == (content_hash, size)
     with acting_as("collector", on_seaweed):
         async with AsyncBlockchainModelStore(on_seaweed) as store:

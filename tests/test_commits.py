@@ -24,6 +24,7 @@ from smc.storage.commits import (
     check_template,
     slots_for,
 )
+from smc.storage.limits import LIMITS
 from smc.storage.pace import Pace
 from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import small_config
@@ -304,7 +305,7 @@ def test_tensors_of_another_state_are_refused_and_not_counted() -> None:
 def test_a_connection_that_hangs_holds_up_nobody_beyond_the_deadline(
     hangs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smc.storage.commits._OPENING_LIMIT", 0.1)
+    monkeypatch.setattr(LIMITS, "opening", 0.1)
     commits = commits_to(SlowLedger(hangs=hangs))
     submit(commits, 1, final=True)
     started = time.monotonic()

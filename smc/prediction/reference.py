@@ -53,11 +53,12 @@ class Reference:
     """The best that is known of a problem.
 
     What is simulated is simulated for the first contracts only, on random numbers that no training uses, with time
-    steps so fine that their bias does not count.
+    steps so fine that their bias does not count: `path_steps` in all, by default 2^29 on a CPU and 2^38 on a GPU.
     """
 
-    def __init__(self, problem: Problem, device: str = "cpu") -> None:
+    def __init__(self, problem: Problem, device: str = "cpu", *, path_steps: int | None = None) -> None:
         self.problem, self._device = problem, device
+        self._path_steps = path_steps or _PATH_STEPS[torch.device(device).type]
         self.oracle: Oracle | None = oracle_of(problem)
         self._kept: OrderedDict[tuple[str, int, bytes], Known] = OrderedDict()
 
@@ -112,7 +113,7 @@ class Reference:
 
     def _paths(self, contracts: int) -> int:
         normals = contracts * self._steps() * self.problem.process.normals
-        most = _PATH_STEPS[torch.device(self._device).type] // normals
+        most = self._path_steps // normals
         return max(_LEAST_PATHS, min(_MOST_PATHS, 1 << (most.bit_length() - 1)))
 
     def _samples(self, contracts: Array, paths: int, size: int) -> Array:

@@ -10,13 +10,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from smc.checkpoint.tensor_header import TensorHeader, header_size, merged, model_hash, parse_header
 from smc.errors import AccessDenied, ConfigError, Conflict, Corrupt, NotFound
 from smc.storage.budget import UploadBudget
 from smc.storage.chain import ModelVersion, blob_key
 from smc.storage.elapsed import Elapsed
+from smc.storage.limits import LIMITS
 from smc.storage.objects import Body, ObjectStore
 from smc.storage.requests import retried
 
@@ -25,7 +26,6 @@ __all__ = ["Checkpoints"]
 _SMALL = 8 * 2**20
 # Most headers are smaller; what is read beyond one belongs to the model.
 _HEADER_GUESS = 4096
-_YOUNG = timedelta(minutes=10)
 # Checkpoints that are known to be there without asking, because they were just uploaded.
 _MOST_UPLOADED = 4096
 
@@ -166,7 +166,7 @@ class Checkpoints:
                 await self._objects.create(key, data)
             return
         # An old one is written again: a collector leaves alone what is young, and this is about to be committed.
-        if there.size == len(data) and datetime.now(UTC) - there.modified < _YOUNG:
+        if there.size == len(data) and datetime.now(UTC) - there.modified < LIMITS.young:
             return
         try:
             await self._objects.put(key, data)
@@ -179,7 +179,7 @@ class Checkpoints:
     async def is_there(self, content_hash: str, size: int) -> bool:
         """Whether the checkpoint is there. Raises: ConfigError if it has another size."""
         known, since = self._uploaded.get(content_hash, (size, None))
-        if since is None or since.seconds > _YOUNG.total_seconds():
+        if since is None or since.seconds > LIMITS.young.total_seconds():
             try:
                 known = (await retried(lambda: self._objects.stat(blob_key(content_hash)), self._retry_delays)).size
             except NotFound:
@@ -196,7 +196,7 @@ class Checkpoints:
             info = await retried(lambda: self._objects.stat(key), self._retry_delays)
         except NotFound:
             return False
-        return datetime.now(UTC) - info.modified < _YOUNG
+        return datetime.now(UTC) - info.modified < LIMITS.young
 
 
 async def _sha256(data: Body) -> str:

@@ -33,6 +33,7 @@ from smc.storage.commit_request import (
     check_entry,
     check_template,
 )
+from smc.storage.limits import LIMITS
 from smc.storage.pace import Pace, StopWatch, patiently
 from smc.storage.spool import CommitRecord, Spool, new_commit_id
 
@@ -54,8 +55,6 @@ __all__ = [
 FLUSH_SECONDS: Final = 120.0
 
 logger = logging.getLogger("smc.commits")
-# Seconds that training waits, before its first step, for a connection to be there.
-_OPENING_LIMIT: Final = 5.0
 # Snapshots kept at a time: as many as fit into this, within limits.
 _MEMORY: Final = 2 * 2**30
 _FEWEST, _MOST = 2, 8
@@ -114,7 +113,7 @@ class BackgroundCommits:
         self._thread = threading.Thread(target=self._run, args=(ready,), name="smc-commits", daemon=True)
         self._thread.start()
         # Making an S3 client is a fifth of a second of Python, which the first steps would feel.
-        ready.wait(_OPENING_LIMIT)
+        ready.wait(LIMITS.opening)
 
     @property
     def pending(self) -> int:

@@ -12,7 +12,8 @@ import orjson
 
 from smc.errors import ConfigError, Corrupt, StorageError
 from smc.storage.chain import Tail
-from smc.storage.index import SEGMENT, encode_index, index_key
+from smc.storage.index import encode_index, index_key
+from smc.storage.limits import LIMITS
 from smc.storage.log import HEAD_KEY, Log
 from smc.storage.objects import ObjectStore
 from smc.storage.reader import LogReader
@@ -74,7 +75,7 @@ class Derived:
         if tail is None:
             return False
         indexed = (self._indexed or set()) - self._log.wrong_indexes
-        return self._hinted() != tail.block - 1 or len(indexed) < tail.block // SEGMENT
+        return self._hinted() != tail.block - 1 or len(indexed) < tail.block // LIMITS.segment
 
     def _hinted(self) -> int | None:
         """The block that head.json names, as far as this instance knows."""
@@ -87,7 +88,7 @@ class Derived:
                 if self._hinted() != block:
                     await retried(partial(self._objects.put, HEAD_KEY, hint), self._retry_delays)
                     self._published = block
-                await self._write_indexes((block + 1) // SEGMENT)
+                await self._write_indexes((block + 1) // LIMITS.segment)
                 with contextlib.suppress(TimeoutError):  # under load one hint stands for many blocks
                     await asyncio.wait_for(self._at_once.wait(), _HINT_INTERVAL)
                 # Of two writers' hints the older may arrive last. Whoever wrote last looks again, so the one
@@ -110,9 +111,9 @@ class Derived:
         self._indexed -= self._log.wrong_indexes
         raw = self._reader.raw
         for segment in set(range(whole_segments)) - self._indexed:
-            numbers = range(segment * SEGMENT, (segment + 1) * SEGMENT)
+            numbers = range(segment * LIMITS.segment, (segment + 1) * LIMITS.segment)
             texts = [raw[n] for n in numbers if n in raw]
-            if len(texts) < SEGMENT:
+            if len(texts) < LIMITS.segment:
                 blocks = await self._log.read_blocks(numbers.start, numbers.stop)
                 texts = [b"".join(entry.line for entry in block) for block in blocks]
             await retried(

@@ -8,10 +8,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-__all__ = ["CommitIds"]
+from smc.storage.limits import LIMITS
 
-# New ids are kept in a dict until there are so many, or an eighth of what is sorted: then they are sorted in.
-_FEWEST_SORTED_IN = 4096
+__all__ = ["CommitIds"]
 
 
 class CommitIds:
@@ -34,7 +33,8 @@ class CommitIds:
             if self._new.get(key, block) != block:
                 self._sort_in()
             self._new[key] = block
-        if len(self._new) > max(_FEWEST_SORTED_IN, len(self._hashes) // 8):
+        # New ids are kept in a dict until there are so many, or an eighth of what is sorted.
+        if len(self._new) > max(LIMITS.sorted_in, len(self._hashes) // 8):
             self._sort_in()
 
     def blocks(self, commit_id: str) -> list[int]:

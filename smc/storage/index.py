@@ -7,13 +7,12 @@ authoritative: what is read from it counts only if its hashes lead to a block re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 import orjson
 
-__all__ = ["SEGMENT", "decode_index", "encode_index", "index_key"]
+from smc.storage.limits import LIMITS
 
-SEGMENT: Final = 256
+__all__ = ["decode_index", "encode_index", "index_key"]
 
 
 def index_key(segment: int) -> str:
@@ -24,7 +23,7 @@ def index_key(segment: int) -> str:
 def encode_index(segment: int, blocks: Sequence[bytes]) -> bytes:
     """The index of one whole segment."""
     texts = [block.decode() for block in blocks]
-    return orjson.dumps({"format": 1, "first": segment * SEGMENT, "blocks": texts})
+    return orjson.dumps({"format": 1, "first": segment * LIMITS.segment, "blocks": texts})
 
 
 def decode_index(segment: int, data: bytes) -> list[bytes] | None:
@@ -35,4 +34,4 @@ def decode_index(segment: int, data: bytes) -> list[bytes] | None:
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeEncodeError):
         return None
     # What it is derived from determines every byte of it.
-    return blocks if len(blocks) == SEGMENT and encode_index(segment, blocks) == data else None
+    return blocks if len(blocks) == LIMITS.segment and encode_index(segment, blocks) == data else None

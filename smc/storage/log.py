@@ -11,9 +11,9 @@ from typing import Final
 import orjson
 
 from smc.errors import Corrupt, NotFound
-from smc.storage import index
 from smc.storage.chain import Entry, block_key, parse_block
 from smc.storage.index import decode_index, index_key
+from smc.storage.limits import LIMITS
 from smc.storage.objects import ObjectStore
 from smc.storage.requests import retried
 
@@ -69,7 +69,7 @@ class Log:
         """
         if start >= stop:
             return []
-        width = index.SEGMENT
+        width = LIMITS.segment
         gate = asyncio.Semaphore(_READS_AT_ONCE)
         blocks: dict[int, list[Entry]] = {}
         segments = range(-(-start // width), stop // width)
@@ -111,7 +111,7 @@ class Log:
         try:
             data = await retried(lambda: self._objects.get(index_key(segment)), self._retry_delays)
             raw = decode_index(segment, bytes(data))
-            first = segment * index.SEGMENT
+            first = segment * LIMITS.segment
             blocks = [parse_block(first + offset, block) for offset, block in enumerate(raw or ())]
             if blocks and all(_of_one_block(block) for block in blocks):
                 return blocks

@@ -11,9 +11,9 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from smc.errors import Corrupt
-from smc.storage import index
 from smc.storage.chain import UNKNOWN, Announcements, Entry, Tail, block_key, check_after, parse_block
 from smc.storage.identities import CommitIds
+from smc.storage.limits import LIMITS
 from smc.storage.log import Log
 from smc.storage.objects import ObjectStore
 
@@ -22,7 +22,6 @@ __all__ = ["LONGEST_COLLECTION", "LogReader"]
 # A collector that announced something longer ago than this is not at work any more.
 LONGEST_COLLECTION: Final = timedelta(days=1)
 # Entries kept as they are, for those who ask for a version or submit again; half as many commits are read at opening.
-_REMEMBERED = 2048
 _SEGMENTS_AT_ONCE = 16
 # Blocks that are asked for, round by round, before the end of the log is looked for further away.
 _NEARBY = (1, 3, 12)
@@ -61,12 +60,12 @@ class LogReader:
             return None
         if counter in self._versions:
             return self._versions[counter]
-        low, high = 0, (tail.block - 1) // index.SEGMENT
+        low, high = 0, (tail.block - 1) // LIMITS.segment
         while low <= high:  # counters rise along the log: bisect by segment
             middle = here = (low + high) // 2
             commits: dict[int, Entry] = {}
             while here >= low and not commits:  # a segment without commits tells nothing: ask the one before
-                blocks = await self.log.read_blocks(here * index.SEGMENT, min((here + 1) * index.SEGMENT, tail.block))
+                blocks = await self.log.read_blocks(here * LIMITS.segment, min((here + 1) * LIMITS.segment, tail.block))
                 commits = {e.counter: e for block in blocks for e in block if e.counter is not None}
                 here -= 1
             if counter in commits:
@@ -94,7 +93,7 @@ class LogReader:
     async def _advance_to(self, end: int) -> None:
         assert self.tail is not None
         while self.tail.block < end:
-            stop = min(end, (self.tail.block // index.SEGMENT + _SEGMENTS_AT_ONCE) * index.SEGMENT)
+            stop = min(end, (self.tail.block // LIMITS.segment + _SEGMENTS_AT_ONCE) * LIMITS.segment)
             for entries in await self.log.read_blocks(self.tail.block, stop):
                 self.advance(entries)
 
@@ -122,9 +121,9 @@ class LogReader:
             newest = await self.log.existing(await self.log.end(beyond[0].block + 1) - 1)
         end = newest[0].block
         blocks, start = [newest], end
-        while start > 0 and sum(e.kind == "commit" for block in blocks for e in block) < _REMEMBERED // 2:
-            width = max(1, len(blocks) // index.SEGMENT)  # segments in growing steps
-            first = max(0, (start - 1) // index.SEGMENT - width + 1) * index.SEGMENT
+        while start > 0 and sum(e.kind == "commit" for block in blocks for e in block) < LIMITS.remembered // 2:
+            width = max(1, len(blocks) // LIMITS.segment)  # segments in growing steps
+            first = max(0, (start - 1) // LIMITS.segment - width + 1) * LIMITS.segment
             before = str(blocks[0][0].fields["parent_hash"])
             blocks = await self.log.read_blocks(first, start, end_hash=before) + blocks
             start = first
@@ -151,10 +150,10 @@ class LogReader:
             if entry.counter is not None:
                 self.last_version = self._versions[entry.counter] = entry
         for remembered in (self._recent, self._versions):
-            while len(remembered) > _REMEMBERED:
+            while len(remembered) > LIMITS.remembered:
                 remembered.popitem(last=False)
-        if number % index.SEGMENT == 0:  # a writer that needs more than the last two segments reads them again
-            self.raw = {n: raw for n, raw in self.raw.items() if n >= number - index.SEGMENT}
+        if number % LIMITS.segment == 0:  # a writer that needs more than the last two segments reads them again
+            self.raw = {n: raw for n, raw in self.raw.items() if n >= number - LIMITS.segment}
 
     def recent_blocks(self, start: int, stop: int) -> list[list[Entry]]:
         """Those of blocks start ... stop - 1 at their end that are remembered; none if the last is not."""
@@ -177,7 +176,7 @@ class LogReader:
         """Read what stands before all that was read."""
         told: list[Entry] = []
         while self._ids_from > 0:
-            first = max(0, (self._ids_from - 1) // index.SEGMENT - _SEGMENTS_AT_ONCE + 1) * index.SEGMENT
+            first = max(0, (self._ids_from - 1) // LIMITS.segment - _SEGMENTS_AT_ONCE + 1) * LIMITS.segment
             blocks = await self.log.read_blocks(first, self._ids_from, end_hash=self._hash_before)
             for number, entries in enumerate(blocks, first):
                 self._ids.add(number, [entry.commit_id for entry in entries])

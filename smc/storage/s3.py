@@ -24,15 +24,14 @@ from botocore.exceptions import (
 
 from smc.errors import AccessDenied, ConfigError, Unavailable
 from smc.storage.address import endpoint_of, parse_uri, warn_if_open
+from smc.storage.limits import LIMITS
 from smc.storage.objects import Body, ObjectInfo
 from smc.storage.s3_errors import FAILURES, Redirected, code_of, status_of, translated
 
 __all__ = ["S3ObjectStore", "endpoint_of", "parse_uri"]
 
-# Parts of large objects: the size, and how many travel at a time.
-_PART = 16 * 2**20
+# Parts of a large object that travel at a time.
 _PARALLEL = 8
-_SMALLEST_PART = 8 * 2**20
 _CHUNK = 2**20
 _ABORT_SECONDS = 2.0
 
@@ -110,7 +109,7 @@ class S3ObjectStore:
     async def get(
         self, key: str, size: int | None = None, on_bytes: Callable[[memoryview], None] | None = None
     ) -> bytes | bytearray:
-        if size is not None and size > 2 * _PART:
+        if size is not None and size > 2 * LIMITS.part:
             return await self._get_in_ranges(key, size, on_bytes)
         data, _ = await self._get_whole(key)
         if on_bytes is not None:
@@ -146,7 +145,7 @@ class S3ObjectStore:
 
     async def put(self, key: str, data: Body) -> None:
         try:
-            if len(data) > 2 * _PART:
+            if len(data) > 2 * LIMITS.part:
                 await self._put_in_parts(key, data)
             else:
                 await self._put_whole(key, data)
@@ -164,10 +163,10 @@ class S3ObjectStore:
         """One buffer of the whole size, filled by parallel ranged requests: no second copy."""
         buffer = bytearray(size)
         view = memoryview(buffer)
-        arrived = {start: asyncio.Event() for start in range(0, size, _PART)}
+        arrived = {start: asyncio.Event() for start in range(0, size, LIMITS.part)}
 
         async def fetch(start: int) -> None:
-            stop = min(start + _PART, size)
+            stop = min(start + LIMITS.part, size)
             try:
                 response = await self._client.get_object(
                     Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
@@ -189,7 +188,7 @@ class S3ObjectStore:
             for start, event in arrived.items():
                 await event.wait()
                 if on_bytes is not None:
-                    await asyncio.to_thread(on_bytes, view[start : start + _PART])
+                    await asyncio.to_thread(on_bytes, view[start : start + LIMITS.part])
 
         following = asyncio.create_task(follow())
         try:
@@ -206,7 +205,7 @@ class S3ObjectStore:
         sixth of the checkpoint. A file over the buffer would save this copy, but aiohttp reads it in pieces of
         64 KiB through another thread, at half the speed.
         """
-        size = max(_SMALLEST_PART, len(data) // 48)
+        size = max(LIMITS.smallest_part, len(data) // 48)
         where = {"Bucket": self._bucket, "Key": self._prefix + key}
         upload = (await self._client.create_multipart_upload(**where))["UploadId"]
         etags: dict[int, str] = {}
@@ -234,7 +233,7 @@ class S3ObjectStore:
 
     async def create(self, key: str, data: Body) -> None:
         try:
-            if len(data) > 2 * _PART:
+            if len(data) > 2 * LIMITS.part:
                 await self._put_in_parts(key, data, IfNoneMatch="*")
             else:
                 await self._put_whole(key, data, IfNoneMatch="*")

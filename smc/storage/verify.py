@@ -23,8 +23,8 @@ from smc.storage.chain import (
     is_content_hash,
     parse_block,
 )
-from smc.storage.index import SEGMENT
 from smc.storage.ledger import HEAD_KEY
+from smc.storage.limits import LIMITS
 from smc.storage.objects import ObjectInfo, ObjectStore
 from smc.storage.requests import retried
 from smc.storage.verify_derived import check_head, check_indexes, read_head, read_indexes, settled_head
@@ -107,7 +107,7 @@ async def _verified(
     for number in sorted(number for number in numbers if number > last):
         reason = f"not a block of this log, which ends at block {last}: more than {_LONGEST_GAP} before it are missing"
         report.problems.append((block_key(number), reason))
-    indexes = await read_indexes(objects, (last + 1) // SEGMENT)
+    indexes = await read_indexes(objects, (last + 1) // LIMITS.segment)
     blocks = await _all_blocks(objects, last + 1, listed, {} if full else indexes, report)
     if seen is not None and seen[0] > last:
         report.problems.append((block_key(seen[0]), "the block is missing: head.json has seen it"))
@@ -166,8 +166,8 @@ async def _all_blocks(
         key = block_key(number)
         if key not in listed:
             return None
-        segment = indexes.get(number // SEGMENT)
-        data = segment[number % SEGMENT] if segment else None
+        segment = indexes.get(number // LIMITS.segment)
+        data = segment[number % LIMITS.segment] if segment else None
         if data is None or not _server_states(listed[key], data):
             async with gate:
                 data = bytes(await retried(lambda: objects.get(key)))

@@ -13,8 +13,9 @@ from smc.storage.chain import (
     Entry,
     block_key,
 )
-from smc.storage.index import SEGMENT, decode_index, index_key
+from smc.storage.index import decode_index, index_key
 from smc.storage.ledger import HEAD_KEY
+from smc.storage.limits import LIMITS
 from smc.storage.objects import ObjectStore
 from smc.storage.requests import retried
 
@@ -106,7 +107,7 @@ async def check_indexes(
             problems.append((key, reason))
             continue
         for offset, block in enumerate(raw):
-            entries = blocks[segment * SEGMENT + offset]
+            entries = blocks[segment * LIMITS.segment + offset]
             if entries is not None and b"".join(e.line for e in entries) != block:
-                problems.append((key, f"it differs from {block_key(segment * SEGMENT + offset)}"))
+                problems.append((key, f"it differs from {block_key(segment * LIMITS.segment + offset)}"))
                 break

@@ -48,18 +48,14 @@ def test_a_sweep_trains_every_experiment_into_one_ledger_and_goes_on_from_it(
     # Submitted again, it finds everything finished; extended, it trains further.
     assert sweep.main([str(file), "--ledger", on_seaweed]) == 0
     assert capfd.readouterr().out.count("finished before, skipped") == 2
-    assert sweep.main([str(file), "--ledger", on_seaweed, "--extend"]) == 0
+    # `train` runs one experiment by the same name.
+    arguments = ["--ledger", on_seaweed, "--experiment", "one", "--recipe", "tiny", "--extend"]
+    assert train.main(arguments) == 0
     again = versions_of(on_seaweed)
     assert again[:6] == made
-    assert {v.resumed_from for v in again[6:]} == {v.version_id for v in made if v.step == 60}
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_train_runs_one_experiment(on_seaweed: str, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--ledger", on_seaweed, "--experiment", "solo", "--recipe", "tiny"]
-    assert train.main([*arguments, "--set", "training.num_batches=10"]) == 0
-    assert "solo            trained to step 10" in capfd.readouterr().out
-    assert [v.step for v in versions_of(on_seaweed)] == [10]
+    (last,) = {v.version_id for v in made if v.step == 60 and v.experiment == "one"}
+    assert {v.resumed_from for v in again[6:]} == {last}
+    assert [v.step for v in again[6:]] == [80, 100, 120]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -115,7 +111,6 @@ def test_unreachable_storage_is_one_line_and_status_2(
     file: Path, on_seaweed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr("smc.storage.store.RETRY_DELAYS", (0.0,))
     assert sweep.main([str(file), "--ledger", on_seaweed]) == 2
     error = capfd.readouterr().err
     assert "127.0.0.1:1" in error

@@ -315,6 +315,7 @@ def test_single_precision_stays_single() -> None:
     assert not re.search(r"(?<!_real\()\b\d+\.\d", scalar_code)
 
 
+@pytest.mark.slow
 def test_compiled_problems_are_kept_between_processes(tmp_path: Path) -> None:
     code = (
         "import time, numpy as np\n"

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from smc.errors import Unavailable
 from smc.storage import AsyncBlockchainModelStore, recover
 from smc.storage.chain import Draft
+from smc.storage.limits import LIMITS
 from smc.storage.objects import MemoryObjectStore, ObjectStore
 from smc.storage.spool import CommitRecord, Spool
 from tests.conftest import NO_DELAYS, tag_draft
@@ -28,10 +29,9 @@ from tests.faults import FAULTS, FaultStore
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexes of four blocks and a memory of eight entries, so that short histories are longer than either."""
-    for module in ("index", "derived", "verify", "verify_derived"):
-        monkeypatch.setattr(f"smc.storage.{module}.SEGMENT", 4)
-    monkeypatch.setattr("smc.storage.reader._REMEMBERED", 8)
-    monkeypatch.setattr("smc.storage.identities._FEWEST_SORTED_IN", 4)
+    monkeypatch.setattr(LIMITS, "segment", 4)
+    monkeypatch.setattr(LIMITS, "remembered", 8)
+    monkeypatch.setattr(LIMITS, "sorted_in", 4)
 
 
 def opened(objects: ObjectStore) -> AsyncBlockchainModelStore:

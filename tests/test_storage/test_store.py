@@ -17,6 +17,7 @@ from smc.storage.budget import UploadBudget
 from smc.storage.chain import blob_key, block_key
 from smc.storage.dev_server import DevServer
 from smc.storage.ledger import HEAD_KEY
+from smc.storage.limits import LIMITS
 from smc.storage.objects import MemoryObjectStore, ObjectStore
 from smc.storage.s3 import S3ObjectStore, parse_uri
 from smc.storage.spool import CommitRecord
@@ -379,8 +380,8 @@ async def test_a_connection_that_ends_before_the_body_leaves_no_object(seaweed: 
 async def test_bytes_altered_on_their_way_are_refused_and_sent_again(
     seaweed: DevServer, on_seaweed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smc.storage.s3._PART", 5 * 2**20)
-    monkeypatch.setattr("smc.storage.s3._SMALLEST_PART", 5 * 2**20)
+    monkeypatch.setattr(LIMITS, "part", 5 * 2**20)
+    monkeypatch.setattr(LIMITS, "smallest_part", 5 * 2**20)
     bodies = {"small": b"a block", "large": random.Random(1).randbytes(12 * 2**20)}
     with FaultProxy(seaweed.endpoint_url, rate=1.0, kinds=("alter",)) as proxy:
         async with AsyncBlockchainModelStore(on_seaweed, endpoint_url=proxy.url) as store:
@@ -478,8 +479,8 @@ async def test_an_unreachable_endpoint_is_unavailable(on_seaweed: str) -> None:
 async def test_a_large_checkpoint_goes_up_in_parts_and_comes_down_in_ranges(
     make_store: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smc.storage.s3._PART", 5 * 2**20)
-    monkeypatch.setattr("smc.storage.s3._SMALLEST_PART", 5 * 2**20)
+    monkeypatch.setattr(LIMITS, "part", 5 * 2**20)
+    monkeypatch.setattr(LIMITS, "smallest_part", 5 * 2**20)
     data = random.Random(1).randbytes(17 * 2**20 + 12_345)
     async with make_store() as store:
         version = await store.commit(data, record(1))
