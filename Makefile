@@ -24,7 +24,8 @@ coverage: $(MARK)
 
 # No server, no Ray, no GPU: for every change, in a minute.
 test-fast: $(MARK)
-	$(BIN)/python -m pytest -n 3 -m "not service and not slow and not long and not gpu" $(OPTIONS) tests
+	$(BIN)/python -m pytest -n 3 -W error::ResourceWarning -W error::pytest.PytestUnraisableExceptionWarning \
+		-m "not service and not slow and not long and not gpu" $(OPTIONS) tests
 
 check: $(MARK)
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ than at its ends, takes time that is quadratic in the crowd.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -352,7 +352,8 @@ def _levels(
     return levels
 
 
-@lru_cache(maxsize=6)
+# There are eight of them, and none is ever let go of: a captured graph may hold it.
+@cache
 def _kernel(dtype: torch.dtype, of_payoffs: bool, with_slopes: bool) -> Kernel:
     double = int(dtype is Precision.float64.torch)
     return Kernel(_SOURCE, "levels_of", DOUBLE=double, PAYOFFS=int(of_payoffs), SLOPES=int(with_slopes))

@@ -140,6 +140,7 @@ def _simulated(
     return outs
 
 
+# None is ever let go of, nor is a linked kernel below: captured graphs read them, and do not keep them.
 _constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
 

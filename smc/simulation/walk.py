@@ -30,6 +30,7 @@ from smc.simulation.sizes import Sizes, sizes_of
 __all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
 
 _one_at_a_time = threading.Lock()
+# Compiled code stays loaded as long as the process, so that to forget it would free nothing.
 _walks: dict[tuple[Problem, Precision, bool], Callable[..., None]] = {}
 
 _TEMPLATE = """# {name}, {real}. Made by smc.simulation.walk, {version}.
