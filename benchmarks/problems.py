@@ -20,6 +20,7 @@ from benchmarks.reporting import Report, captured, gpu_seconds, run
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.processes.heston import Heston
 from smc.problem.products.asian import ArithmeticAsianPut
 from smc.problem.products.barrier import UpAndOutCall
 from smc.problem.products.digital import DigitalPut
@@ -37,6 +38,9 @@ PROBLEMS = {
     "arithmetic Asian put": (Problem(GBM, ArithmeticAsianPut(dates=STEPS)), 0.90),
     "up-and-out call": (Problem(GBM, UpAndOutCall(dates=STEPS)), 0.95),
     "arithmetic Asian put, 20 dates": (Problem(GBM, ArithmeticAsianPut(dates=20)), None),
+    "Heston, European call": (Problem(Heston(), EuropeanCall()), 0.20),
+    "Heston, arithmetic Asian put": (Problem(Heston(), ArithmeticAsianPut(dates=STEPS)), None),
+    "Heston, up-and-out call": (Problem(Heston(), UpAndOutCall(dates=STEPS)), None),
 }
 
 

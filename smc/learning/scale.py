@@ -96,13 +96,14 @@ class View:
                     )
 
     def features(self, table: Tensor) -> Tensor:
-        """Log distances m, deviation w, ln(w + 0.4), tanh of each m / w on three scales, what the product adds, and
-        the fields that stand for themselves, standardised over the domain.
+        """Log distances m, deviation w, ln(w + 0.4), tanh of each m / w on three scales, what product and process
+        add, and the fields that stand for themselves, standardised over the domain.
 
         Of a put: m = ln(F / K), w = v sqrt(T), T, r, d. Shapes: (n, fields) -> (n, inputs).
         """
         law = self.problem.law(table)
         distances, w, more = (self._told(what, law) for what in ("distances", "width", "features"))
+        more = (*more, *self._of_the_law(law))
         resolved = [torch.tanh(m / (width * w)) for m in distances for width in _WIDTHS]
         standard = [_standardised(getattr(law.c, name), self.domain[name]) for name in self._standardised]
         spread = torch.log(w + _LEAST_VOLATILITY)
@@ -130,6 +131,15 @@ class View:
             return getattr(product, what)(law)
         except Exception as error:  # it may be anybody's own
             where = f"{type(product).__name__}.{what} of {self.problem.name}"
+            raise ConfigError(f"{where} fails: {type(error).__name__}: {error}") from error
+
+    def _of_the_law(self, law: Law) -> tuple[Tensor, ...]:
+        """What the process adds to the features. Raises: ConfigError if it fails."""
+        process = self.problem.process
+        try:
+            return process.features(law.c)
+        except Exception as error:  # it may be anybody's own
+            where = f"{type(process).__name__}.features of {self.problem.name}"
             raise ConfigError(f"{where} fails: {type(error).__name__}: {error}") from error
 
     def weight(self, table: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from smc.errors import ConfigError
 from smc.problem.law import Law
 from smc.problem.process import Process
 from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.processes.heston import Heston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
@@ -169,6 +170,7 @@ EUROPEAN_PUT = Problem(GeometricBrownianMotion(), EuropeanPut())
 
 for _kind in (
     GeometricBrownianMotion,
+    Heston,
     EuropeanPut,
     EuropeanCall,
     DigitalPut,

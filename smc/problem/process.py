@@ -79,6 +79,10 @@ class Process(BaseModel, ABC):
         """
         return None
 
+    def features(self, c: Any) -> tuple[Any, ...]:
+        """What else of the law a network should see, of order one. Shapes: columns of (n,) -> of (n,) each."""
+        return ()
+
     def discount(self, c: Any, t: Any) -> Any:
         """What one unit of currency after t years is worth today: by the rate `r`, where there is such a field."""
         return (-c.r * t).exp() if hasattr(c, "r") else (0 * t).exp()

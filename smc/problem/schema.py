@@ -18,7 +18,8 @@ class Field:
     """One parameter of a contract.
 
     `lower` and `upper` bound the default domain. A contract itself needs only to be at least `least`, or above it
-    where `strict`. `unit` completes "K is ...". Bounds beyond `doubtful` are taken for another unit, and questioned.
+    where `strict`, and at most `most`. `unit` completes "K is ...". Bounds beyond `doubtful` are taken for another
+    unit, and questioned.
     Where `certain`, nothing is random at the least value, which is then no part of a domain.
     """
 
@@ -31,13 +32,17 @@ class Field:
     strict: bool = False
     doubtful: float = float("inf")
     certain: bool = False
+    most: float = float("inf")
 
     @property
     def allowed(self) -> str:
         """What a value has to be, in words."""
-        if self.least == float("-inf"):
-            return "finite"
-        return f"finite and {'above' if self.strict else 'at least'} {self.least:g}"
+        allowed = "finite"
+        if self.least > float("-inf"):
+            allowed += f" and {'above' if self.strict else 'at least'} {self.least:g}"
+        if self.most < float("inf"):
+            allowed += f" and at most {self.most:g}"
+        return allowed
 
     def within(self, lower: float, upper: float) -> Field:
         """The same parameter with another default domain."""

@@ -156,6 +156,7 @@ def test_a_sweep_and_an_evaluation_are_submitted_with_a_token(head: Head, on_sea
     assert re.search("401|[Uu]nauthorized|[Aa]uthentication", without.stdout + without.stderr)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_running_job_is_watched_stopped_and_keeps_no_secret(head: Head, on_seaweed: str, tmp_path: Path) -> None:
     settings = ["--recipe", "tiny", "--set", "training.num_batches=100000000", "--set", "commit_interval=200"]

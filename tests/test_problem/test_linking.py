@@ -13,6 +13,7 @@ from smc.gbm import Simulation, SimulationParams
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.processes.heston import Heston
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
 from smc.problem.products.digital import DigitalPut
@@ -30,6 +31,7 @@ PROBLEMS = [
     *(Problem(LOG, product) for product in (ArithmeticAsianPut(dates=3), ArithmeticAsianCall(dates=12))),
     *(Problem(LOG, product) for product in (UpAndOutCall(dates=6), DownAndOutCall(dates=12))),
     *(Problem(EULER, product) for product in (EuropeanPut(), ArithmeticAsianPut(dates=12))),
+    *(Problem(Heston(), product) for product in (EuropeanCall(), ArithmeticAsianPut(dates=4))),
     Problem(MeanReverting(), RangePayoff()),
     Problem(MeanReverting(scale=0.5), EuropeanCall()),
 ]

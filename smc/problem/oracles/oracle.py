@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from smc.problem.oracles import black_scholes, log_normal
+from smc.problem.oracles import black_scholes, heston, log_normal
 from smc.problem.oracles.black_scholes import Greeks, OptionKind
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.processes.heston import Heston
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
 from smc.problem.products.cash_or_nothing import CashOrNothingCall
@@ -48,9 +49,16 @@ class Oracle:
 
 def oracle_of(problem: Problem) -> Oracle | None:
     """A problem's oracle; None where there is none but a simulation."""
+    kind = type(problem.product)
+    if type(problem.process) is Heston and kind in (EuropeanPut, EuropeanCall):
+        option: OptionKind = "put" if kind is EuropeanPut else "call"
+
+        def by_fourier(table: Array) -> Array:
+            return heston.price(problem.schema.row(*table.T), option)
+
+        return Oracle("Fourier inversion", (option,), by_fourier)
     if type(problem.process) is not GeometricBrownianMotion:
         return None
-    kind = type(problem.product)
     if kind in (EuropeanPut, EuropeanCall):
         own: OptionKind = "put" if kind is EuropeanPut else "call"
         return Oracle(
