@@ -29,17 +29,17 @@ _FIELDS = (
 
 # Where the variance over a step is drawn from a squared normal, and beyond it from an exponential with a mass at 0.
 _SWITCH = 1.5
-# The least that a squared coefficient of variation, a mean of the variance and the argument of a logarithm are taken to
-# be: below it nothing changes but a division by zero.
-_LEAST_PSI, _LEAST_MEAN, _LEAST_FACTOR = 1e-6, 1e-12, 1e-6
+# The least that a mean of the variance and the argument of a logarithm are taken to be: below it nothing changes but a
+# division by zero.
+_LEAST_MEAN, _LEAST_FACTOR = 1e-12, 1e-6
 
 # Gauss-Legendre on [0, 1], for moments of the integrated variance: integrands are sums of three exponentials.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
-def log_upper_tail(z: float) -> float:
-    """Logarithm of the probability that a standard normal is above z; relative error of the probability 1.2e-7.
+def upper_tail(z: float) -> float:
+    """The probability that a standard normal is above z, its relative error 1.2e-7.
 
     Source: erfc by Chebyshev fitting, Press et al., "Numerical Recipes" (1992), section 6.2.
     """
@@ -55,7 +55,7 @@ def log_upper_tail(z: float) -> float:
     y = y * t + 1.00002368
     y = y * t - 1.26551223
     far = 0.5 * t * math.exp(y - x * x)
-    return math.log(far if z > 0.0 else 1.0 - far)
+    return far if z > 0.0 else 1.0 - far
 
 
 class Heston(Process):
@@ -105,25 +105,28 @@ class Heston(Process):
         """The variance by the first normal, the price by the second."""
         v = state[1]
         mean = max(k[0] + v * k[1], _LEAST_MEAN)
-        psi = max((v * k[2] + k[3]) / (mean * mean), _LEAST_PSI)
+        per_mean = 1.0 / mean
+        variance = v * k[2] + k[3]
+        psi = variance * per_mean * per_mean
         squared = psi < _SWITCH
-        # A squared normal, a (b + z)^2.
-        inverse = 2.0 / psi
-        b2 = inverse - 1.0 + math.sqrt(inverse * max(inverse - 1.0, 0.0))
-        a = mean / (1.0 + b2)
-        root = math.sqrt(max(b2, 0.0)) + normals[0]
-        # An exponential: above the next variance w with probability `above` exp(-beta w).
-        above = 2.0 / (psi + 1.0)
-        beta = above / mean
-        drawn = max(math.log(above) - log_upper_tail(normals[0]), 0.0) / beta
-        w = a * root * root if squared else drawn
+        # A squared normal: mean q + 2 sqrt(mean q a) z + a z^2 has this mean and variance.
+        q = math.sqrt(max(1.0 - 0.5 * psi, 0.0))
+        a = 0.5 * variance * per_mean / (1.0 + q)
+        middle = mean * q
+        root = middle + normals[0] * (2.0 * math.sqrt(middle * a) + a * normals[0])
+        # An exponential: above w, if that is not 0, with probability exp(-w / (half mean)) / half.
+        half = 0.5 * psi + 0.5
+        drawn = half * mean * max(-math.log(half * upper_tail(normals[0])), 0.0)
+        w = max(root, 0.0) if squared else drawn
         # What makes the price a martingale: minus the logarithm of E exp(lift w), in the same two cases.
         lift = k[5] + 0.5 * k[6]
-        factor = 1.0 - 2.0 * lift * a if squared else 1.0 + above * lift / max(beta - lift, _LEAST_FACTOR * beta)
-        factor = max(factor, _LEAST_FACTOR)
-        logarithm = math.log(factor)
-        correction = 0.5 * logarithm - lift * b2 * a / factor if squared else -logarithm
-        spread = math.sqrt(max(k[6] * (v + w), 0.0))
+        x = lift * mean
+        left = 1.0 - 2.0 * lift * a if squared else 1.0 - x * half
+        left = max(left, _LEAST_FACTOR)
+        inverse = 1.0 / (left if squared else max(left + x, _LEAST_FACTOR))
+        logarithm = math.log(left if squared else left * inverse)
+        correction = 0.5 * logarithm - x * q * inverse if squared else logarithm
+        spread = math.sqrt(k[6] * (v + w))
         return state[0] + k[4] + correction - 0.5 * k[6] * v + k[5] * w + spread * normals[1], w
 
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
