@@ -1,6 +1,6 @@
 """What is learnt of every problem in a given time, by one recipe, against its oracle or a simulation.
 
-.venv/bin/python -m benchmarks.learning [--seconds 60] [--seeds 1] [--kinds digital_put up_and_out_call] [--json FILE]
+.venv/bin/python -m benchmarks.learning [--seconds 60] [--seeds 1] [--process heston] [--kinds KIND ...] [--json FILE]
 
 Batches are counted as in `benchmarks.accuracy`. Payoffs that jump have no derivatives as labels. Beside the errors
 stands what must hold: no NaN, no bound broken, levels in order.
@@ -34,12 +34,12 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     for kind in options.kinds:
         training = {} if product_of({"kind": kind}).lipschitz else {"training": {"differential": 0.0}}
-        given = overlaid({"simulation": {"product": {"kind": kind}}}, training)
+        given = overlaid({"simulation": {"process": {"kind": options.process}, "product": {"kind": kind}}}, training)
         for seed in range(options.seeds):
             pricer, batches, took = trained(given, options.seconds, seed, options.recipe)
             schema = pricer.problem.schema
             fresh = SobolSampler({}, seed=20_261_123, schema=schema).sample(CONTRACTS)
-            title = f"{kind}, {options.seconds} s, seed {seed}: "
+            title = f"{options.process} x {kind}, {options.seconds} s, seed {seed}: "
             for found, statistic, value in shown(evaluate(pricer, fresh)):
                 unit = "of its mean" if statistic == "relative" else f"{found.unit}, {found.compared}"
                 report.add(f"{title}{found.name} {statistic}", value, unit)
@@ -67,8 +67,8 @@ def soundness(report: Report, title: str, pricer: GbmCVNNPricer) -> None:
     law = pricer.problem.law(torch.from_numpy(contracts))
     limits, basis = pricer.problem.product.bounds(law), 1e4 / pricer.problem.product.notionals(law).numpy()
     price, levels = np.asarray(pricer.predict_price(contracts)), pricer.predict_distribution(contracts).host_levels
-    greeks = pricer.predict_greeks(contracts)
-    wrong = np.isnan(price).sum() + np.isnan(levels).sum() + sum(int(np.isnan(greek).sum()) for greek in greeks)
+    slopes = pricer.predict_sensitivities(contracts)
+    wrong = np.isnan(price).sum() + np.isnan(levels).sum() + sum(int(np.isnan(slope).sum()) for slope in slopes)
     beyond = np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis
     above = (levels.max(axis=1) - limits.payoff.numpy()) * basis
     report.add(f"{title}NaN over {SOUND:,} contracts", float(wrong), "", at_most=0)
@@ -86,6 +86,7 @@ if __name__ == "__main__":
         ("--seeds", {"type": int, "default": 1}),
         ("--seconds", {"type": int, "default": 60}),
         ("--recipe", {"default": "default"}),
+        ("--process", {"default": "gbm"}),
         ("--kinds", {"nargs": "+", "default": list(KINDS)}),
         ("--threads", {"type": int, "default": 2}),
     )
