@@ -389,7 +389,7 @@ def test_an_experiment_names_its_problem() -> None:
         ({"product": {"kind": "up_and_out_call", "dates": 0}}, "dates: Input should be greater than or equal to 1"),
         ({"product": {"kind": "up_and_out_call", "dates": 3}}, "timesteps is 16, .* looks at the price on 3 dates"),
         ({"process": {"kind": "gbm"}}, "simulation.product: Field required"),
-        ({"process": {"kind": "heston"}, "product": {"kind": "digital_put"}}, "no process of the kind 'heston'"),
+        ({"process": {"kind": "hull"}, "product": {"kind": "digital_put"}}, "no process of the kind 'hull'"),
     ],
 )
 def test_bad_settings_of_a_problem_are_one_clear_error(settings: dict[str, Any], message: str) -> None:
