@@ -123,6 +123,8 @@ def test_features_are_the_moments_of_the_integrated_variance() -> None:
     of_integral = (c.T * (variance * later * later).mean(dim=0)).sqrt()
     torch.testing.assert_close(varied, c.xi * of_integral / expected, rtol=1e-6, atol=1e-9)
     assert bool(term.isfinite().all() and speed.isfinite().all())
+    nothing_today = c._replace(v0=0 * c.v0)
+    assert all(bool(feature.isfinite().all()) for feature in Heston().features(nothing_today))
 
 
 def test_it_is_learnt_like_any_other_and_goes_on_from_a_snapshot() -> None:

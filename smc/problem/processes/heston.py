@@ -33,6 +33,9 @@ _SWITCH = 1.5
 # division by zero.
 _LEAST_MEAN, _LEAST_FACTOR = 1e-12, 1e-6
 
+# The share of today's variance in the expected one below which it hardly matters to prices; it may be 0.
+_ROUNDING = 0.1
+
 # Gauss-Legendre on [0, 1], for moments of the integrated variance: integrands are sums of three exponentials.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
@@ -156,7 +159,7 @@ class Heston(Process):
             varied = varied + weight * variance * later * later
         skew = c.rho * c.xi * c.T * skew / expected**1.5
         varied = c.xi * (c.T * varied).sqrt() / expected
-        return skew, varied, (c.v0 * c.T / expected).log(), (c.kappa * c.T).log()
+        return skew, varied, (c.v0 * c.T / expected + _ROUNDING).log(), (c.kappa * c.T).log()
 
     def _waning(self, c: Any, t: Any) -> Any:
         """Integral of exp(-kappa s) from 0 to t."""
