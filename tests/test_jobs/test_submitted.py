@@ -84,6 +84,8 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "RAY_metrics_report_interval_ms": "500",
         # A machine that is busy starts the agent late, and the node would give itself up.
         "RAY_agent_register_timeout_ms": "120000",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
+        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "120",
     }
     log = open(folder / "head.log", "w")  # noqa: SIM115  the head's own
 
@@ -100,7 +102,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     process, made = launch()
     try:
-        launches, deadline = 1, time.monotonic() + 80
+        launches, deadline = 1, time.monotonic() + 190
         while True:
             try:
                 made.get("/api/jobs/", {"entrypoint": "true"})  # some time after the dashboard answers
@@ -112,7 +114,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                     assert launches < 3, (folder / "head.log").read_text()
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
-                    launches, deadline = launches + 1, time.monotonic() + 80
+                    launches, deadline = launches + 1, time.monotonic() + 190
                     process, made = launch()
                 time.sleep(0.5)
         yield made

@@ -14,7 +14,14 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from smc.errors import Unavailable
 from smc.storage import AsyncBlockchainModelStore, recover
@@ -293,6 +300,8 @@ class TestLedgerMachine(LedgerMachine.TestCase):  # type: ignore[name-defined,mi
 
 
 def test_the_machine_went_past_what_is_remembered() -> None:
+    if LedgerMachine.submitted_again == 0:  # this test runs alone, or before the machine
+        run_state_machine_as_test(LedgerMachine, settings=LedgerMachine.TestCase.settings)
     print(
         f"\n{LedgerMachine.submitted_again} entries submitted again, {LedgerMachine.forgotten} of them older than what "
         f"is remembered; at most {LedgerMachine.longest_behind} blocks behind"

@@ -511,6 +511,7 @@ async def interleaved(spool: Spool, plan: dict[int, tuple[str, int, float, bool]
         assert report.ok, report.problems
 
 
+@pytest.mark.long
 def test_enough_happened_to_collectors() -> None:
     print(f"\nwhat happened at a collector's requests: {dict(happened)}")
     assert not happened or sum(happened.values()) > 30
