@@ -12,11 +12,11 @@ demo: $(MARK)
 	$(BIN)/python -m jobs.demo
 
 test: check
-	$(BIN)/python -m pytest -n 4 --no-loadscope-reorder --durations=10 -m "not long" $(OPTIONS) tests
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder --durations=10 -m "not long" $(OPTIONS) tests
 
 # Nodes, actors and requests that fail one after the other under sweeps: minutes, for CI and before a release.
 test-long: $(MARK)
-	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder --durations=10 -m long tests
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=10 -m long tests
 
 # The same, several minutes longer, and which lines no test of this process reaches.
 coverage: $(MARK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -24,18 +25,19 @@ ENDS = re.compile(
 def printed(seaweed: DevServer) -> str:
     """What the example prints, which leaves a ledger behind."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "OMP_NUM_THREADS": "1", **seaweed.environment}
+    environment |= {name: os.environ[name] for name in os.environ if name.startswith("RAY_")}  # as other tests' Ray
     command = [sys.executable, str(EXAMPLES / "own_models.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_model_of_ones_own_goes_through_everything(printed: str) -> None:
     assert ENDS.search(printed), printed
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("printed")
 def test_a_ledger_of_ones_own_models_is_read_by_whoever_names_their_file(seaweed: DevServer) -> None:
     """And verified by everybody: what a checkpoint is about is no matter of its hash."""

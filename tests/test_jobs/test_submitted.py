@@ -84,6 +84,7 @@ def head(seaweed: DevServer, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "RAY_metrics_report_interval_ms": "500",
         # A machine that is busy starts the agent late, and the node would give itself up.
         "RAY_agent_register_timeout_ms": "120000",
+        "RAY_worker_niceness": "0",  # as other tests' Ray, which would hold this one up for minutes
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
         "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "120",
     }
