@@ -23,7 +23,7 @@ from jobs.train import setting
 from smc.learning.experiment import Experiment
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import evaluate
-from smc.problem.contracts import DEFAULT_DOMAIN, FIELDS
+from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 
 CONTRACTS = 8192
@@ -136,9 +136,9 @@ def measure(report: Report, options: argparse.Namespace) -> None:
 
 def soundness(report: Report, title: str, pricer: GbmCVNNPricer) -> None:
     """What must hold for any contract, over 100,000 random ones, those of the domain's corners among them."""
-    bounds = np.array([[DEFAULT_DOMAIN[name].lower, DEFAULT_DOMAIN[name].upper] for name in FIELDS])
+    bounds = np.array([[field.lower, field.upper] for field in EUROPEAN_PUT.schema])
     corners = np.array(np.meshgrid(*bounds)).reshape(6, -1).T
-    inside = np.random.default_rng(1).uniform(bounds[:, 0], bounds[:, 1], (100_000 - len(corners), 6))
+    inside = np.random.default_rng(1).uniform(bounds[:, 0], bounds[:, 1], (100_000 - len(corners), len(bounds)))
     contracts = np.concatenate([corners, inside])
     X0, K, T, r, d, _ = contracts.T
     put, call = (np.asarray(pricer.predict_price(contracts, kind)) for kind in ("put", "call"))
@@ -164,7 +164,8 @@ def strike_shape(pricer: GbmCVNNPricer) -> tuple[float, float]:
     base = SobolSampler({}, seed=5).sample(1024)
     strikes = np.arange(50.0, 150.5, 1.0)
     table = np.repeat(base, len(strikes), axis=0)
-    table[:, 0], table[:, 1] = 100.0, np.tile(strikes, len(base))
+    spot, strike = (EUROPEAN_PUT.schema.column(name) for name in ("X0", "K"))
+    table[:, spot], table[:, strike] = 100.0, np.tile(strikes, len(base))
     put = np.asarray(pricer.predict_price(table)).reshape(len(base), -1)
     butterfly = put[:, 2:] - 2 * put[:, 1:-1] + put[:, :-2]
     return max(0.0, float(-np.diff(put, axis=1).min())) * 100, max(0.0, float(-butterfly.min())) * 100
@@ -172,7 +173,7 @@ def strike_shape(pricer: GbmCVNNPricer) -> tuple[float, float]:
 
 if __name__ == "__main__":
     run(
-        f"Pricer accuracy over {CONTRACTS} fresh contracts of DEFAULT_DOMAIN, Monte Carlo labels only",
+        f"Pricer accuracy over {CONTRACTS} fresh contracts of the default domain, Monte Carlo labels only",
         measure,
         ("--seeds", {"type": int, "default": 3}),
         ("--seconds", {"type": int, "nargs": "+", "default": [60, 20]}),

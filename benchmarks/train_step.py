@@ -18,7 +18,7 @@ from smc.learning.optimizer import make_optimizer
 from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig, TrainingConfig
 from smc.learning.scale import Scaling
 from smc.learning.step import Position, TrainingStep
-from smc.problem.contracts import DEFAULT_DOMAIN
+from smc.problem.contracts import resolve_domain
 from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
 from smc.simulation.levels import bin_weights
 
@@ -31,7 +31,7 @@ def parameters(batches: int) -> SimulationParams:
 
 def training_step(batches: int, batch_size: int, hidden: tuple[int, ...]) -> tuple[TrainingStep, ExampleSource]:
     params = parameters(batches)
-    source = ExampleSource(BlackScholes(BlackScholesConfig(sim_params=params), "cuda"), DEFAULT_DOMAIN)
+    source = ExampleSource(BlackScholes(BlackScholesConfig(sim_params=params), "cuda"), resolve_domain({}))
     model = build_cvnn(params, CVNNConfig(hidden=hidden)).cuda()
     examples = source.simulate(source.contracts(0, 64), torch.zeros((), dtype=torch.int64, device="cuda"))
     step = TrainingStep(
