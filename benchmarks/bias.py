@@ -24,9 +24,9 @@ from smc.simulation.engine import Simulation
 
 PROBLEM = Problem(Heston(), EuropeanPut())
 STEPS = (8, 16, 32, 64, 128)
-# Payoffs that are held at a time.
+# So many payoffs are held at a time.
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}
-# Ranges of kappa T that are told apart.
+# Errors are told apart by these ranges of kappa T.
 CLASSES = ((0.0, 1.0), (1.0, 4.0), (4.0, 12.0))
 
 

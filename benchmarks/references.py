@@ -34,7 +34,7 @@ from smc.problem.products.terminal import TerminalPrice
 from smc.simulation.config import SimulationParams
 from smc.simulation.engine import Simulation
 
-# Of the spot: what a scheme's steps may put a simulated value off by, beside three standard errors.
+# A scheme's steps may put a simulated value off by this share of the spot, beside three standard errors.
 BIAS = 1e-4
 # A field is moved by this share of itself for a derivative, on the same random numbers.
 SHARE = 1e-3

@@ -15,17 +15,17 @@ __all__ = ["LIMITS", "Limits"]
 class Limits:
     """Bounds of one process."""
 
-    # Blocks that one index repeats: a part of the format, not a setting.
+    # One index repeats so many blocks. The format says so; it is not a setting.
     segment: int = 256
-    # Entries that a reader keeps of what it has read, and new ids that it sorts in together.
+    # A reader keeps so many of the entries that it has read, and sorts in so many new ids together.
     remembered: int = 2048
     sorted_in: int = 4096
     # A collector leaves alone what is younger, and a checkpoint that is older is looked at before it is committed.
     young: timedelta = timedelta(minutes=10)
-    # Bytes of a request, where an object comes or goes in several, and the least that a request of an upload carries.
+    # A large object comes and goes in requests of so many bytes; one of an upload carries no fewer than the second.
     part: int = 16 * 2**20
     smallest_part: int = 8 * 2**20
-    # Seconds that training waits, before its first step, for a connection to be there.
+    # Training waits so many seconds, before its first step, for a connection to be there.
     opening: float = 5.0
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.special import ndtr
 
-from smc.errors import ConfigError
+from smc.errors import ConfigError, NumericsError
+from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from smc.models.numerical import Precision
 from smc.prediction.evaluation import price_error
@@ -77,6 +78,25 @@ def test_a_put_is_a_call_by_parity_and_sensitivities_are_differences() -> None:
         np.testing.assert_allclose(slope, by_difference, atol=1e-5 * (1 + np.abs(slope).max()))
 
 
+def test_the_oracle_knows_what_is_certain_and_says_where_it_does_not_converge() -> None:
+    for certain in ({"T": 0.0}, {"v0": 0.0, "theta": 0.0}):
+        contract = {**LEWIS, "K": 90.0, **certain}
+        forward = 100 * np.exp(-0.01 * contract["T"])
+        worth = np.exp(-0.01 * contract["T"]) * (forward - 90)
+        assert oracle.price(columns(**contract), "call")[0] == pytest.approx(worth, abs=1e-12)
+        assert oracle.price(columns(**contract), "put")[0] == pytest.approx(0, abs=1e-12)
+    with pytest.raises(NumericsError, match="a time to expiry or a variance is next to 0"):
+        oracle.price(columns(**{**LEWIS, "T": 1e-9}), "call")
+
+
+def test_the_oracle_answers_the_same_however_many_contracts_it_is_asked_about() -> None:
+    table = SobolSampler({}, seed=8, schema=PUT.schema).sample(3000)  # some blocks of numbers
+    assert oracle.HestonLaw.of(PUT.schema.row(*table.T)).reach().sum() > 2 << 20
+    together = oracle.price(PUT.schema.row(*table.T), "put")
+    for part in (slice(0, 5), slice(2990, 3000)):
+        np.testing.assert_allclose(oracle.price(PUT.schema.row(*table[part].T), "put"), together[part], atol=1e-12)
+
+
 def test_the_tail_of_the_normal_is_right_to_single_precision() -> None:
     z = np.linspace(-6, 6, 2001)
     found = np.array([upper_tail(float(x)) for x in z])
@@ -128,8 +148,6 @@ def test_features_are_the_moments_of_the_integrated_variance() -> None:
 
 
 def test_it_is_learnt_like_any_other_and_goes_on_from_a_snapshot() -> None:
-    from smc.learning.network import CVNNConfig, build_cvnn
-
     params = small_simulation(timesteps=8)
     model = build_cvnn(params, CVNNConfig(hidden=(24, 24)), problem=PUT)
     config = ProblemConfig(process=Heston(), product=EuropeanPut(), sim_params=params)

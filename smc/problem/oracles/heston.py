@@ -23,10 +23,10 @@ Complex = npt.NDArray[np.complex128]
 # The integrands are analytic within half a unit of the contour, so that the trapezoidal rule's error is
 # exp(-pi / step): 1e-17.
 _STEP = 0.08
-# What an integrand has fallen to where the sum is cut, relative to its value at 0.
+# The sum is cut where the integrand has fallen to this share of its value at 0.
 _NEGLIGIBLE = 1e-17
 _MOST_NODES = 1 << 21
-# Numbers of a block of contracts by nodes.
+# So many complex numbers, contracts by nodes, are held at a time.
 _BLOCK = 1 << 20
 
 
@@ -84,9 +84,18 @@ class HestonLaw:
 
 
 def price(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
-    """Discounted prices. Shapes: columns of (n,) -> (n,). Units: currency."""
+    """Discounted prices. Shapes: columns of (n,) -> (n,). Units: currency.
+
+    Raises: NumericsError where a variance to expiry is so small, and not 0, that the integral does not converge.
+    """
     forward, discount = _forward(c, spot)
-    call = discount * (forward - _overlap(c, forward, lambda u, law: 1.0))
+    # There is nothing to integrate over where the price at expiry is known: at expiry, or without any variance.
+    random = (c.T > 0) & ((c.v0 > 0) | (c.kappa * c.theta > 0))
+    least = np.minimum(forward, c.K)
+    if random.any():
+        some = type(c)(*(np.asarray(column)[random] for column in c))
+        least[random] = _overlap(some, forward[random], lambda u, law: 1.0)
+    call = discount * (forward - least)
     put = call - discount * (forward - c.K)
     return np.asarray(np.maximum(call if option == "call" else put, 0.0))
 

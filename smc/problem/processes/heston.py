@@ -27,7 +27,8 @@ _FIELDS = (
     Field("rho", "correlation of price and variance", "between -1 and 1", -0.95, 0.5, least=-1.0, most=1.0),
 )
 
-# Where the variance over a step is drawn from a squared normal, and beyond it from an exponential with a mass at 0.
+# Below this squared coefficient of variation the next variance is a squared normal, above it an exponential with a
+# mass at 0.
 _SWITCH = 1.5
 # The least that a mean of the variance and the argument of a logarithm are taken to be: below it nothing changes but a
 # division by zero.
@@ -36,7 +37,7 @@ _LEAST_MEAN, _LEAST_FACTOR = 1e-12, 1e-6
 # The share of today's variance in the expected one below which it hardly matters to prices; it may be 0.
 _ROUNDING = 0.1
 
-# Gauss-Legendre on [0, 1], for moments of the integrated variance: integrands are sums of three exponentials.
+# Moments of the integrated variance are integrals over [0, 1] of sums of exponentials, which twelve nodes resolve.
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
