@@ -103,6 +103,7 @@ def test_the_tail_of_the_normal_is_right_to_single_precision() -> None:
     np.testing.assert_allclose(found, ndtr(-z), rtol=1.3e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", list(Precision))
 def test_simulated_prices_are_the_oracles(precision: Precision) -> None:
     table = SobolSampler({}, seed=5, schema=PUT.schema).sample(24)
@@ -116,6 +117,7 @@ def test_simulated_prices_are_the_oracles(precision: Precision) -> None:
     assert np.abs(away).max() < 4.5, away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 32])
 def test_forwards_are_exact_whatever_the_steps(steps: int) -> None:
     problem = Problem(Heston(), TerminalPrice())
