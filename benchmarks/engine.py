@@ -24,7 +24,7 @@ from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.terminal import TerminalPrice
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes, BlackScholesConfig, SimulationParams
-from smc.simulation.levels import put_spectrum
+from smc.simulation.levels import shortfall_spectrum
 from smc.simulation.linking import link
 
 STEPS = 100
@@ -40,7 +40,7 @@ def engine(device: str, network_size: int, batches: int, *, log_return: bool = T
 def chain(
     simulated: BlackScholes, table: torch.Tensor, first: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    return put_spectrum(simulated.simulate(table, first), strike, scale, 1024)
+    return shortfall_spectrum(simulated.simulate(table, first), strike, scale, 1024)
 
 
 def on_gpu(report: Report) -> None:
@@ -145,7 +145,7 @@ def on_cpu(report: Report) -> None:
         seconds["textbook"].append((time.perf_counter() - started) / 8)
         for name, simulated in engines.items():
             started = time.perf_counter()
-            put_spectrum(simulated.simulate(table, first), strike, scale, 1024)
+            shortfall_spectrum(simulated.simulate(table, first), strike, scale, 1024)
             seconds[name].append((time.perf_counter() - started) / 32)
     median = {name: statistics.median(values) for name, values in seconds.items()}
     report.add(

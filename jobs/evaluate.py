@@ -26,7 +26,7 @@ from jobs.session import run_job, use_models
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import Measure, distance, evaluate, price_error
 from smc.problem.contracts import columns
-from smc.problem.oracles.black_scholes import Greeks
+from smc.problem.oracles.quantlib import quantlib_values
 from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import add_models, replace_file, say
@@ -34,7 +34,7 @@ from smc.reporting.page import facts, figure, page, png, table
 from smc.reporting.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 
-__all__ = ["main", "quantlib_values"]
+__all__ = ["main"]
 
 Array = npt.NDArray[np.float64]
 
@@ -128,19 +128,6 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
     known = importlib.util.find_spec("QuantLib") and pricer.problem == EUROPEAN_PUT
     quantlib = _against_quantlib(pricer, contracts) if known else {}
     return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
-
-
-def quantlib_values(contracts: Array) -> tuple[Array, Greeks]:
-    """Prices and Greeks of puts by QuantLib's BlackCalculator. Shapes: (n, 6) -> (n,), five of (n,)."""
-    import QuantLib as ql  # noqa: N813  # as its own documentation writes it
-
-    rows = []
-    for X0, K, T, r, d, v in contracts.tolist():
-        forward = X0 * np.exp((r - d) * T)
-        at = ql.BlackCalculator(ql.PlainVanillaPayoff(ql.Option.Put, K), forward, v * np.sqrt(T), np.exp(-r * T))
-        rows.append((at.value(), at.delta(X0), at.gamma(X0), at.vega(T), at.theta(X0, T), at.rho(T)))
-    price, *greeks = np.array(rows).T
-    return price, Greeks(*greeks)
 
 
 def _against_quantlib(pricer: GbmCVNNPricer, contracts: Array) -> Mapping[str, float]:

@@ -36,8 +36,8 @@ from smc.reporting.training_tensorboard import TensorBoardLogger
 from smc.serving.client import InferenceClient
 from smc.simulation.cuda import Kernel
 from smc.simulation.engine import BlackScholes, BlackScholesConfig
-from smc.simulation.levels import put_spectrum_and_slope, quantile_levels, quantile_spectrum
-from smc.simulation.levels_cuda import put_levels
+from smc.simulation.levels import quantile_levels, quantile_spectrum, shortfall_spectrum_and_slope
+from smc.simulation.levels_cuda import shortfall_levels
 from smc.simulation.skeleton import NORMALS_SOURCE
 from smc.storage import AsyncBlockchainModelStore, commit_snapshot
 from smc.storage.objects import MemoryObjectStore
@@ -187,9 +187,9 @@ def test_levels_by_ranks_are_those_of_a_sort(kind: str, paths: int, size: int, d
     strike = torch.tensor([100, 100, 50, 1e-3, 1e6], dtype=dtype)
     scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
     wanted = quantile_levels((strike[:, None] - prices).clamp(min=0) * scale[:, None], size)
-    (got,) = put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
+    (got,) = shortfall_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)
     torch.testing.assert_close(got.cpu(), wanted, rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=1e-6)
-    assert torch.equal(got, put_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)[0])
+    assert torch.equal(got, shortfall_levels(prices.cuda(), strike.cuda(), scale.cuda(), size)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -201,9 +201,9 @@ def test_slopes_by_ranks_are_those_of_a_sort(normalized: bool, paths: int, size:
     strike = torch.tensor([100, 120, 50, 1e-3, 1e6], dtype=dtype)
     scale = torch.tensor([1, 0.9, 2, 1, 1e-3], dtype=dtype)
     d_scale, a, b = torch.randn(3, 5, generator=generator, dtype=torch.float64).to(dtype)
-    wanted = put_spectrum_and_slope(prices, strike, scale, d_scale, (a, b), size, normalized=normalized)
+    wanted = shortfall_spectrum_and_slope(prices, strike, scale, d_scale, (a, b), size, normalized=normalized)
     given = [values.cuda() for values in (prices, strike, scale, d_scale, a, b)]
-    got = put_spectrum_and_slope(*given[:4], (given[4], given[5]), size, normalized=normalized)
+    got = shortfall_spectrum_and_slope(*given[:4], (given[4], given[5]), size, normalized=normalized)
     for found, value in zip(got, wanted, strict=True):
         size_of_all = value.abs().amax(dim=1, keepdim=True)
         error = (found.cpu() - value).abs() / size_of_all.clamp(min=torch.finfo(dtype).tiny)
@@ -214,7 +214,7 @@ def test_a_price_that_is_no_number_shows_in_the_levels() -> None:
     prices = torch.full((1, 64), 90.0, device="cuda")
     prices[0, 3] = torch.nan
     one = torch.ones(1, device="cuda")
-    assert put_levels(prices, 100 * one, one, 8).isnan().any()
+    assert shortfall_levels(prices, 100 * one, one, 8).isnan().any()
 
 
 # Writes every word and every normal that the path kernel would draw, at the same counters.

@@ -27,7 +27,12 @@ from smc.problem.contracts import BoundSpec
 from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.engine import BlackScholes, Simulation
-from smc.simulation.levels import payoff_spectrum, payoff_spectrum_and_slope, put_spectrum, put_spectrum_and_slope
+from smc.simulation.levels import (
+    payoff_spectrum,
+    payoff_spectrum_and_slope,
+    shortfall_spectrum,
+    shortfall_spectrum_and_slope,
+)
 from smc.simulation.normals import box_muller, philox4x32
 
 __all__ = ["Contracts", "ExampleSource", "Examples", "ExamplesAhead", "check_derivatives"]
@@ -192,44 +197,45 @@ class _PathLabels:
 
 
 class _TerminalLabels:
-    """Of European puts under geometric Brownian motion: prices at expiry, and derivatives along them in closed form."""
+    """Of what log-normal prices fall short of: prices at expiry, and derivatives along them in closed form."""
 
     def __init__(self, engine: BlackScholes) -> None:
         self._engine = engine
 
     def terms(self, view: View, table: Tensor) -> Tensor:
-        """Strike, scale of the payoff, and mean and deviation of the logarithm of the price at expiry.
+        """Ceiling, scale of the payoff, and mean and deviation of the logarithm of the price at expiry.
 
         Shapes: (n, fields) -> (n, 4).
         """
         law = view.problem.law(table)
-        mean = torch.log(law.spot) + law.growth - law.deviation.square() / 2
-        return torch.stack([law.c.K, law.discount / view.unit(table), mean, law.deviation], dim=1)
+        scale = law.discount / view.unit(table)
+        return torch.stack([self._engine.ceiling(law), scale, law.log_median, law.deviation], dim=1)
 
     def moving(self, terms: Tensor, d_terms: Tensor) -> Tensor:
-        """Strike, scale and its derivative; a and b of d ln S = a + b ln(S / K), the derivative of a price at expiry,
-        or where forwards are normalised that of ln F, and b. Shapes: (n, 4) each -> (n, 5).
+        """Ceiling C, scale and its derivative, and how a price at expiry moves: a and b of d ln S = a + b ln(S / C).
+
+        Where forwards are normalised, a is the derivative of ln F. Shapes: (n, 4) each -> (n, 5).
         """
-        strike, scale, mean, deviation = terms.T
+        ceiling, scale, mean, deviation = terms.T
         _, d_scale, d_mean, d_deviation = d_terms.T
         # The log scheme: ln S = mean + deviation Z, and Z does not depend on the contract.
         slope = d_deviation / deviation
         if self._engine.config.normalize_forwards:
             constant = d_mean + deviation * d_deviation  # of ln F = mean + deviation^2 / 2
         else:
-            constant = d_mean + slope * (torch.log(strike) - mean)
-        return torch.stack([strike, scale, d_scale, constant, slope], dim=1)
+            constant = d_mean + slope * (torch.log(ceiling) - mean)
+        return torch.stack([ceiling, scale, d_scale, constant, slope], dim=1)
 
     def spectrum(self, contracts: Contracts, first: Tensor) -> Tensor:
-        _, _, strike, scale, *_ = contracts.terms.T.contiguous()
-        return put_spectrum(
-            self._engine.simulate(contracts.table, first), strike, scale, self._engine.params.network_size
+        _, _, ceiling, scale, *_ = contracts.terms.T.contiguous()
+        return shortfall_spectrum(
+            self._engine.simulate(contracts.table, first), ceiling, scale, self._engine.params.network_size
         )
 
     def spectrum_and_slope(self, contracts: Contracts, first: Tensor) -> tuple[Tensor, Tensor]:
-        _, _, strike, scale, d_scale, constant, slope = contracts.terms.T.contiguous()
-        return put_spectrum_and_slope(
-            self._engine.simulate(contracts.table, first), strike, scale, d_scale, (constant, slope),
+        _, _, ceiling, scale, d_scale, constant, slope = contracts.terms.T.contiguous()
+        return shortfall_spectrum_and_slope(
+            self._engine.simulate(contracts.table, first), ceiling, scale, d_scale, (constant, slope),
             self._engine.params.network_size, normalized=self._engine.config.normalize_forwards,
         )  # fmt: skip
 

@@ -56,6 +56,11 @@ class Law:
         return self._deviation(self.c, self.c.T)
 
     @property
+    def log_median(self) -> Tensor:
+        """Logarithm of the median price at expiry, where logarithms of prices are normal. Shapes: -> (n,)."""
+        return self.spot.log() + self.growth - self.deviation.square() / 2
+
+    @property
     def discount(self) -> Tensor:
         """What one unit of currency at expiry is worth today. Shapes: -> (n,)."""
         discount: Tensor = self.process.discount(self.c, self.c.T)

@@ -83,6 +83,13 @@ class Product(BaseModel, ABC):
 
     # --- for a whole table of contracts, in torch -----------------------------------------------------
 
+    def shortfall(self, law: Law) -> Tensor | None:
+        """The level below which the price at expiry pays the difference, discounted; None if it pays otherwise.
+
+        Shapes: -> (n,). Units: currency.
+        """
+        return None
+
     def unit(self, law: Law) -> Tensor:
         """The scale of the price, above 0: what is learnt is divided by it. Shapes: -> (n,). Units: currency."""
         return law.spot * law.discount * law.deviation

@@ -41,8 +41,7 @@ class Reflection:
         return call, (1 + pays) ** 4 * pays / (pays + _LEAST_PAYOFF) + 1e-6
 
     def _reflected(self, law: Law) -> Tensor:
-        median = law.spot * torch.exp(law.growth - law.deviation.square() / 2)
-        return median.square() / law.c.K
+        return torch.exp(2 * law.log_median) / law.c.K
 
 
 def reflected_levels(levels: Tensor, strike: Tensor, reflected: Tensor, discount: Tensor, deviation: Tensor) -> Tensor:

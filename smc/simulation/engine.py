@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from smc.errors import ConfigError
-from smc.problem.contracts import ContractsLike, columns, contract_array
+from smc.problem.contracts import ContractsLike, contract_array
+from smc.problem.law import Law
 from smc.problem.problem import Problem
 from smc.problem.products.terminal import TerminalPrice
 from smc.simulation import linking, paths
@@ -184,9 +185,15 @@ class BlackScholes:
         """Discounted put payoffs df max(K - S_T, 0). Shapes: n contracts -> (n, M). Units: currency."""
         array = contract_array(contracts)
         terminal = self.terminal_prices(array, offset=offset)
-        c = columns(torch.from_numpy(array).to(self.device))
-        strike, discount = c.K.to(terminal.dtype), torch.exp(-c.r * c.T).to(terminal.dtype)
-        return (strike[:, None] - terminal).clamp_(min=0).mul_(discount[:, None])
+        law = self.problem.law(torch.from_numpy(array).to(self.device))
+        ceiling, discount = self.ceiling(law).to(terminal.dtype), law.discount.to(terminal.dtype)
+        return (ceiling[:, None] - terminal).clamp_(min=0).mul_(discount[:, None])
+
+    def ceiling(self, law: Law) -> torch.Tensor:
+        """What prices at expiry have to be below to pay: strikes. Shapes: -> (n,). Units: currency."""
+        ceiling = self.problem.product.shortfall(law)
+        assert ceiling is not None
+        return ceiling
 
     def simulate(self, table: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
         """Terminal prices of contracts known to be good, `first` being row 0's stream.
@@ -196,8 +203,7 @@ class BlackScholes:
         """
         terminal = self._prices.simulate(table, first)
         if self.config.normalize_forwards:
-            c = columns(table)
-            forward = c.X0 * torch.exp((c.r - c.d) * c.T)
+            forward = self.problem.law(table).forward
             if self.device.type == "cuda":
                 mean = terminal.mean(dim=1, dtype=torch.float64)
             else:  # torch's mean of a single row depends on the number of threads

@@ -19,18 +19,18 @@ import torch
 
 from smc.errors import ConfigError
 from smc.problem.reflection import reflected_levels
-from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, payoff_levels_and_slopes, put_levels
+from smc.simulation.levels_cuda import MOST_PATHS, payoff_levels, payoff_levels_and_slopes, shortfall_levels
 
 __all__ = [
     "bin_weights",
     "levels_from_spectrum",
     "payoff_spectrum",
     "payoff_spectrum_and_slope",
-    "put_spectrum",
-    "put_spectrum_and_slope",
     "quantile_levels",
     "quantile_spectrum",
     "reflected_levels",
+    "shortfall_spectrum",
+    "shortfall_spectrum_and_slope",
     "valid_levels",
 ]
 
@@ -94,21 +94,24 @@ def payoff_spectrum_and_slope(
     return value, derivative
 
 
-def put_spectrum(terminal: torch.Tensor, strike: torch.Tensor, scale: torch.Tensor, network_size: int) -> torch.Tensor:
-    """Spectrum of the payoff scale x max(strike - terminal, 0). `terminal` may be overwritten.
+def shortfall_spectrum(
+    terminal: torch.Tensor, ceiling: torch.Tensor, scale: torch.Tensor, network_size: int
+) -> torch.Tensor:
+    """Spectrum of the payoff scale x max(ceiling - terminal, 0). `terminal` may be overwritten.
 
-    Shapes: terminal (n, M), none negative; strike and scale (n,) -> complex (n, N // 2 + 1).
+    It is that of a payoff which falls as the price rises, so that prices are sorted and payoffs need not be.
+    Shapes: terminal (n, M), none negative; ceiling and scale (n,) -> complex (n, N // 2 + 1).
     """
     _check_slices(terminal.shape[1], network_size)
     if terminal.device.type == "cuda" and terminal.shape[1] <= MOST_PATHS:
-        levels = put_levels(terminal, strike, scale, network_size)
+        levels = shortfall_levels(terminal, ceiling, scale, network_size)
         return torch.fft.rfft(levels[0], norm="forward")
-    return quantile_spectrum((strike[:, None] - terminal).clamp_(min=0).mul_(scale[:, None]), network_size)
+    return quantile_spectrum((ceiling[:, None] - terminal).clamp_(min=0).mul_(scale[:, None]), network_size)
 
 
-def put_spectrum_and_slope(
+def shortfall_spectrum_and_slope(
     terminal: torch.Tensor,
-    strike: torch.Tensor,
+    ceiling: torch.Tensor,
     scale: torch.Tensor,
     d_scale: torch.Tensor,
     d_log: tuple[torch.Tensor, torch.Tensor],
@@ -116,28 +119,28 @@ def put_spectrum_and_slope(
     *,
     normalized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`put_spectrum`, and its derivative as `scale` moves by `d_scale` and ln S by a + b ln(S / K), (a, b) = `d_log`.
+    """`shortfall_spectrum`, and its derivative as `scale` moves by `d_scale`, ln S by a + b ln(S / ceiling).
 
-    `normalized`: prices were rescaled to a mean, whose logarithm moves by a; then ln S moves by a and b times how far
-    ln S is above its average under weights S.
+    `d_log` are a and b. `normalized`: prices were rescaled to a mean, whose logarithm moves by a; then ln S moves by
+    a and b times how far ln S is above its average under weights S.
     Shapes: terminal (n, M), all others (n,) -> two of complex (n, N // 2 + 1).
     """
     _check_slices(terminal.shape[1], network_size)
     a, b = d_log
     if terminal.device.type == "cuda" and terminal.shape[1] <= MOST_PATHS:
         motion = torch.stack([d_scale, a, b], dim=1)
-        levels = put_levels(terminal, strike, scale, network_size, motion, normalized=normalized)
+        levels = shortfall_levels(terminal, ceiling, scale, network_size, motion, normalized=normalized)
         value, derivative = torch.fft.rfft(levels, norm="forward")
         return value, derivative
-    strike, scale, d_scale, a, b = (values[:, None] for values in (strike, scale, d_scale, a, b))
+    ceiling, scale, d_scale, a, b = (values[:, None] for values in (ceiling, scale, d_scale, a, b))
     # Payoffs ascend where prices descend.
     ordered = _sorted(terminal).flip(1)
-    payoff, log = (strike - ordered).clamp_(min=0), torch.log(ordered / strike)
+    payoff, log = (ceiling - ordered).clamp_(min=0), torch.log(ordered / ceiling)
     if normalized:
         a = a - b * (ordered * log).sum(dim=1, keepdim=True) / ordered.sum(dim=1, keepdim=True)
     slope = torch.where(payoff > 0, ordered * (a + b * log), 0.0)
     slope = payoff * d_scale - slope * scale
-    levels = torch.stack([payoff * scale, slope]).view(2 * len(strike), network_size, -1).mean(dim=2)
+    levels = torch.stack([payoff * scale, slope]).view(2 * len(ceiling), network_size, -1).mean(dim=2)
     value, derivative = torch.fft.rfft(levels, norm="forward").chunk(2)
     return value, derivative
 

@@ -1,7 +1,7 @@
-"""Terminal prices to quantile levels in one launch, one block of threads to a contract.
+"""Payoffs, or prices below a ceiling, to quantile levels in one launch, one block of threads to a contract.
 
 The levels need every price to its slice of probability, which is less than a general sort: prices at or
-above the strike pay nothing and are only counted; the others go to one of thousands of buckets by a
+above the ceiling pay nothing and are only counted; the others go to one of thousands of buckets by a
 monotone map of their bits (near the logarithm, so that log-normal prices spread well), and are ranked
 among the few others of their bucket. Two passes of counting sort, then one of counting neighbours.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from smc.models.numerical import Precision
 from smc.simulation.cuda import Kernel
 
-__all__ = ["MOST_PATHS", "payoff_levels", "payoff_levels_and_slopes", "put_levels"]
+__all__ = ["MOST_PATHS", "payoff_levels", "payoff_levels_and_slopes", "shortfall_levels"]
 
 MOST_PATHS = 1 << 20
 """Paths of a contract up to which ranking beats a sort."""
@@ -42,7 +42,7 @@ __device__ __forceinline__ real real_of(bits b) { return __uint_as_float(b); }
 #endif
 
 // What is sorted is not negative, so that it is ordered as its bits are; a NaN comes last.
-// Prices below the strike are sorted, near their logarithm; or payoffs above zero, near the logarithm of payoff and
+// Prices below the ceiling are sorted, near their logarithm; or payoffs above zero, near the logarithm of payoff and
 // mean payoff together: their own would give most of its buckets to the few that are nearly nothing.
 // A payoff may have a slope beside it, which goes where it goes; equal payoffs then stand in the order of their slopes.
 #if SLOPES
@@ -101,7 +101,7 @@ __device__ u32 warp_prefix(u32 x) {                       // inclusive
 
 extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void levels_of(
     real* prices,                            // (n, paths), or payoffs; overwritten where `scratch` is given
-    const real* __restrict__ strike,         // (n,), of prices
+    const real* __restrict__ ceiling,        // (n,), of prices: what is below it pays the difference
     const real* __restrict__ scale,          // (n,), of the payoff
     item* scratch,                           // (n, paths), or null: shared memory holds it
     real* tangents,                          // (n, paths), slopes of payoffs, as the payoffs; or null
@@ -125,7 +125,7 @@ extern "C" __global__ __launch_bounds__(1024, DOUBLE ? 1 : 2) void levels_of(
     item* const bucketed = scratch ? scratch + row : (item*)(memory + sizeof(u32) * buckets);
     real* const sorted = scratch ? price : (real*)(bucketed + paths);
     real* const moved_with = scratch ? tangent : sorted + paths;
-    const real K = PAYOFFS ? (real)0 : strike[blockIdx.x];
+    const real K = PAYOFFS ? (real)0 : ceiling[blockIdx.x];
 
     // Range and number of the paths that pay.
     bits low = ~(bits)0, high = 0;
@@ -297,28 +297,28 @@ def payoff_levels_and_slopes(payoffs: Tensor, slopes: Tensor, scale: Tensor, d_s
     return _levels(payoffs, payoffs.new_empty(0), scale, size, d_scale, of_payoffs=True, slopes=slopes)
 
 
-def put_levels(
+def shortfall_levels(
     prices: Tensor,
-    strike: Tensor,
+    ceiling: Tensor,
     scale: Tensor,
     size: int,
     motion: Tensor | None = None,
     *,
     normalized: bool = False,
 ) -> Tensor:
-    """Quantile levels of scale x max(strike - price, 0). `prices` may be overwritten.
+    """Quantile levels of scale x max(ceiling - price, 0). `prices` may be overwritten.
 
     With `motion`, also how they move as the scale moves by motion[:, 0] and the logarithm of each price S by
-    motion[:, 1] + motion[:, 2] x ln(S / strike); `normalized` takes from that logarithm its mean under weights S.
-    Shapes: prices (n, M), none negative, strike and scale (n,), motion (n, 3), all of one precision on one GPU
+    motion[:, 1] + motion[:, 2] x ln(S / ceiling); `normalized` takes from that logarithm its mean under weights S.
+    Shapes: prices (n, M), none negative, ceiling and scale (n,), motion (n, 3), all of one precision on one GPU
     -> (1, n, size) ascending, with motion (2, n, size), for M a multiple of `size` and at most `MOST_PATHS`.
     """
-    return _levels(prices, strike, scale, size, motion, normalized=normalized)
+    return _levels(prices, ceiling, scale, size, motion, normalized=normalized)
 
 
 def _levels(
     prices: Tensor,
-    strike: Tensor,
+    ceiling: Tensor,
     scale: Tensor,
     size: int,
     motion: Tensor | None,
@@ -345,8 +345,8 @@ def _levels(
     given, moved = (none, none) if motion is None else (motion.contiguous(), levels[1])
     sizes = (np.int32(paths), np.int32(size), np.int32(buckets))
     tangents = none if slopes is None else slopes.contiguous()
-    strike, scale = strike.contiguous(), scale.contiguous()
-    arguments = (prices, strike, scale, scratch, tangents, *sizes, levels[0], given, np.int32(normalized), moved)
+    ceiling, scale = ceiling.contiguous(), scale.contiguous()
+    arguments = (prices, ceiling, scale, scratch, tangents, *sizes, levels[0], given, np.int32(normalized), moved)
     kernel = _kernel(prices.dtype, of_payoffs, slopes is not None)
     kernel((n,), threads, arguments, shared=4 * buckets + (held if fits else 0))
     return levels

@@ -14,6 +14,7 @@ from jobs import evaluate
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction import evaluation
 from smc.problem.oracles import black_scholes
+from smc.problem.oracles.quantlib import quantlib_values
 from smc.problem.sobol_sampler import SobolSampler
 from smc.storage import AsyncBlockchainModelStore
 from smc.storage.chain import blob_key
@@ -125,7 +126,7 @@ def test_it_works_without_quantlib(pricer: GbmCVNNPricer, on_seaweed: str, tmp_p
 
 def test_the_closed_form_is_that_of_quantlib() -> None:
     contracts = SobolSampler({}, seed=8).sample(512)
-    price, greeks = evaluate.quantlib_values(contracts)
+    price, greeks = quantlib_values(contracts)
     np.testing.assert_allclose(black_scholes.price(contracts), price, rtol=1e-10, atol=1e-10)
     for ours, theirs in zip(black_scholes.greeks(contracts), greeks, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)

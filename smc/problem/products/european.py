@@ -31,6 +31,10 @@ class EuropeanPut(StruckOption):
         """The discounted payoff."""
         return k[1] * max(k[0] - spot, 0.0)
 
+    def shortfall(self, law: Law) -> Tensor | None:
+        """The strike."""
+        return law.c.K
+
     def unit(self, law: Law) -> Tensor:
         """The discounted strike, by the deviation."""
         return law.c.K * law.discount * law.deviation
@@ -58,6 +62,10 @@ class EuropeanCall(EuropeanPut):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] * max(spot - k[0], 0.0)
+
+    def shortfall(self, law: Law) -> Tensor | None:
+        """A call pays what is above."""
+        return None
 
     def unit(self, law: Law) -> Tensor:
         """The discounted forward, by the deviation."""
