@@ -51,6 +51,7 @@ class _ByFile(LoadScopeScheduling):
         return "ray" if Path(file).stem in _SHARE_A_RAY else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return _ByFile(config, log)
 
