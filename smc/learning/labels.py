@@ -186,14 +186,30 @@ class _PathLabels:
         return torch.cat([terms, d_terms], dim=1)
 
     def spectrum(self, contracts: Contracts, first: Tensor) -> Tensor:
-        payoffs = self._engine.simulate(contracts.table, first)
-        return payoff_spectrum(payoffs, contracts.terms[:, 2].contiguous(), self._engine.params.network_size)
+        scale, size = contracts.terms[:, 2].contiguous(), self._engine.params.network_size
+        if not self._engine.conditional:
+            return payoff_spectrum(self._engine.simulate(contracts.table, first), scale, size)
+        (found,) = self._engine.simulate_priced([contracts.table], first)
+        return _with_price(payoff_spectrum(found.payoffs, scale, size), found.prices * scale)
 
     def spectrum_and_slope(self, contracts: Contracts, first: Tensor) -> tuple[Tensor, Tensor]:
-        payoffs, moved = self._engine.simulate_pairs(contracts.table, contracts.moved, first)
-        scale, d_scale = contracts.terms[:, 2], contracts.terms[:, 3]
-        slopes = moved.sub_(payoffs).div_(_STEP)
-        return payoff_spectrum_and_slope(payoffs, slopes, scale, d_scale, self._engine.params.network_size)
+        tables = contracts.table, contracts.moved
+        scale, d_scale, size = contracts.terms[:, 2], contracts.terms[:, 3], self._engine.params.network_size
+        if not self._engine.conditional:
+            payoffs, moved = self._engine.simulate_pairs(*tables, first)
+            slopes = moved.sub_(payoffs).div_(_STEP)
+            return payoff_spectrum_and_slope(payoffs, slopes, scale, d_scale, size)
+        here, there = self._engine.simulate_priced(tables, first)
+        slopes = there.payoffs.sub_(here.payoffs).div_(_STEP)
+        spectrum, slope = payoff_spectrum_and_slope(here.payoffs, slopes, scale, d_scale, size)
+        moved_price = (there.prices - here.prices) / _STEP * scale + here.prices * d_scale
+        return _with_price(spectrum, here.prices * scale), _with_price(slope, moved_price)
+
+
+def _with_price(spectrum: Tensor, price: Tensor) -> Tensor:
+    """The spectrum with another price in bin 0, or with the derivative of one. Shapes: (n, bins), (n,) -> (n, bins)."""
+    spectrum[:, 0] = price
+    return spectrum
 
 
 class _TerminalLabels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from smc.errors import ConfigError
 from smc.problem.law import Law
 from smc.problem.process import Process
+from smc.problem.processes.bates import Bates
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
 from smc.problem.product import Product
@@ -116,6 +118,23 @@ class Problem:
                 f"a multiple of {self.product.dates}"
             )
 
+    def default_steps(self, domain: Mapping[str, Any]) -> int:
+        """Time steps that are enough for all contracts of a domain: as many as the process asks for, on all dates.
+
+        `domain` gives each field's bounds, `lower` and `upper`.
+        """
+        contract = {field.name: float(domain[field.name].upper) for field in self.schema}
+
+        def needed(contract: Mapping[str, float]) -> float:
+            return contract[EXPIRY.name] / self.process.longest_step(self.schema.row(**contract))
+
+        for field in self.process.fields:
+            other = contract | {field.name: float(domain[field.name].lower)}
+            if needed(other) > needed(contract):
+                contract = other
+        dates = max(1, self.product.dates)
+        return dates * max(1, math.ceil(needed(contract) / dates - 1e-9))
+
 
 def register(kind: Kind) -> Kind:
     """Make a process or a product known by its `kind`, so that a checkpoint that names it can be read.
@@ -153,7 +172,7 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
     name = str(settings.get("kind"))
     if name not in table:
         raise ConfigError(
-            f"there is no {what} of the kind {name!r}: there are {', '.join(sorted(table))}; register your own with "
+            f"there is no {what} of the kind {name!r}: there are {', '.join(table)}; register your own with "
             f"smc.problem.problem.register before what names it is read: commands take its file as --models FILE"
         )
     try:
@@ -171,6 +190,7 @@ EUROPEAN_PUT = Problem(GeometricBrownianMotion(), EuropeanPut())
 for _kind in (
     GeometricBrownianMotion,
     Heston,
+    Bates,
     EuropeanPut,
     EuropeanCall,
     DigitalPut,

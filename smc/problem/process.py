@@ -47,6 +47,10 @@ class Process(BaseModel, ABC):
         """Whether one step of any length has the right law: then a payoff of the last spot needs one normal."""
         return False
 
+    def longest_step(self, c: Any) -> float:
+        """The time step, in years, up to which a contract's bias is small. `c` has the contract's fields by name."""
+        return float("inf")
+
     @abstractmethod
     def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
         """What a contract's steps of `dt` years need, in double precision. `c` has the contract's fields by name."""

@@ -96,6 +96,8 @@ class BlackScholesConfig(BaseModel):
 class ProblemConfig(BaseModel):
     """Any problem: a process and a product, each an instance or its settings with a `kind`.
 
+    `conditional`: whether the price in a label is that of `smc.problem.conditional` where process and product allow it,
+    with the spectrum's other bins from payoffs as ever; else it is the mean payoff.
     Raises: pydantic's ValidationError for an unknown kind or setting, parts that do not go together, and a number of
     time steps that has none at some date of the product.
     """
@@ -105,6 +107,7 @@ class ProblemConfig(BaseModel):
     process: InstanceOf[Process] = GeometricBrownianMotion()
     product: InstanceOf[Product]
     sim_params: SimulationParams
+    conditional: bool = True
 
     @field_validator("process", mode="before")
     @classmethod

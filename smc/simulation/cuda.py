@@ -46,7 +46,7 @@ def require_device(device: torch.device | str) -> torch.device:
 class Kernel:
     """One CUDA kernel, compiled when it is first launched; `defines` become preprocessor macros."""
 
-    def __init__(self, source: str, name: str, **defines: int) -> None:
+    def __init__(self, source: str, name: str, **defines: float) -> None:
         self.source, self.name, self.defines = source, name, defines
 
     def __call__(

@@ -6,14 +6,16 @@ Engineering" (2003), ch. 6; moment matching, ibid., section 4.5.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from smc.errors import ConfigError
+from smc.problem.conditional import is_conditional
 from smc.problem.contracts import ContractsLike, contract_array
 from smc.problem.law import Law
 from smc.problem.problem import Problem
@@ -22,12 +24,14 @@ from smc.simulation import linking, paths
 from smc.simulation.config import BlackScholesConfig, ProblemConfig, SimulationParams
 from smc.simulation.cuda import require_device
 from smc.simulation.levels import quantile_levels
+from smc.simulation.regression import regressed_prices
 from smc.simulation.sizes import Sampling
 
 __all__ = [
     "BlackScholes",
     "BlackScholesConfig",
     "Estimate",
+    "Priced",
     "ProblemConfig",
     "Simulation",
     "SimulationParams",
@@ -51,17 +55,33 @@ class Estimate:
     paths: int
 
 
+class Priced(NamedTuple):
+    """Payoffs (n, M), and the prices of the same contracts by another estimator, (n,) float64. Units: currency."""
+
+    payoffs: torch.Tensor
+    prices: torch.Tensor
+
+
 class Simulation:
     """Simulates any problem. Pure: results depend on the contracts and their stream index only.
 
     Row i of a call is stream `params.skip + offset + i`, and does not depend on the batch it is in. CPU and GPU
     simulate the same paths, up to the rounding of elementary functions; `sampling='auto'` is Sobol on a CPU and Philox
     on a GPU.
+    `conditional`: whether `simulate_priced` may be asked for, where the problem allows it.
     Raises: ConfigError for a device that cannot be used, or a number of time steps that does not fit the product.
     """
 
-    def __init__(self, problem: Problem, params: SimulationParams, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        params: SimulationParams,
+        device: torch.device | str = "cpu",
+        *,
+        conditional: bool = False,
+    ) -> None:
         problem.check_steps(params.timesteps)
+        self.conditional = conditional and is_conditional(problem)
         self.problem, self.params, self.device = problem, params, require_device(device)
         self.sampling: Sampling = "sobol" if self.device.type == "cpu" else "pseudorandom"
         if params.sampling != "auto":
@@ -130,6 +150,21 @@ class Simulation:
         found = paths.simulate_pairs(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes)
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
+    def simulate_priced(self, tables: Sequence[torch.Tensor], first: torch.Tensor) -> list[Priced]:
+        """Payoffs over outer paths, and prices with far less noise than their means, as `simulate` does.
+
+        For two tables, those of contracts and of others a little beside them, on the same random numbers.
+        Shapes: one or two of (n, fields) float64 and () int64, on the device.
+        """
+        if self.device.type == "cuda":
+            threads = self.params.threads_per_block
+            outputs = linking.simulate_outer(self.problem, tables, first, threads=threads, **self._sizes)
+        else:
+            given = [table.numpy() for table in tables], int(first)
+            found = paths.simulate_outer(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes)
+            outputs = [torch.from_numpy(of_table) for of_table in found]
+        return [Priced(of_table[:, 0].contiguous(), regressed_prices(of_table)) for of_table in outputs]
+
     @property
     def _sizes(self) -> Any:
         params = self.params
@@ -148,7 +183,7 @@ def engine_of(
     """What simulates a configuration. Raises: ConfigError as the two do."""
     if isinstance(config, BlackScholesConfig):
         return BlackScholes(config, device)
-    return Simulation(config.problem, config.sim_params, device)
+    return Simulation(config.problem, config.sim_params, device, conditional=config.conditional)
 
 
 class BlackScholes:

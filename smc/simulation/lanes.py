@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from numba import float32, float64, njit, uint32, uint64
 
+from smc.problem.normal import quantile_of_half
 from smc.simulation.elementary import inlined, log, normal_quantile, sine_and_cosine
 
 __all__ = [
@@ -56,13 +57,11 @@ def _unit53(high: Any, low: Any) -> Any:
 
 
 @_compiled
-def pseudorandom_float32(
-    seed: Any, stream: Any, begin: Any, width: Any, normals: Any, steps: Any, z: Any
-) -> None:  # fmt: skip
+def pseudorandom_float32(seed: Any, stream: Any, begin: Any, width: Any, z: Any) -> None:
     """Fill z[i, lane] with normal number i of path begin + lane: four to a Philox block, in the order of the steps."""
     k0, k1 = uint32(uint64(seed) & uint64(_LOW)), uint32(uint64(seed) >> uint64(32))
     c2, c3 = uint32(uint64(stream) & uint64(_LOW)), uint32(uint64(stream) >> uint64(32))
-    count = normals * steps
+    count = z.shape[0]
     for block in range((count + 3) // 4):
         left = count - 4 * block
         a, b = z[4 * block], z[min(4 * block + 1, count - 1)]
@@ -83,13 +82,11 @@ def pseudorandom_float32(
 
 
 @_compiled
-def pseudorandom_float64(
-    seed: Any, stream: Any, begin: Any, width: Any, normals: Any, steps: Any, z: Any
-) -> None:  # fmt: skip
+def pseudorandom_float64(seed: Any, stream: Any, begin: Any, width: Any, z: Any) -> None:
     """As `pseudorandom_float32`, two to a Philox block."""
     k0, k1 = uint32(uint64(seed) & uint64(_LOW)), uint32(uint64(seed) >> uint64(32))
     c2, c3 = uint32(uint64(stream) & uint64(_LOW)), uint32(uint64(stream) >> uint64(32))
-    count = normals * steps
+    count = z.shape[0]
     for block in range((count + 1) // 2):
         for lane in range(width):
             w0, w1, w2, w3 = _philox(uint32(begin + lane), uint32(block), c2, c3, k0, k1)
@@ -156,44 +153,7 @@ bridge_float32 = _bridge_of(float32)
 bridge_float64 = _bridge_of(float64)
 
 
-@inlined
-def _quantile64(p: Any) -> Any:
-    """The standard normal's quantile for 0 < p <= 1/2. Source: Wichura, AS 241 (1988), PPND16."""
-    q = p - 0.5
-    if abs(q) <= 0.425:
-        r = 0.180625 - q * q
-        n = 2.5090809287301226727e3
-        for c in (33430.575583588128105, 67265.770927008700853, 45921.953931549871457, 13731.693765509461125,
-                  1971.5909503065514427, 133.14166789178437745, 3.387132872796366608):  # fmt: skip
-            n = n * r + c
-        d = 5.226495278852545925e3
-        for c in (28729.085735721942674, 39307.89580009271061, 21213.794301586595867, 5394.1960214247511077,
-                  687.1870074920579083, 42.313330701600911252, 1.0):  # fmt: skip
-            d = d * r + c
-        return q * n / d
-    r = math.sqrt(-math.log(p))
-    if r <= 5.0:
-        r -= 1.6
-        n = 7.74545014278341407640e-4
-        for c in (0.0227238449892691845833, 0.24178072517745061177, 1.27045825245236838258, 3.64784832476320460504,
-                  5.7694972214606914055, 4.6303378461565452959, 1.42343711074968357734):  # fmt: skip
-            n = n * r + c
-        d = 1.05075007164441684324e-9
-        for c in (5.475938084995344946e-4, 0.0151986665636164571966, 0.14810397642748007459, 0.68976733498510000455,
-                  1.6763848301838038494, 2.05319162663775882187, 1.0):  # fmt: skip
-            d = d * r + c
-    else:
-        r -= 5.0
-        n = 2.01033439929228813265e-7
-        for c in (2.71155556874348757815e-5, 0.0012426609473880784386, 0.026532189526576123093,
-                  0.29656057182850489123, 1.7848265399172913358, 5.4637849111641143699,
-                  6.6579046435011037772):  # fmt: skip
-            n = n * r + c
-        d = 2.04426310338993978564e-15
-        for c in (1.4215117583164458887e-7, 1.8463183175100546818e-5, 7.868691311456132591e-4,
-                  0.0148753612908506148525, 0.13692988092273580531, 0.59983220655588793769, 1.0):  # fmt: skip
-            d = d * r + c
-    return -n / d
+_quantile64 = inlined(quantile_of_half)
 
 
 @_compiled

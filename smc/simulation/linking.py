@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
 from smc.simulation.cuda import Kernel
-from smc.simulation.normals import bridge_increments, sobol_points
+from smc.simulation.normals import bridge_increments, expiry_last, sobol_points
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import KernelSizes, Sampling, Sizes, sizes_of, time_grid
 from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, PATHS_SOURCE, sobol_normals
-from smc.simulation.walk import cache_folder, keep, numba_error
+from smc.simulation.walk import cache_folder, keep, numba_error, path_gives
 
-__all__ = ["LinkedKernel", "link", "simulate", "simulate_pairs"]
+__all__ = ["LinkedKernel", "link", "simulate", "simulate_outer", "simulate_pairs"]
 
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
@@ -59,8 +59,8 @@ def look(a, s, date, k, q):
 {look}
 
 
-def pays(a, s, k, q):
-    return _real({payoff})
+def pays(a, s, e, k, q, out):
+{payoff}
 """
 
 
@@ -86,7 +86,7 @@ def simulate(problem: Problem, table: Tensor, first: Tensor, **sizes: Unpack[Ker
     device -> (n, paths). Units: currency. Raises: ConfigError as `smc.simulation.paths.simulate`, or for want of
     numba-cuda.
     """
-    return _simulated(problem, [table], first, **sizes)[0]
+    return _simulated(problem, [table], first, **sizes)[0][:, 0]
 
 
 def simulate_pairs(
@@ -97,7 +97,14 @@ def simulate_pairs(
     Shapes: two of (n, fields) float64 and () int64, on the device -> two of (n, paths). Units: currency.
     """
     payoffs, beside = _simulated(problem, [table, moved], first, **sizes)
-    return payoffs, beside
+    return payoffs[:, 0], beside[:, 0]
+
+
+def simulate_outer(
+    problem: Problem, tables: Sequence[Tensor], first: Tensor, **sizes: Unpack[KernelSizes]
+) -> list[Tensor]:  # fmt: skip
+    """As `smc.simulation.paths.simulate_outer`. Shapes: as there, on the device."""
+    return _simulated(problem, tables, first, conditional=True, **sizes)
 
 
 def _simulated(
@@ -111,13 +118,16 @@ def _simulated(
     precision: Precision,
     sampling: Sampling,
     threads: int = 256,
+    conditional: bool = False,
 ) -> list[Tensor]:
-    steps, stride = time_grid(problem, steps, sampling)
+    of_path = sizes_of(problem, conditional=conditional)
+    steps, stride = time_grid(problem, steps, sampling, of_path)
     rows_in_all, device = len(tables[0]), tables[0].device
-    outs = [torch.empty((rows_in_all, paths), dtype=precision.torch, device=device) for _ in tables]
+    shape = (rows_in_all, of_path.outputs, paths)
+    outs = [torch.empty(shape, dtype=precision.torch, device=device) for _ in tables]
     grid = -(-paths // threads)
     sizes = (np.int32(paths), np.int32(steps), np.int32(stride))
-    linked: dict[str, Any] = {"every_step": stride == 1, "tables": len(tables)}
+    linked: dict[str, Any] = {"every_step": stride == 1, "tables": len(tables), "conditional": conditional}
     if sampling == "pseudorandom":
         kernel = link(problem, precision, "pseudorandom", device, **linked)
         for start in range(0, rows_in_all, MOST_ROWS):
@@ -125,18 +135,20 @@ def _simulated(
             given = (first, np.uint64(start), np.uint64(seed), *sizes)
             kernel((grid, len(parts[0])), threads, (*parts, *given, *(out[start:] for out in outs)))
         return outs
-    width = problem.process.normals * steps
+    own = of_path.normals * steps
     kernel = link(problem, precision, "walk", device, **linked)
-    points, bridge = _sobol_constants(width, paths, steps, precision, device)
+    points, bridge = _sobol_constants((own, of_path.extras), paths, steps, precision, device)
     rows = min(MOST_ROWS, max(1, _NORMALS // points.numel()))
     for start in range(0, rows_in_all, rows):
         parts = [table[start : start + rows] for table in tables]
         count = len(parts[0])
         z = sobol_normals(points, first, start, count, seed=seed, threads=threads, precision=precision)
+        # Without normals of expiry nothing is read there.
+        at_expiry, apart = z.view(-1)[own * paths :], np.uint64(z.stride(0))
         if steps > 1:
-            by_factor = z.view(count, steps, problem.process.normals * paths)
+            by_factor = z[:, :own].reshape(count, steps, of_path.normals * paths)
             z = bridge @ by_factor
-        kernel((grid, count), threads, (*parts, z, *sizes, *(out[start:] for out in outs)))
+        kernel((grid, count), threads, (*parts, z, at_expiry, apart, *sizes, *(out[start:] for out in outs)))
     return outs
 
 
@@ -145,11 +157,12 @@ _constants: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
 
 
 def _sobol_constants(
-    width: int, paths: int, steps: int, precision: Precision, device: torch.device
+    width: tuple[int, int], paths: int, steps: int, precision: Precision, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     key = (width, paths, steps, precision, device)
     if key not in _constants:
-        points = torch.from_numpy(sobol_points(width, paths).view(np.int32)).to(device)
+        coordinates = expiry_last(sobol_points(sum(width), paths), width[1])
+        points = torch.from_numpy(coordinates.view(np.int32)).to(device)
         _constants[key] = points, torch.from_numpy(bridge_increments(steps)).to(device, precision.torch)
     return _constants[key]
 
@@ -161,22 +174,39 @@ _linked: dict[tuple[Any, ...], LinkedKernel] = {}
 
 
 def link(
-    problem: Problem, precision: Precision, name: str, device: torch.device, *, every_step: bool, tables: int = 1
+    problem: Problem,
+    precision: Precision,
+    name: str,
+    device: torch.device,
+    *,
+    every_step: bool,
+    tables: int = 1,
+    conditional: bool = False,
 ) -> LinkedKernel:
     """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError."""
     major, minor = torch.cuda.get_device_capability(device)
     with _one_at_a_time:
-        key = (problem, precision, name, every_step, tables, major, minor)
+        key = (problem, precision, name, every_step, tables, conditional, major, minor)
         if key not in _linked:
-            _linked[key] = LinkedKernel(_cubin(problem, precision, every_step, tables, f"sm_{major}{minor}"), name)
+            which = _Which(problem, precision, every_step, tables, conditional)
+            _linked[key] = LinkedKernel(_cubin(which, f"sm_{major}{minor}"), name)
         return _linked[key]
 
 
-def _cubin(problem: Problem, precision: Precision, every_step: bool, tables: int, arch: str) -> str:
+class _Which(NamedTuple):
+    problem: Problem
+    precision: Precision
+    every_step: bool
+    tables: int
+    conditional: bool
+
+
+def _cubin(which: _Which, arch: str) -> str:
     """The path of the file that has both kernels of a problem."""
-    sizes = sizes_of(problem)
+    problem, precision, every_step, tables, conditional = which
+    sizes = sizes_of(problem, conditional=conditional)
     skeleton = _defines(problem, sizes, precision, every_step, tables) + NORMALS_SOURCE + PATHS_SOURCE
-    wrappers, source = _wrappers(problem, sizes, precision)
+    wrappers, source = _wrappers(problem, sizes, precision, conditional=conditional)
     try:
         import numba_cuda
         from numba import cuda
@@ -195,7 +225,7 @@ def _cubin(problem: Problem, precision: Precision, every_step: bool, tables: int
 
 
 def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: bool, tables: int) -> str:
-    normals, per_block = problem.process.normals, 4 if precision is Precision.float32 else 2
+    normals, per_block = sizes.normals, 4 if precision is Precision.float32 else 2
     group = math.lcm(normals, per_block) // normals
     values = {
         "DOUBLE": int(precision is Precision.float64),
@@ -205,6 +235,8 @@ def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: b
         "PRODUCT": sizes.product,
         "FIELDS": len(problem.schema),
         "NORMALS": normals,
+        "EXTRAS": sizes.extras,
+        "OUTPUTS": sizes.outputs,
         "GROUP": group,
         "BLOCKS": group * normals // per_block,
         "DATES": int(problem.product.dates > 0),
@@ -214,8 +246,10 @@ def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: b
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
-def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str, ScalarSource]:
-    source, call = scalar_methods(problem)
+def _wrappers(
+    problem: Problem, sizes: Sizes, precision: Precision, *, conditional: bool
+) -> tuple[str, ScalarSource]:  # fmt: skip
+    source, call = scalar_methods(problem, conditional=conditional)
 
     def values(name: str, count: int) -> str:
         return "(" + "".join(f"{name}[{i}], " for i in range(count)) + ")"
@@ -228,7 +262,8 @@ def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str
         values(name, count)
         for name, count in (("k", sizes.process), ("q", sizes.product), ("s", sizes.state), ("a", sizes.seen))
     )
-    spot = f"{call['spot']}({s}, {k})"
+    gives = path_gives(call, sizes, state=s, seen=a, k=k, q=q, drawn=[f"e[{i}]" for i in range(sizes.extras)])
+    lines = gives.lines + [f"out[{i}] = _real({value})" for i, value in enumerate(gives.values)]
     text = _WRAPPERS.format(
         real=precision.value,
         functions=FUNCTIONS,
@@ -243,11 +278,11 @@ def _wrappers(problem: Problem, sizes: Sizes, precision: Precision) -> tuple[str
                 stored("a", sizes.seen, f"{call['begin']}({q})"),
             )
         ),
-        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', problem.process.normals)}, {k})"),
-        look=stored("a", sizes.seen, f"{call['observe']}({a}, {spot}, date, {q})")
+        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', sizes.normals)}, {k})"),
+        look=stored("a", sizes.seen, f"{call['observe']}({a}, {call['spot']}({s}, {k}), date, {q})")
         if problem.product.dates
         else "    pass",
-        payoff=f"{call['payoff']}({a}, {spot}, {q})",
+        payoff="\n".join("    " + line for line in lines),
     )
     return text, source
 
@@ -270,7 +305,7 @@ def _compiled_wrappers(
         "prepare": types.void(doubles, types.int32, pointer, pointer, pointer, pointer),
         "step_once": types.void(pointer, pointer, pointer),
         "look": types.void(pointer, pointer, real, pointer, pointer),
-        "pays": real(pointer, pointer, pointer, pointer),
+        "pays": types.void(pointer, pointer, pointer, pointer, pointer, pointer),
     }
     fast = precision is Precision.float32
     module: dict[str, Any] = {"_njit": lambda **options: cuda.jit(device=True, fastmath=fast), "_FAST": {}}

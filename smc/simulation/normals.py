@@ -22,7 +22,7 @@ from scipy.stats import qmc
 
 from smc.models.numerical import Precision
 
-__all__ = ["box_muller", "bridge_increments", "bridge_plan", "philox4x32", "sobol_points"]
+__all__ = ["box_muller", "bridge_increments", "bridge_plan", "expiry_last", "philox4x32", "sobol_points"]
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -113,6 +113,14 @@ def sobol_points(dimensions: int, paths: int) -> npt.NDArray[np.uint32]:
     block = 1 << max(paths - 1, 1).bit_length()
     points = (engine.random(block)[:paths] * 2.0**32).astype(np.uint32)
     return np.ascontiguousarray(_reverse_bits(points).T)
+
+
+def expiry_last(points: npt.NDArray[np.uint32], extras: int) -> npt.NDArray[np.uint32]:
+    """Coordinates in the order of a path's normals, whose last ones, drawn at expiry, matter most: they get the first.
+
+    Shapes: (dimensions, paths) -> the same.
+    """
+    return np.ascontiguousarray(np.roll(points, -extras, axis=0)) if extras else points
 
 
 def _reverse_bits(x: Any) -> Any:

@@ -17,11 +17,11 @@ import torch
 
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
-from smc.simulation.normals import bridge_plan, sobol_points
-from smc.simulation.sizes import PathSizes, Sampling, time_grid
+from smc.simulation.normals import bridge_plan, expiry_last, sobol_points
+from smc.simulation.sizes import PathSizes, Sampling, sizes_of, time_grid
 from smc.simulation.walk import compiled_walk
 
-__all__ = ["simulate", "simulate_pairs"]
+__all__ = ["simulate", "simulate_outer", "simulate_pairs"]
 
 Array = npt.NDArray[np.float64]
 
@@ -37,7 +37,7 @@ def simulate(problem: Problem, table: Array, first: int, **sizes: Unpack[PathSiz
     Raises: ConfigError for a number of steps that does not fit the product's dates, or a scalar method that cannot be
     compiled.
     """
-    return _simulated(problem, [table], first, **sizes)[0]
+    return _simulated(problem, [table], first, **sizes)[0][:, 0]
 
 
 def simulate_pairs(
@@ -48,7 +48,17 @@ def simulate_pairs(
     Shapes: two of (n, fields) float64 -> two of (n, paths). Units: currency.
     """
     payoffs, beside = _simulated(problem, [table, moved], first, **sizes)
-    return payoffs, beside
+    return payoffs[:, 0], beside[:, 0]
+
+
+def simulate_outer(
+    problem: Problem, tables: Sequence[Array], first: int, **sizes: Unpack[PathSizes]
+) -> list[npt.NDArray[Any]]:
+    """What outer paths give, of a problem that is conditional: payoffs, expected payoffs, and controls.
+
+    Shapes: one or two of (n, fields) float64 -> as many of (n, 2 + controls, paths).
+    """
+    return _simulated(problem, tables, first, conditional=True, **sizes)
 
 
 def _simulated(
@@ -62,21 +72,23 @@ def _simulated(
     precision: Precision,
     sampling: Sampling,
     rows_at_once: int = 1,
+    conditional: bool = False,
 ) -> list[npt.NDArray[Any]]:
-    steps, stride = time_grid(problem, steps, sampling)
-    walk = compiled_walk(problem, precision, pairs=len(tables) == 2)
-    width = problem.process.normals * steps
+    sizes = sizes_of(problem, conditional=conditional)
+    steps, stride = time_grid(problem, steps, sampling, sizes)
+    walk = compiled_walk(problem, precision, pairs=len(tables) == 2, conditional=conditional)
+    width = sizes.normals * steps + sizes.extras
     lanes_at_once = _NORMALS // (width * precision.numpy.itemsize) // 16 * 16
     lanes_at_once = max(_LEAST_LANES, min(_MOST_LANES, lanes_at_once))
     points = np.zeros((0, 0), dtype=np.uint32)
     plan, weights = np.zeros((0, 3), dtype=np.int64), np.zeros((0, 3), dtype=precision.numpy)
     if sampling == "sobol":
-        points = sobol_points(width, paths)
+        points = expiry_last(sobol_points(width, paths), sizes.extras)
         plan, weights = bridge_plan(steps)
         weights = weights.astype(precision.numpy)
     tables = [np.ascontiguousarray(table) for table in tables]
     count = len(tables[0])
-    outs = [np.empty((count, paths), dtype=precision.numpy) for _ in tables]
+    outs = [np.empty((count, sizes.outputs, paths), dtype=precision.numpy) for _ in tables]
     seed_, first_ = np.uint64(seed), np.uint64(first)
 
     def fill(start: int) -> None:

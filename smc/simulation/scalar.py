@@ -11,6 +11,7 @@ import ast
 import copy
 import inspect
 import math
+import operator
 import textwrap
 from types import FunctionType, ModuleType
 from typing import Any
@@ -102,16 +103,51 @@ def _lines_of(statement: ast.stmt) -> list[int]:
     return [inner[min(i, len(inner) - 1)] for i in range(count)]
 
 
-def scalar_methods(problem: Problem) -> tuple[ScalarSource, dict[str, str]]:
-    """The scalar methods of a problem, and the name of each one's function; a product's coefficients are `terms`."""
+def scalar_methods(problem: Problem, *, conditional: bool = False) -> tuple[ScalarSource, dict[str, str]]:
+    """The scalar methods of a problem, and the name of each one's function; a product's coefficients are `terms`.
+
+    `conditional`: those of the outer path stand in the place of the process's own.
+    """
     process, product, source = problem.process, problem.product, ScalarSource()
-    narrow: dict[str, object] = {"step": process, "spot": process, "begin": product, "payoff": product}
+    outer = "outer_" if conditional else ""
+    narrow: dict[str, object] = {f"{outer}step": process, "begin": product, "payoff": product}
+    if conditional:
+        narrow |= {"given": process, "on_log_normal": product}
+    else:
+        narrow["spot"] = process
     if product.dates:
         narrow["observe"] = product
-    names = {name: source.method(owner, name, narrow=True) for name, owner in narrow.items()}
-    names |= {name: source.method(process, name, narrow=False) for name in ("coefficients", "start")}
+    names = {name.removeprefix(outer): source.method(owner, name, narrow=True) for name, owner in narrow.items()}
+    names |= {name: source.method(process, outer + name, narrow=False) for name in ("coefficients", "start")}
     names["terms"] = source.method(product, "coefficients", narrow=False)
     return source, names
+
+
+# What may be taken of `... for i in range(n)`.
+_OF_MANY = ("tuple", "sum", "min", "max")
+# Arithmetic on whole numbers.
+_WHOLE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+class _Numbered(ast.NodeTransformer):
+    """Puts a number in the place of a name."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self._name, self._number = name, number
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.copy_location(ast.Constant(self._number), node) if node.id == self._name else node
+
+
+def _combined(how: str, elements: list[ast.expr]) -> ast.expr:
+    if how == "tuple":
+        return ast.Tuple(elements, ast.Load())
+    if how == "sum":
+        total: ast.expr = elements[0] if elements else ast.Constant(0.0)
+        for element in elements[1:]:
+            total = ast.BinOp(total, ast.Add(), element)
+        return total
+    return ast.Call(ast.Name(how, ast.Load()), elements, [])
 
 
 class _Rewriting(ast.NodeTransformer):
@@ -169,20 +205,96 @@ class _Rewriting(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         callee = node.func
-        if isinstance(callee, ast.Attribute) and isinstance(callee.value, ast.Name) and callee.value.id == self._self:
-            method = getattr(type(self._owner), callee.attr, None)
+        if isinstance(callee, ast.Name) and callee.id in _OF_MANY and len(node.args) == 1:
+            (many,) = node.args
+            if isinstance(many, ast.GeneratorExp):
+                return self.visit(ast.copy_location(_combined(callee.id, self._unrolled(many)), node))
+        holder = self._holder(node)
+        if holder is not None:
+            assert isinstance(callee, ast.Attribute)
+            method = getattr(holder, callee.attr, None)
             if not isinstance(method, FunctionType):
                 raise self._error(node, f"self.{callee.attr} is no method written in Python")
             name = self._source._add(method, self._owner, self._narrow)
+            if isinstance(callee.value, ast.Name) and callee.value.id != self._self:
+                node.args = node.args[1:]
             return self._called(node, ast.Name(name, ast.Load()))
         return self._called(node, self.visit(callee))
+
+    def _whole_number(self, node: ast.AST) -> int | None:
+        """The value of arithmetic on whole numbers that are known beforehand; None if it is anything else."""
+        value: object = None
+        if isinstance(node, ast.Constant):
+            value = node.value
+        elif isinstance(node, ast.Name) and node.id not in self._local:
+            value = self._known.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
+            value = getattr(self._owner, node.attr, None)
+        elif isinstance(node, ast.BinOp) and type(node.op) in _WHOLE:
+            left, right = self._whole_number(node.left), self._whole_number(node.right)
+            if left is not None and right is not None:
+                value = _WHOLE[type(node.op)](left, right)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def _unrolled(self, node: ast.GeneratorExp) -> list[ast.expr]:
+        """The elements of `... for i in range(n)`, where n is known beforehand, each with its own i."""
+        loop = node.generators[0]
+        counted = isinstance(loop.iter, ast.Call) and ast.unparse(loop.iter.func) == "range"
+        if len(node.generators) != 1 or loop.ifs or not counted or not isinstance(loop.target, ast.Name):
+            raise self._error(node, "a tuple, sum, min or max of many is taken over one range, without conditions")
+        assert isinstance(loop.iter, ast.Call)
+        bounds = [self._whole_number(bound) for bound in loop.iter.args]
+        if None in bounds:
+            raise self._error(node, "the range must be known beforehand: of numbers and settings")
+        numbers = range(*bounds)  # type: ignore[arg-type]
+        return [_Numbered(loop.target.id, i).visit(copy.deepcopy(node.elt)) for i in numbers]
+
+    def _holder(self, node: ast.Call) -> object | None:
+        """The class whose method is called: the owner's by `self.f()`, another by `super().f()` or `Class.f(self)`.
+
+        It is None where a plain function is called.
+        """
+        if not isinstance(node.func, ast.Attribute) or self._self is None:
+            return None
+        value = node.func.value
+        if isinstance(value, ast.Name):
+            if value.id == self._self:
+                return type(self._owner)
+            known = self._known.get(value.id)
+            of_self = bool(node.args) and isinstance(node.args[0], ast.Name) and node.args[0].id == self._self
+            return known if isinstance(known, type) and isinstance(self._owner, known) and of_self else None
+        if isinstance(value, ast.Call) and ast.unparse(value) == "super()":
+            return super(self._known["__class__"], type(self._owner))
+        return None
+
+    def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
+        if not any(isinstance(element, ast.Starred) for element in node.elts):
+            return self.generic_visit(node)
+        parts: list[ast.expr] = []  # tuples that are joined, one for each element with a star and each row without
+        row: list[ast.expr] = []
+        for element in [*node.elts, None]:
+            if row and (element is None or isinstance(element, ast.Starred)):
+                parts.append(ast.Tuple(row, ast.Load()))
+                row = []
+            if isinstance(element, ast.Starred):
+                parts.append(element.value)
+            elif element is not None:
+                row.append(element)
+        joined = parts[0]
+        for part in parts[1:]:
+            joined = ast.BinOp(joined, ast.Add(), part)
+        return self.visit(ast.copy_location(joined, node))
 
     def _called(self, node: ast.Call, callee: ast.AST) -> ast.AST:
         if node.keywords:
             raise self._error(node, "scalar functions are called with arguments by position")
         counts = isinstance(callee, ast.Name) and callee.id in ("range", "len", "int")
-        arguments: list[Any] = [self.visit(a) if counts else self._real(a) for a in node.args]
+        arguments: list[Any] = [self._counted(a) if counts else self._real(a) for a in node.args]
         return ast.copy_location(ast.Call(callee, arguments, []), node)  # type: ignore[arg-type]
+
+    def _counted(self, node: ast.expr) -> ast.AST:
+        number = self._whole_number(node)
+        return self.visit(node) if number is None else ast.copy_location(ast.Constant(number), node)
 
     def _constant(self, node: ast.AST, value: Any) -> ast.AST:
         made: ast.AST
@@ -222,7 +334,10 @@ class _Rewriting(ast.NodeTransformer):
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         node.value = self.visit(node.value)
-        return node  # an index stays a whole number
+        number = self._whole_number(node.slice)
+        if number is not None:  # of a tuple whose elements differ in kind, only a number written out is an index
+            node.slice = ast.Constant(number)
+        return node
 
     def _real(self, node: ast.AST) -> ast.AST:
         """A part of arithmetic: a number that stands in it is one of the precision."""

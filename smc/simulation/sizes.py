@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, TypedDict
 
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
+from smc.problem.conditional import ConditionallyLogNormal
 from smc.problem.problem import Problem
 
 __all__ = ["KernelSizes", "PathSizes", "Sampling", "Sizes", "sizes_of", "time_grid"]
@@ -45,6 +48,12 @@ class Sizes:
     product: int
     state: int
     seen: int
+    normals: int
+    """Normals of a step."""
+    extras: int = 0
+    """Normals that are drawn once a path, at expiry."""
+    outputs: int = 1
+    """Numbers that a path gives: its payoff; of an outer path also its expected payoff, and the controls."""
 
     @property
     def arrays(self) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -52,7 +61,8 @@ class Sizes:
         return ("s", self.state), ("a", self.seen)
 
 
-def sizes_of(problem: Problem) -> Sizes:
+@lru_cache(maxsize=1024)
+def sizes_of(problem: Problem, *, conditional: bool = False) -> Sizes:
     """Measured by calling the methods, as Python, on the contract in the middle of the domain.
 
     Raises: ConfigError for a method that fails, gives no numbers, or a state of another size than it was given.
@@ -70,11 +80,16 @@ def sizes_of(problem: Problem) -> Sizes:
             raise ConfigError(f"{where} gives {found!r}: it must give a tuple of numbers, one at least")
         return found
 
-    k = numbers(process, "coefficients", middle, middle.T / 4)
-    state = numbers(process, "start", middle)
-    after = numbers(process, "step", state, (0.5,) * process.normals, k)
+    outer = "outer_" if conditional else ""
+    normals = process.outer if conditional and isinstance(process, ConditionallyLogNormal) else process.normals
+    k = numbers(process, f"{outer}coefficients", middle, middle.T / 4)
+    state = numbers(process, f"{outer}start", middle)
+    after = numbers(process, f"{outer}step", state, (0.5,) * normals, k)
     if len(after) != len(state):
-        raise ConfigError(f"{type(process).__name__}.step gives {len(after)} numbers, and start {len(state)}")
+        name = type(process).__name__
+        raise ConfigError(f"{name}.{outer}step gives {len(after)} numbers, and {outer}start {len(state)}")
+    if conditional:
+        return _of_outer_path(problem, numbers, (k, after), normals, middle)
     spot = process.spot(after, k)
     if process.assets > 1 and (not isinstance(spot, tuple) or len(spot) != process.assets):
         raise ConfigError(f"{type(process).__name__}.spot gives {spot!r}: it must give {process.assets} prices")
@@ -87,10 +102,26 @@ def sizes_of(problem: Problem) -> Sizes:
     paid = product.payoff(seen, spot, q)
     if isinstance(paid, tuple) or not isinstance(paid, int | float) or paid != paid:
         raise ConfigError(f"{type(product).__name__}.payoff gives {paid!r}: it must give a number")
-    return Sizes(len(k), len(q), len(state), len(seen))
+    return Sizes(len(k), len(q), len(state), len(seen), normals)
 
 
-def time_grid(problem: Problem, steps: int, sampling: Sampling) -> tuple[int, int]:
+def _of_outer_path(
+    problem: Problem, numbers: Callable[..., tuple[float, ...]], path: Sequence[Any], normals: int, middle: Any
+) -> Sizes:
+    process, product = problem.process, problem.product
+    assert isinstance(process, ConditionallyLogNormal)
+    k, state = path
+    finals = (0.5,) * process.finals
+    given = numbers(process, "given", state, finals, k)
+    if len(given) < 2:
+        name = type(process).__name__
+        raise ConfigError(f"{name}.given gives one number: it must give mean and variance, and then controls")
+    q = numbers(product, "coefficients", middle)
+    seen = numbers(product, "begin", q)
+    return Sizes(len(k), len(q), len(state), len(seen), normals, process.finals + 1, len(given))
+
+
+def time_grid(problem: Problem, steps: int, sampling: Sampling, sizes: Sizes | None = None) -> tuple[int, int]:
     """The steps that are taken, and how many of them lead from one date of the product to the next.
 
     Raises: ConfigError for steps that miss a date, or more normals than Sobol points have coordinates.
@@ -98,7 +129,8 @@ def time_grid(problem: Problem, steps: int, sampling: Sampling) -> tuple[int, in
     problem.check_steps(steps)
     if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
         steps = 1  # a bridge's increments sum to its end point, and nothing else is read
-    width = problem.process.normals * steps
+    sizes = sizes or sizes_of(problem)
+    width = sizes.normals * steps + sizes.extras
     if sampling == "sobol" and width > _MOST_DIMENSIONS:
         raise ConfigError(f"sampling='sobol' has at most {_MOST_DIMENSIONS:,} dimensions, {width:,} are wanted")
     return steps, steps // problem.product.dates if problem.product.dates else steps

@@ -71,7 +71,7 @@ PATHS_SOURCE = r"""
 extern "C" __device__ void prepare(const double* contract, int steps, real* s, real* a, real* k, real* q);
 extern "C" __device__ void step_once(real* s, const real* z, const real* k);
 extern "C" __device__ void look(real* a, const real* s, real date, const real* k, const real* q);
-extern "C" __device__ real pays(const real* a, const real* s, const real* k, const real* q);
+extern "C" __device__ void pays(const real* a, const real* s, const real* e, const real* k, const real* q, real* out);
 
 struct Path {
     real s[STATE], a[SEEN], k[PROCESS], q[PRODUCT];
@@ -91,7 +91,12 @@ struct Path {
             }
         }
     }
-    __device__ real payoff() const { return pays(a, s, k, q); }
+    __device__ void store(const real* e, real* __restrict__ out, int paths) const {
+        real gives[OUTPUTS];                // what a path gives: its payoff, and more of an outer path
+        pays(a, s, e, k, q, gives);
+        #pragma unroll
+        for (int i = 0; i < OUTPUTS; ++i) out[(u64)i * paths] = gives[i];
+    }
 };
 
 // TABLES is 1, or 2 for pairs of contracts on the same normals.
@@ -100,15 +105,15 @@ struct Path {
 #define OUT real* __restrict__ out
 #define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride);
 #define STEP(z) path.step(z)
-#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff()
+#define STORE(e) path.store(e, out + (u64)blockIdx.y * OUTPUTS * paths + at, paths)
 #else
 #define CONTRACTS const double* __restrict__ contracts, const double* __restrict__ beside
 #define OUT real* __restrict__ out, real* __restrict__ out_beside
 #define START Path path(contracts + (u64)FIELDS * blockIdx.y, steps, stride); \
                     Path other(beside + (u64)FIELDS * blockIdx.y, steps, stride);
 #define STEP(z) (path.step(z), other.step(z))
-#define STORE out[(u64)blockIdx.y * paths + at] = path.payoff(); \
-              out_beside[(u64)blockIdx.y * paths + at] = other.payoff()
+#define STORE(e) path.store(e, out + (u64)blockIdx.y * OUTPUTS * paths + at, paths); \
+                 other.store(e, out_beside + (u64)blockIdx.y * OUTPUTS * paths + at, paths)
 #endif
 
 extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
@@ -143,11 +148,25 @@ extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
         for (int i = 0; i < GROUP - 1; ++i)
             if (i < left) STEP(z + i * NORMALS);
     }
-    STORE;
+    real e[EXTRAS + 1];                     // normals of expiry, which follow those of the steps
+    #pragma unroll
+    for (int i = 0; i < EXTRAS; ++i) {
+        const u32 number = (u32)NORMALS * steps + i;
+        u32 c0 = at, c1 = number / PER_BLOCK, c2 = (u32)stream, c3 = (u32)(stream >> 32);
+        philox4x32_10(c0, c1, c2, c3, k0, k1);
+        normals(c0, c1, c2, c3, z);
+        e[i] = z[0];
+        #pragma unroll
+        for (int j = 1; j < PER_BLOCK; ++j)
+            if (number % PER_BLOCK == j) e[i] = z[j];
+    }
+    STORE(e);
 }
 
 extern "C" __global__ __launch_bounds__(1024) void walk(
     CONTRACTS, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
+    const real* __restrict__ at_expiry,     // (n, EXTRAS, paths), so many numbers apart from row to row
+    const u64 apart,
     const int paths, const int steps, const int stride, OUT)
 {
     const u32 at = blockIdx.x * blockDim.x + threadIdx.x;
@@ -160,7 +179,10 @@ extern "C" __global__ __launch_bounds__(1024) void walk(
         for (int j = 0; j < NORMALS; ++j) z[j] = from[((u64)i * NORMALS + j) * paths];
         STEP(z);
     }
-    STORE;
+    real e[EXTRAS + 1];
+    #pragma unroll
+    for (int i = 0; i < EXTRAS; ++i) e[i] = at_expiry[(u64)blockIdx.y * apart + (u64)i * paths + at];
+    STORE(e);
 }
 """
 """The paths of a problem, whose functions and sizes are linked and defined in front of it."""

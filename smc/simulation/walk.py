@@ -13,8 +13,9 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ from smc.simulation import elementary, lanes
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import Sizes, sizes_of
 
-__all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
+__all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "path_gives", "walk_source"]
 
 _one_at_a_time = threading.Lock()
 # Compiled code stays loaded as long as the process, so that to forget it would free nothing.
-_walks: dict[tuple[Problem, Precision, bool], Callable[..., None]] = {}
+_walks: dict[tuple[Problem, Precision, bool, bool], Callable[..., None]] = {}
 
 _TEMPLATE = """# {name}, {real}. Made by smc.simulation.walk, {version}.
 import math
@@ -58,8 +59,8 @@ _WALK = """
 
 @_njit(fastmath=True, nogil=True, error_model="numpy", cache=True)
 def {function}({tables}, first, seed, steps, stride, lanes, points, plan, weights, {outs}):
-    rows, paths = out.shape
-    z = np.empty(({normals} * steps, lanes), dtype=np.{real})
+    rows, _, paths = out.shape
+    z = np.empty(({normals} * steps + {extras}, lanes), dtype=np.{real})
     path = np.empty((steps + 1, lanes), dtype=np.{real})
 {arrays}
     for row in range(rows):
@@ -71,7 +72,7 @@ def {function}({tables}, first, seed, steps, stride, lanes, points, plan, weight
                 if steps > 1:
                     _bridge(z, {normals}, steps, plan, weights, width, path)
             else:
-                _pseudorandom(seed, first + np.uint64(row), begin, width, {normals}, steps, z)
+                _pseudorandom(seed, first + np.uint64(row), begin, width, z)
             for lane in range(width):
 {start}
             for at in range(steps):
@@ -87,15 +88,18 @@ _LOOK = """                if (at + 1) % stride == 0:
 """
 
 
-def compiled_walk(problem: Problem, precision: Precision, *, pairs: bool = False) -> Callable[..., None]:
+def compiled_walk(
+    problem: Problem, precision: Precision, *, pairs: bool = False, conditional: bool = False
+) -> Callable[..., None]:
     """The loop for a problem, compiled once in a process; of `pairs` of contracts it takes two tables and two outputs.
 
+    `conditional`: that over outer paths.
     Raises: ConfigError saying which line cannot be compiled.
     """
     with _one_at_a_time:
-        key = (problem, precision, pairs)
+        key = (problem, precision, pairs, conditional)
         if key not in _walks:
-            text, source = walk_source(problem, precision)
+            text, source = walk_source(problem, precision, conditional=conditional)
             walk = getattr(_loaded(text), "walk_pairs" if pairs else "walk")
             _walks[key] = _typed(walk, precision, text, source, pairs=pairs)
         return _walks[key]
@@ -104,9 +108,10 @@ def compiled_walk(problem: Problem, precision: Precision, *, pairs: bool = False
 # --- the text ---------------------------------------------------------------------------------------------
 
 
-def walk_source(problem: Problem, precision: Precision) -> tuple[str, ScalarSource]:
+def walk_source(problem: Problem, precision: Precision, *, conditional: bool = False) -> tuple[str, ScalarSource]:
     """The module's text, and where its scalar functions come from."""
-    source, call = scalar_methods(problem)
+    source, call = scalar_methods(problem, conditional=conditional)
+    sizes = sizes_of(problem, conditional=conditional)
     head = _TEMPLATE.format(
         name=problem.name,
         real=precision.value,
@@ -115,21 +120,20 @@ def walk_source(problem: Problem, precision: Precision) -> tuple[str, ScalarSour
         fields=problem.schema.names,
         scalar=source.text,
     )
-    pairs = _walk("walk_pairs", ("", "m"), problem, precision, call)
-    return head + _walk("walk", ("",), problem, precision, call) + pairs, source
+    pairs = _walk("walk_pairs", ("", "m"), problem, precision, call, sizes)
+    return head + _walk("walk", ("",), problem, precision, call, sizes) + pairs, source
 
 
 def _walk(
-    function: str, tags: tuple[str, ...], problem: Problem, precision: Precision, call: Mapping[str, str]
+    function: str, tags: tuple[str, ...], problem: Problem, precision: Precision, call: Mapping[str, str], sizes: Sizes
 ) -> str:  # fmt: skip
     """The loop over contracts whose numbers have these tags, "" for the first, on the same normals."""
-    process, product, sizes, real = problem.process, problem.product, sizes_of(problem), precision.value
-    z = "(" + "".join(f"z[{process.normals} * at + {i}, lane], " for i in range(process.normals)) + ")"
+    product, real = problem.product, precision.value
+    z = "(" + "".join(f"z[{sizes.normals} * at + {i}, lane], " for i in range(sizes.normals)) + ")"
     contract, start, step, observed, payoff = [], [], [], [], []
     for tag in tags:
         k, q = _tuple(f"k{tag}", sizes.process), _tuple(f"q{tag}", sizes.product)
         state, seen = _tuple(f"s{tag}", sizes.state, "[lane]"), _tuple(f"a{tag}", sizes.seen, "[lane]")
-        spot = f"{call['spot']}({state}, {k})"
         columns = ", ".join(f"table{tag}[row, {i}]" for i in range(len(problem.schema)))
         contract += [
             f"contract = _Contract({columns})",
@@ -140,15 +144,20 @@ def _walk(
         ]
         start += [f"{n}{tag}{i}[lane] = first_{n}{tag}{i}" for n, count in sizes.arrays for i in range(count)]
         step += _stored(f"s{tag}", sizes.state, f"{call['step']}({state}, {z}, {k})")
+        given = {"state": state, "seen": seen, "k": k, "q": q}
         if product.dates:
+            spot = f"{call['spot']}({state}, {k})"
             observed += _stored(f"a{tag}", sizes.seen, f"{call['observe']}({seen}, {spot}, date, {q})")
-        payoff.append(f"out{tag}[row, begin + lane] = {call['payoff']}({seen}, {spot}, {q})")
+        drawn = [f"z[{sizes.normals} * steps + {i}, lane]" for i in range(sizes.extras)]
+        found = path_gives(call, sizes, **given, drawn=drawn)
+        payoff += found.lines + [f"out{tag}[row, {i}, begin + lane] = {value}" for i, value in enumerate(found.values)]
     return _WALK.format(
         function=function,
         tables=", ".join(f"table{tag}" for tag in tags),
         outs=", ".join(f"out{tag}" for tag in tags),
         real=real,
-        normals=process.normals,
+        normals=sizes.normals,
+        extras=sizes.extras,
         arrays=_indented([line for tag in tags for line in _arrays(sizes, real, tag)], 1),
         contract=_indented(contract, 2),
         start=_indented(start, 4),
@@ -156,6 +165,32 @@ def _walk(
         look=_LOOK + _indented(observed, 6) if observed else "",
         payoff=_indented(payoff, 4),
     )
+
+
+@dataclass(frozen=True)
+class Given:
+    """Text that computes what a path gives: lines, and then an expression for each number."""
+
+    lines: list[str]
+    values: list[str]
+
+
+def path_gives(
+    call: Mapping[str, str], sizes: Sizes, *, state: str, seen: str, k: str, q: str, drawn: Sequence[str]
+) -> Given:
+    """The payoff of a path; of an outer path one of its price at expiry, its expected payoff, and the controls.
+
+    `drawn` are the normals of expiry: the first draws the price, the others belong to the process.
+    """
+    if not drawn:
+        return Given([], [f"{call['payoff']}({seen}, {call['spot']}({state}, {k}), {q})"])
+    finals = "(" + "".join(f"{normal}, " for normal in drawn[1:]) + ")"
+    lines = [
+        f"_given = {call['given']}({state}, {finals}, {k})",
+        f"_spot = _exp(_given[0] + math.sqrt(_given[1]) * {drawn[0]})",
+    ]
+    payoff, expected = f"{call['payoff']}({seen}, _spot, {q})", f"{call['on_log_normal']}(_given[0], _given[1], {q})"
+    return Given(lines, [payoff, expected, *(f"_given[{i}]" for i in range(2, sizes.outputs))])
 
 
 def _tuple(name: str, count: int, index: str = "") -> str:
@@ -240,7 +275,7 @@ def _typed(
     whole, stream = numba.int64, numba.uint64
     points, plan = numba.uint32[:, ::1], numba.int64[:, ::1]
     count = 2 if pairs else 1
-    tables, outs = (numba.float64[:, ::1],) * count, (real[:, ::1],) * count
+    tables, outs = (numba.float64[:, ::1],) * count, (real[:, :, ::1],) * count
     arguments = (*tables, stream, stream, whole, whole, whole, points, plan, real[:, ::1], *outs)
     try:
         walk.compile(arguments)

@@ -1,4 +1,4 @@
-"""Heston's model by Fourier inversion, to a dozen digits: prices, sensitivities and quantiles of European options.
+"""Heston's model, and Bates's, by Fourier inversion: prices, sensitivities and quantiles, to a dozen digits.
 
 Source: Lewis, "Option Valuation under Stochastic Volatility" (2000), ch. 2; the characteristic function in the form of
 Albrecher, Mayer, Schoutens and Tistaert, "The little Heston trap" (Wilmott, 2007), which is continuous in its argument.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from smc.errors import NumericsError
 
-__all__ = ["HestonLaw", "delta", "price", "price_by_variance", "terminal_quantile"]
+__all__ = ["HestonLaw", "delta", "gamma", "price", "price_by_variance", "rho", "terminal_quantile"]
 
 Array = npt.NDArray[np.float64]
 Complex = npt.NDArray[np.complex128]
@@ -26,6 +26,8 @@ _STEP = 0.08
 # The sum is cut where the integrand has fallen to this share of its value at 0.
 _NEGLIGIBLE = 1e-17
 _MOST_NODES = 1 << 21
+# The square of a volatility of variance below which the variance is certain.
+_CERTAIN = 1e-24
 # So many complex numbers, contracts by nodes, are held at a time.
 _BLOCK = 1 << 20
 
@@ -40,28 +42,48 @@ class HestonLaw:
     theta: Array
     xi: Array
     rho: Array
+    intensity: Array
+    jump_mean: Array
+    jump_deviation: Array
 
     @classmethod
     def of(cls, c: Any) -> HestonLaw:
-        """From columns by name."""
-        return cls(*(np.asarray(getattr(c, name), dtype=np.float64) for name in cls.__dataclass_fields__))
+        """From columns by name; where there are none of jumps, there are no jumps."""
+        nothing = 0.0 * np.asarray(c.T, dtype=np.float64)
+        return cls(*(np.asarray(getattr(c, name, nothing), dtype=np.float64) for name in cls.__dataclass_fields__))
 
     def exponents(self, u: Complex) -> tuple[Complex, Complex]:
         """A and B of the characteristic function, exp(A + B v0). Shapes: u (nodes,) or (n, nodes) -> (n, nodes)."""
         T, kappa, theta, xi, rho = (a[:, None] for a in (self.T, self.kappa, self.theta, self.xi, self.rho))
         slow = kappa - rho * xi * 1j * u
-        d = np.sqrt(slow * slow + xi * xi * (1j * u + u * u))
-        g = (slow - d) / (slow + d)
-        e = np.exp(-d * T)
-        b = (slow - d) / (xi * xi) * (1 - e) / (1 - g * e)
-        a = kappa * theta / (xi * xi) * ((slow - d) * T - 2 * np.log((1 - g * e) / (1 - g)))
+        both = 1j * u + u * u
+        d = np.sqrt(slow * slow + xi * xi * both)
+        # (slow - d) / xi^2 and g / xi^2, without a difference of numbers that are next to each other.
+        less, ratio = -both / (slow + d), -both / (slow + d) ** 2
+        g, e = xi * xi * ratio, np.exp(-d * T)
+        b = less * (1 - e) / (1 - g * e)
+        moved = ratio * (1 - e) / (1 - g)
+        certain = xi * xi < _CERTAIN
+        per_square = np.where(certain, 1.0, xi * xi)
+        logarithm = np.where(certain, moved, np.log1p(xi * xi * moved) / per_square)
+        a = kappa * theta * (less * T - 2 * logarithm)
         return a, b
 
     def characteristic(self, u: Complex) -> Complex:
         """E exp(i u ln(S_T / F)). Shapes: u (nodes,) or (n, nodes) -> (n, nodes)."""
         a, b = self.exponents(u)
-        value: Complex = np.exp(a + b * self.v0[:, None])
+        value: Complex = np.exp(a + b * self.v0[:, None] + self.jumps(u))
         return value
+
+    def jumps(self, u: Complex) -> Complex:
+        """What jumps add to the exponent. Shapes: as `exponents`."""
+        T, intensity, mean, deviation = (
+            a[:, None] for a in (self.T, self.intensity, self.jump_mean, self.jump_deviation)
+        )
+        variance = deviation * deviation
+        expected = np.expm1(mean + variance / 2)
+        of_jump: Complex = intensity * T * (np.exp(1j * u * mean - variance * u * u / 2) - 1 - 1j * u * expected)
+        return of_jump
 
     def __getitem__(self, rows: Any) -> HestonLaw:
         return HestonLaw(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -90,7 +112,7 @@ def price(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
     """
     forward, discount = _forward(c, spot)
     # There is nothing to integrate over where the price at expiry is known: at expiry, or without any variance.
-    random = (c.T > 0) & ((c.v0 > 0) | (c.kappa * c.theta > 0))
+    random = (c.T > 0) & ((c.v0 > 0) | (c.kappa * c.theta > 0) | (HestonLaw.of(c).intensity > 0))
     least = np.minimum(forward, c.K)
     if random.any():
         some = type(c)(*(np.asarray(column)[random] for column in c))
@@ -106,6 +128,20 @@ def delta(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
     slope = _overlap(c, forward, lambda u, law: 0.5 + 1j * u)
     of_call = discount * (forward - slope) / getattr(c, spot)
     return np.asarray(of_call if option == "call" else of_call - discount * forward / getattr(c, spot))
+
+
+def gamma(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
+    """Second derivatives of prices by the spot, the same for put and call. Shapes: columns of (n,) -> (n,)."""
+    forward, discount = _forward(c, spot)
+    # The overlap is (F K)^1/2 times an integral over (F / K)^iu.
+    curve = _overlap(c, forward, lambda u, law: (0.5 + 1j * u) * (-0.5 + 1j * u))
+    return np.asarray(-discount * curve / getattr(c, spot) ** 2)
+
+
+def rho(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
+    """Derivatives of prices by the interest rate. Shapes: columns of (n,) -> (n,)."""
+    by_spot = delta(c, option, spot)
+    return np.asarray(c.T * (getattr(c, spot) * by_spot - price(c, option, spot)))
 
 
 def price_by_variance(c: Any, spot: str = "X0") -> Array:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from smc.problem.process import Process
+from smc.problem.conditional import ConditionallyLogNormal
+from smc.problem.normal import upper_tail
 from smc.problem.processes.gbm import DIVIDEND, RATE, SPOT
 from smc.problem.schema import Field
 
@@ -32,7 +33,10 @@ _FIELDS = (
 _SWITCH = 1.5
 # The least that a mean of the variance and the argument of a logarithm are taken to be: below it nothing changes but a
 # division by zero.
-_LEAST_MEAN, _LEAST_FACTOR = 1e-12, 1e-6
+_LEAST_MEAN, _LEAST_FACTOR, _LEAST_INTEGRAL = 1e-12, 1e-6, 1e-12
+
+# Time steps in years, and in units of 1 / kappa, that keep the bias below a basis point of the spot.
+_LONGEST_STEP, _SHARE_OF_REVERSION = 1 / 16, 1 / 4
 
 # The share of today's variance in the expected one below which it hardly matters to prices; it may be 0.
 _ROUNDING = 0.1
@@ -42,27 +46,16 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(12)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
-def upper_tail(z: float) -> float:
-    """The probability that a standard normal is above z, its relative error 1.2e-7.
-
-    Source: erfc by Chebyshev fitting, Press et al., "Numerical Recipes" (1992), section 6.2.
-    """
-    x = abs(z) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.5 * x)
-    y = t * 0.17087277 - 0.82215223
-    y = y * t + 1.48851587
-    y = y * t - 1.13520398
-    y = y * t + 0.27886807
-    y = y * t - 0.18628806
-    y = y * t + 0.09678418
-    y = y * t + 0.37409196
-    y = y * t + 1.00002368
-    y = y * t - 1.26551223
-    far = 0.5 * t * math.exp(y - x * x)
-    return far if z > 0.0 else 1.0 - far
+def expected_integral(t: float, v0: float, kappa: float, drift: float) -> float:
+    """The expected integral over [0, t] of a variance with dE V = (drift - kappa V) dt; kappa may be of either sign."""
+    x = kappa * t
+    if abs(x) < 1e-3:
+        return t * (v0 * (1.0 - x / 2.0 + x * x / 6.0) + drift * t * (0.5 - x / 6.0 + x * x / 24.0))
+    waning = -math.expm1(-x) / kappa
+    return v0 * waning + drift * (t - waning) / kappa
 
 
-class Heston(Process):
+class Heston(ConditionallyLogNormal):
     """A step is one of the quadratic-exponential scheme, its martingale corrected: forwards are exact.
 
     The variance at the end of a step has the right mean and variance; it is drawn from a squared normal or, where it
@@ -83,23 +76,34 @@ class Heston(Process):
         """As people write it."""
         return "Heston's model"
 
+    def longest_step(self, c: Any) -> float:
+        """A quarter of the time in which the variance reverts, and a sixteenth of a year."""
+        return min(_SHARE_OF_REVERSION / float(c.kappa), _LONGEST_STEP)
+
     def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
         """Of a step: of the variance's mean and variance, of the logarithm of the price; and the spot."""
         decay = math.exp(-c.kappa * dt)
         share = -math.expm1(-c.kappa * dt)
         per_variance = c.xi * c.xi * share / c.kappa
-        slope = 0.5 * dt * (c.kappa * c.rho / c.xi - 0.5)
-        own = 0.5 * dt * (1.0 - c.rho * c.rho)
+        rho, per_xi = self.leverage(c)
+        slope = 0.5 * dt * (c.kappa * per_xi - 0.5)
+        own = 0.5 * dt * (1.0 - rho * rho)
         return (
             c.theta * share,
             decay,
             per_variance * decay,
             0.5 * per_variance * c.theta * share,
             (c.r - c.d) * dt,
-            slope + c.rho / c.xi,  # of the variance at the end
+            slope + per_xi,  # of the variance at the end
             own,
             c.X0,
         )
+
+    def leverage(self, c: Any) -> tuple[float, float]:
+        """The correlation, and its share in the volatility of variance: a variance that is certain has neither."""
+        if c.xi > 0.0:
+            return c.rho, c.rho / c.xi
+        return 0.0, 0.0
 
     def start(self, c: Any) -> tuple[float, ...]:
         """The logarithm of the price over the spot, and the variance."""
@@ -108,6 +112,12 @@ class Heston(Process):
     def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
         """The variance by the first normal, the price by the second."""
         v = state[1]
+        w, correction = self.variance(v, normals[0], k)
+        spread = math.sqrt(k[6] * (v + w))
+        return state[0] + k[4] + correction - 0.5 * k[6] * v + k[5] * w + spread * normals[1], w
+
+    def variance(self, v: float, z: float, k: tuple[float, ...]) -> tuple[float, float]:
+        """The variance at the end of a step, and what makes the price a martingale."""
         mean = max(k[0] + v * k[1], _LEAST_MEAN)
         per_mean = 1.0 / mean
         variance = v * k[2] + k[3]
@@ -117,10 +127,10 @@ class Heston(Process):
         q = math.sqrt(max(1.0 - 0.5 * psi, 0.0))
         a = 0.5 * variance * per_mean / (1.0 + q)
         middle = mean * q
-        root = middle + normals[0] * (2.0 * math.sqrt(middle * a) + a * normals[0])
+        root = middle + z * (2.0 * math.sqrt(middle * a) + a * z)
         # An exponential: above w, if that is not 0, with probability exp(-w / (half mean)) / half.
         half = 0.5 * psi + 0.5
-        drawn = half * mean * max(-math.log(half * upper_tail(normals[0])), 0.0)
+        drawn = half * mean * max(-math.log(half * upper_tail(z)), 0.0)
         w = max(root, 0.0) if squared else drawn
         # What makes the price a martingale: minus the logarithm of E exp(lift w), in the same two cases.
         lift = k[5] + 0.5 * k[6]
@@ -129,13 +139,48 @@ class Heston(Process):
         left = max(left, _LEAST_FACTOR)
         inverse = 1.0 / (left if squared else max(left + x, _LEAST_FACTOR))
         logarithm = math.log(left if squared else left * inverse)
-        correction = 0.5 * logarithm - x * q * inverse if squared else logarithm
-        spread = math.sqrt(k[6] * (v + w))
-        return state[0] + k[4] + correction - 0.5 * k[6] * v + k[5] * w + spread * normals[1], w
+        return w, 0.5 * logarithm - x * q * inverse if squared else logarithm
 
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""
         return k[7] * math.exp(state[0])
+
+    # --- the price given the path of the variance ----------------------------------------------------
+
+    def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        """Of a step, as above; the forward's logarithm, and what controls are compared with and divided by.
+
+        Weighted by the price's expected value given the variance, the variance reverts at kappa - rho xi.
+        """
+        expected = expected_integral(c.T, c.v0, c.kappa, c.kappa * c.theta)
+        weighted = expected_integral(c.T, c.v0, c.kappa - self.leverage(c)[0] * c.xi, c.kappa * c.theta)
+        forward = math.log(c.X0) + (c.r - c.d) * c.T
+        return (
+            *Heston.coefficients(self, c, dt),
+            forward,
+            0.5 * dt / max(expected, _LEAST_INTEGRAL),
+            weighted / max(expected, _LEAST_INTEGRAL),
+        )
+
+    def outer_start(self, c: Any) -> tuple[float, ...]:
+        """The mean of the logarithm of the price over the forward, the variance, and the sum of variances."""
+        return 0.0, c.v0, 0.0
+
+    def outer_step(
+        self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]
+    ) -> tuple[float, ...]:
+        """The variance alone."""
+        v = state[1]
+        w, correction = self.variance(v, normals[0], k)
+        return state[0] + correction - 0.5 * k[6] * v + k[5] * w, w, state[2] + (v + w)
+
+    def given(self, state: tuple[float, ...], finals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        """Of the price; controls are its expected value over the forward, the variance's integral, their product."""
+        variance = k[6] * state[2]
+        ratio, integral = math.exp(state[0] + 0.5 * variance), k[9] * state[2]
+        return k[8] + state[0], variance, ratio - 1.0, integral - 1.0, ratio * integral - k[10]
+
+    # --- what is known of prices ---------------------------------------------------------------------
 
     def growth(self, c: Any, t: Any) -> Any:
         """At the rate less the dividend yield."""

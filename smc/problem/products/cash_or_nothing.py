@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from pydantic import Field as Setting
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from smc.numeric_fields import RealNumber
 from smc.problem.anchors import smooth_digital
+from smc.problem.conditional import LEAST_VARIANCE
 from smc.problem.law import Law
+from smc.problem.normal import lower_tail
 from smc.problem.product import Bounds
 from smc.problem.products.digital import DigitalPut
 
@@ -27,6 +30,11 @@ class CashOrNothingCall(DigitalPut):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return self.cash * k[1] if spot > k[0] else 0.0
+
+    def on_log_normal(self, mean: float, variance: float, k: tuple[float, ...]) -> float:
+        """The probability that it pays, times the amount, discounted."""
+        deviation = math.sqrt(max(variance, LEAST_VARIANCE))
+        return self.cash * k[1] * lower_tail((mean - math.log(k[0])) / deviation)
 
     def unit(self, law: Law) -> Tensor:
         """What is paid, discounted."""

@@ -8,15 +8,17 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from smc.problem.anchors import smooth_digital
+from smc.problem.conditional import LEAST_VARIANCE, PricedOnLogNormal
 from smc.problem.law import Law
-from smc.problem.product import Bounds, Product
+from smc.problem.normal import upper_tail
+from smc.problem.product import Bounds
 from smc.problem.products.european import STRIKE
 from smc.problem.schema import Field
 
 __all__ = ["DigitalPut"]
 
 
-class DigitalPut(Product):
+class DigitalPut(PricedOnLogNormal):
     """Pays 1 if S_T < K."""
 
     kind: ClassVar[str] = "digital_put"
@@ -33,6 +35,10 @@ class DigitalPut(Product):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] if spot < k[0] else 0.0
+
+    def on_log_normal(self, mean: float, variance: float, k: tuple[float, ...]) -> float:
+        """The probability that it pays, discounted."""
+        return k[1] * upper_tail((mean - math.log(k[0])) / math.sqrt(max(variance, LEAST_VARIANCE)))
 
     def unit(self, law: Law) -> Tensor:
         """What is paid, discounted."""

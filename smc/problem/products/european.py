@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from smc.problem.anchors import smooth_intrinsic
+from smc.problem.conditional import LEAST_VARIANCE, PricedOnLogNormal
 from smc.problem.law import Law
+from smc.problem.normal import lower_tail, upper_tail
 from smc.problem.products.struck import STRIKE, StruckOption
 from smc.problem.reflection import Reflection
 
 __all__ = ["STRIKE", "EuropeanCall", "EuropeanPut"]
 
 
-class EuropeanPut(StruckOption):
+class EuropeanPut(StruckOption, PricedOnLogNormal):
     """Pays max(K - S_T, 0)."""
 
     kind: ClassVar[str] = "european_put"
@@ -30,6 +32,13 @@ class EuropeanPut(StruckOption):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] * max(k[0] - spot, 0.0)
+
+    def on_log_normal(self, mean: float, variance: float, k: tuple[float, ...]) -> float:
+        """Black's formula."""
+        deviation = math.sqrt(max(variance, LEAST_VARIANCE))
+        d = (mean - math.log(k[0])) / deviation
+        forward = math.exp(mean + 0.5 * deviation * deviation)
+        return k[1] * max(k[0] * upper_tail(d) - forward * upper_tail(d + deviation), 0.0)
 
     def shortfall(self, law: Law) -> Tensor | None:
         """The strike."""
@@ -62,6 +71,13 @@ class EuropeanCall(EuropeanPut):
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
         return k[1] * max(spot - k[0], 0.0)
+
+    def on_log_normal(self, mean: float, variance: float, k: tuple[float, ...]) -> float:
+        """Black's formula."""
+        deviation = math.sqrt(max(variance, LEAST_VARIANCE))
+        d = (mean - math.log(k[0])) / deviation
+        forward = math.exp(mean + 0.5 * deviation * deviation)
+        return k[1] * max(forward * lower_tail(d + deviation) - k[0] * lower_tail(d), 0.0)
 
     def shortfall(self, law: Law) -> Tensor | None:
         """A call pays what is above."""

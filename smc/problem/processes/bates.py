@@ -1,0 +1,153 @@
+"""Bates's model: Heston's stochastic volatility, and log-normal jumps of the price.
+
+A price jumps `intensity` times a year on average; each jump adds to its logarithm a normal number, whose mean is
+`jump_mean` and whose deviation is `jump_deviation`. Without jumps it is Heston's model; without volatility of variance,
+so that the variance is certain, it is Merton's.
+Source: Bates, "Jumps and stochastic volatility: exchange rate processes implicit in Deutsche mark options" (Review of
+Financial Studies, 1996).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from smc.problem.normal import lower_tail, quantile_of_tail
+from smc.problem.processes.heston import Heston
+from smc.problem.schema import Field
+
+__all__ = ["Bates"]
+
+_FIELDS = (
+    Field("intensity", "intensity of jumps", "per year", 0.0, 1.0, least=0.0, doubtful=20.0),
+    Field("jump_mean", "mean jump", "of the logarithm of the price", -0.2, 0.1, least=-3.0, most=3.0),
+    Field("jump_deviation", "deviation of a jump", "of the logarithm of the price", 0.02, 0.25, least=0.0, most=2.0),
+)
+
+# Jumps of one step that are told apart: at half a jump a step on average, more come once in a million steps.
+_MOST_JUMPS = 6
+# Jumps of a path that are told apart; where more than so many are expected, their number is nearly normal.
+_MOST_OF_PATH, _MANY = 20, 6.0
+# Where the coefficients of jumps begin: behind those of Heston's step, and of Heston's outer step.
+_STEP, _PATH = 8, 11
+
+
+def _tail(expected: float, count: int) -> float:
+    """The probability that a Poisson number is above `count`."""
+    chance = math.exp(-expected)
+    for number in range(count + 1):
+        chance *= expected / (number + 1)
+    total = 0.0
+    for number in range(count + 1, count + 20):
+        total += chance
+        chance *= expected / (number + 1)
+    return total
+
+
+class Bates(Heston):
+    """Heston's step, and jumps: how many is read off a normal, and their sum is normal and joins the price's own.
+
+    The price is divided by what jumps multiply it by on average, so that forwards are exact. Given the variance and the
+    number of jumps the price is log-normal.
+    """
+
+    kind: ClassVar[str] = "bates"
+    fields: ClassVar[tuple[Field, ...]] = (
+        *(replace(field, strict=False) if field.name == "xi" else field for field in Heston.fields),
+        *_FIELDS,
+    )
+    normals: ClassVar[int] = 3
+    finals: ClassVar[int] = 1
+    inputs: ClassVar[tuple[str, ...] | None] = (*(Heston.inputs or ()), "intensity", "jump_mean", "jump_deviation")
+
+    @property
+    def title(self) -> str:
+        """As people write it."""
+        return "Bates's model"
+
+    def longest_step(self, c: Any) -> float:
+        """As long as Heston's, and half a jump on average."""
+        longest = super().longest_step(c)
+        return min(longest, 0.5 / float(c.intensity)) if c.intensity > 0.0 else longest
+
+    def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        """Heston's; mean and variance of a jump, and the normals above which a step has one jump, two, ..."""
+        heston = super().coefficients(c, dt)
+        expected, factor = c.intensity * dt, self.factor(c)
+        mean, more = 1.0, factor - 1.0  # of `factor` to the power of the jumps that are told apart
+        for count in range(_MOST_JUMPS):
+            mean += _tail(expected, count) * more
+            more *= factor
+        above = tuple(quantile_of_tail(_tail(expected, count)) for count in range(_MOST_JUMPS))
+        drift = heston[4] - math.log(mean)
+        return (*heston[0:4], drift, *heston[5:8], c.jump_mean, c.jump_deviation * c.jump_deviation, *above)
+
+    def factor(self, c: Any) -> float:
+        """What a jump multiplies the price by on average."""
+        return math.exp(c.jump_mean + 0.5 * c.jump_deviation * c.jump_deviation)
+
+    def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        """The variance by the first normal, the price by the second, the number of jumps by the third."""
+        v = state[1]
+        w, correction = self.variance(v, normals[0], k)
+        count = sum((1.0 if normals[2] > k[_STEP + 2 + i] else 0.0) for i in range(_MOST_JUMPS))
+        spread = math.sqrt(k[6] * (v + w) + count * k[_STEP + 1])
+        moved = k[4] + correction - 0.5 * k[6] * v + k[5] * w + count * k[_STEP]
+        return state[0] + moved + spread * normals[1], w
+
+    # --- the price given the path of the variance and the number of jumps ------------------------------
+
+    def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        """Heston's; of the number of jumps its mean, the chance of none, and what makes its deviation 1; of a jump."""
+        expected = c.intensity * c.T
+        per_deviation = 1.0 / math.sqrt(expected) if expected > 0.0 else 0.0
+        taken_off = expected * (self.factor(c) - 1.0)
+        jumps = (
+            expected,
+            math.exp(-expected),
+            per_deviation,
+            c.jump_mean,
+            c.jump_deviation * c.jump_deviation,
+            taken_off,
+        )
+        return (*super().outer_coefficients(c, dt), *jumps)
+
+    def count(self, normal: float, k: tuple[float, ...]) -> float:
+        """The number of jumps of a path."""
+        expected, chance = k[_PATH], k[_PATH + 1]
+        below, u, count, number = chance, lower_tail(normal), 0.0, 0.0
+        for _ in range(_MOST_OF_PATH):
+            count = count + (1.0 if u > below else 0.0)
+            number = number + 1.0
+            chance = chance * (expected / number)
+            below = below + chance
+        # Cornish and Fisher's expansion.
+        about = max(expected + math.sqrt(expected) * normal + (normal * normal - 1.0) / 6.0, 0.0)
+        return count if expected < _MANY else about
+
+    def given(self, state: tuple[float, ...], finals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        """Of the price; controls are Heston's three, and the number of jumps."""
+        count = self.count(finals[0], k)
+        moved = state[0] + count * k[_PATH + 3] - k[_PATH + 5]
+        variance = k[6] * state[2] + count * k[_PATH + 4]
+        ratio, integral = math.exp(moved + 0.5 * variance), k[9] * state[2]
+        jumps = (count - k[_PATH]) * k[_PATH + 2]
+        return k[8] + moved, variance, ratio - 1.0, integral - 1.0, ratio * integral - k[10], jumps
+
+    # --- what is known of prices ---------------------------------------------------------------------
+
+    def deviation(self, c: Any, t: Any) -> Any:
+        """The root of the expected quadratic variation."""
+        return (
+            super().deviation(c, t).square()
+            + c.intensity * t * (c.jump_mean * c.jump_mean + c.jump_deviation * c.jump_deviation)
+        ).sqrt()
+
+    def features(self, c: Any) -> tuple[Any, ...]:
+        """Heston's, and what jumps add to skewness and kurtosis. No units."""
+        variance, total = c.jump_deviation * c.jump_deviation, self.deviation(c, c.T)
+        third = c.jump_mean * (c.jump_mean * c.jump_mean + 3 * variance)
+        fourth = c.jump_mean**4 + 6 * c.jump_mean * c.jump_mean * variance + 3 * variance * variance
+        jumps = c.intensity * c.T * third / total**3, (c.intensity * c.T * fourth).sqrt() / total.square()
+        return (*super().features(c), *jumps)
