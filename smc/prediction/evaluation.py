@@ -16,6 +16,7 @@ from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.predictor import Kind
 from smc.prediction.reference import Known, reference_of
 from smc.problem.contracts import BoundSpec, ContractsLike
+from smc.problem.law import Law
 from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
@@ -179,16 +180,25 @@ def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
     yield _compared("price", unit, learnt, reference.price(contracts), basis)
     oracle = reference.oracle
     if oracle is not None and oracle.implied_volatility is not None:
-        implied = oracle.implied_volatility(contracts, learnt) - law.c.v.numpy()
-        assert oracle.greeks is not None
-        sensitive = oracle.greeks(contracts).vega >= _LEAST_VEGA * law.spot.numpy()
-        yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4)
+        exact = oracle.implied_volatility(contracts, reference.price(contracts).values)
+        implied = oracle.implied_volatility(contracts, learnt) - exact
+        sensitive = _vega(law, exact) >= _LEAST_VEGA * law.spot.numpy()
+        yield Measure("implied volatility", "bp", np.where(sensitive, implied, np.nan) * 1e4, reference=oracle.about)
     few = contracts[: reference.greeks_of]
     if oracle is not None and oracle.greeks is not None and len(few):
-        greeks, exact = pricer.predict_greeks(few), oracle.greeks(few)
-        for name, ours, theirs in zip(exact._fields, greeks, exact, strict=True):
+        greeks, known = pricer.predict_greeks(few), oracle.greeks(few)
+        for name, ours, theirs in zip(known._fields, greeks, known, strict=True):
             yield Measure(name, "", _padded(ours - theirs, len(contracts)), float(np.abs(theirs).mean()), oracle.about)
     yield from _of_distributions(pricer, contracts, basis, unit)
+
+
+def _vega(law: Law, volatility: Array) -> Array:
+    """Of an option on a log-normal price with this volatility, discounted. Shapes: (n,) -> (n,)."""
+    forward, c = law.forward.numpy(), law.c
+    root = np.sqrt(c.T.numpy())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        d1 = np.log(forward / c.K.numpy()) / (volatility * root) + volatility * root / 2
+    return np.asarray(law.discount.numpy() * forward * root * np.exp(-d1 * d1 / 2) / np.sqrt(2 * np.pi))
 
 
 def _of_distributions(pricer: Predicts, contracts: Array, basis: Array, unit: str) -> Iterator[Measure]:

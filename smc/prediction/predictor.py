@@ -152,7 +152,9 @@ class Predictor:
     ) -> Greeks:
         """First derivatives, and gamma, by two passes of automatic differentiation. Shapes: -> five of (n,).
 
-        Raises: ConfigError for a problem without the fields `r` and `v`: `predict_sensitivities` has those it has.
+        Vega is the derivative by the field that the process calls its volatility; of Heston's model, by the variance
+        today. Raises: ConfigError for a problem without such a field, or without `r`: `predict_sensitivities` has those
+        that it has.
         """
         if not isinstance(kind, str):
 
@@ -160,13 +162,14 @@ class Predictor:
                 return np.stack(self.predict_greeks(rows, one, outside=outside), axis=1)
 
             return Greeks(*np.asarray(self._each(stacked, contracts, kind, outside)).T.copy())
-        if missing := [name for name in ("r", "v") if name not in self.problem.schema.names]:
+        volatility = self.problem.process.volatility or "v"
+        if missing := [name for name in ("r", volatility) if name not in self.problem.schema.names]:
             raise ConfigError(
                 f"{self.problem.name} has no field {missing[0]!r}, and so no such Greek: predict_sensitivities has the "
                 f"derivatives by {', '.join(self.problem.schema.names)}"
             )
         first, delta, gamma = self._derivatives(contracts, kind, outside)
-        return Greeks(delta, gamma, first.v, -first.T, first.r)
+        return Greeks(delta, gamma, getattr(first, volatility), -first.T, first.r)
 
     def predict_sensitivities(
         self, contracts: ContractsLike | Tensor, kind: Kind = LEARNT, *, outside: Outside = "refuse"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["barrier_call", "black", "matched_average", "smooth_digital", "smooth_intrinsic"]
+__all__ = ["barrier_call", "black", "matched_average", "matched_sum", "smooth_digital", "smooth_intrinsic"]
 
 # Of the Bachelier at-the-money shape: softplus(1.7 x) / 1.7 follows E max(x + Z, 0) within 0.02.
 _SHARPNESS = 1.7
@@ -51,6 +51,16 @@ def matched_average(forwards: Tensor, variances: Tensor) -> tuple[Tensor, Tensor
     second = (forwards * torch.exp(variances) * (forwards + 2 * later)).sum(dim=1) / dates**2
     mean = forwards.mean(dim=1)
     return mean, torch.sqrt(torch.log(second / mean.square()))
+
+
+def matched_sum(forwards: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of a sum of log-normal variables, and the deviation of the one that has its first two moments.
+
+    Shapes: forwards (n, terms), covariances of logarithms (n, terms, terms) -> two of (n,). Source: Levy, as above.
+    """
+    mean = forwards.sum(dim=1)
+    excess = (forwards[:, :, None] * forwards[:, None, :] * torch.expm1(covariances)).sum(dim=(1, 2))
+    return mean, torch.sqrt(torch.log1p(excess / mean.square()))
 
 
 def barrier_call(

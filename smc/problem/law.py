@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,15 +32,37 @@ class Law:
     @property
     def known(self) -> bool:
         """Whether the process tells its forwards and deviations."""
+        if self.process.assets > 1:
+            return self.process.growths(self.c, self.c.T) is not None
         return (
             self.process.growth(self.c, self.c.T) is not None and self.process.deviation(self.c, self.c.T) is not None
         )
 
     @property
     def spot(self) -> Tensor:
-        """Prices today. Shapes: -> (n,)."""
+        """Prices today; of several assets their mean. Shapes: -> (n,)."""
         spot: Tensor = getattr(self.c, self.process.fields[0].name)
-        return spot
+        return spot if self.process.assets == 1 else self.spots.mean(dim=1)
+
+    @property
+    def spots(self) -> Tensor:
+        """Prices today of each asset. Shapes: -> (n, assets)."""
+        fields = self.process.fields[: self.process.assets]
+        return torch.stack([getattr(self.c, field.name) for field in fields], dim=1)
+
+    @property
+    def forwards(self) -> Tensor:
+        """Expected prices at expiry of each asset. Shapes: -> (n, assets)."""
+        return self.spots * self._growths(self.c.T).exp()
+
+    @property
+    def covariances(self) -> Tensor:
+        """Covariances of the logarithms of the prices at expiry. Shapes: -> (n, assets, assets)."""
+        known = self.process.covariances(self.c, self.c.T)
+        if known is not None:
+            covariances: Tensor = known
+            return covariances
+        return torch.diag_embed(self.deviation.square()[:, None].expand(-1, self.process.assets))
 
     @property
     def growth(self) -> Tensor:
@@ -47,7 +71,7 @@ class Law:
 
     @property
     def forward(self) -> Tensor:
-        """Expected prices at expiry. Shapes: -> (n,)."""
+        """Expected prices at expiry; of several assets their mean. Shapes: -> (n,)."""
         return self.spot * self.growth.exp()
 
     @property
@@ -72,6 +96,18 @@ class Law:
         share = by_row.T.new_tensor(range(1, dates + 1)) / dates
         times = by_row.T * share
         return self.spot[:, None] * self._growth(by_row, times).exp(), self._deviation(by_row, times).square()
+
+    def paths(self, dates: int) -> Tensor:
+        """Expected prices of each asset on equally spaced dates. Shapes: -> (n, dates, assets)."""
+        times = [self.c.T * (date / dates) for date in range(1, dates + 1)]
+        return torch.stack([self.spots * self._growths(t).exp() for t in times], dim=1)
+
+    def _growths(self, t: Tensor) -> Tensor:
+        growths = self.process.growths(self.c, t)
+        if growths is None:
+            return self._growth(self.c, t)[:, None].expand(-1, self.process.assets)
+        known: Tensor = growths
+        return known
 
     def _growth(self, c: Any, t: Tensor) -> Tensor:
         growth = self.process.growth(c, t)

@@ -16,11 +16,15 @@ from smc.errors import ConfigError
 from smc.problem.law import Law
 from smc.problem.process import Process
 from smc.problem.processes.bates import Bates
+from smc.problem.processes.cev import ConstantElasticity
+from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
+from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.basket import BasketCall, BasketPut
 from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
@@ -99,7 +103,8 @@ class Problem:
         Units: currency, discounted.
         """
         product, dates = self.product, max(1, self.product.dates)
-        prices = self.law(table).on_dates(dates)[0].tolist()
+        expected = self.law(table).paths(dates)
+        prices = (expected[:, :, 0] if self.process.assets == 1 else expected).tolist()
         paid = np.empty(len(table))
         for row, (contract, path) in enumerate(zip(table.tolist(), prices, strict=True)):
             q = product.coefficients(self.schema.row(*contract))
@@ -165,7 +170,9 @@ def product_of(settings: Mapping[str, Any]) -> Product:
 def known_fields() -> tuple[str, ...]:
     """The names of the fields of every process and product that is known."""
     kinds: list[type[Process] | type[Product]] = [*_PROCESSES.values(), *_PRODUCTS.values()]
-    return tuple(dict.fromkeys([*(field.name for kind in kinds for field in kind.fields), EXPIRY.name]))
+    # Of a kind whose fields follow from its settings, those of the default settings.
+    fields = (kind.fields if isinstance(kind.fields, tuple) else kind().fields for kind in kinds)
+    return tuple(dict.fromkeys([*(field.name for some in fields for field in some), EXPIRY.name]))
 
 
 def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> Process | Product:
@@ -191,14 +198,20 @@ for _kind in (
     GeometricBrownianMotion,
     Heston,
     Bates,
-    EuropeanPut,
-    EuropeanCall,
-    DigitalPut,
-    CashOrNothingCall,
-    ArithmeticAsianPut,
+    ConstantElasticity,
+    OneFactorGBM,
+    CorrelatedGBM,
+    LiftedRoughHeston,
     ArithmeticAsianCall,
-    UpAndOutCall,
+    ArithmeticAsianPut,
+    BasketCall,
+    BasketPut,
+    CashOrNothingCall,
+    DigitalPut,
     DownAndOutCall,
+    EuropeanCall,
+    EuropeanPut,
     TerminalPrice,
+    UpAndOutCall,
 ):
     register(_kind)

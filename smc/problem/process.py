@@ -34,6 +34,8 @@ class Process(BaseModel, ABC):
     normals: ClassVar[int] = 1
     assets: ClassVar[int] = 1
     inputs: ClassVar[tuple[str, ...] | None] = None
+    volatility: ClassVar[str | None] = "v"
+    """The field whose derivative is vega: a volatility, or a variance today; None if there is none."""
     log_normal: ClassVar[bool] = False
     """Whether the logarithm of the price at expiry is normal."""
 
@@ -80,6 +82,17 @@ class Process(BaseModel, ABC):
         """Standard deviation of the logarithm of the price after t years; None if it is not known. Shapes: as `growth`.
 
         It may be a good guess, but it is 0 exactly where prices are certain.
+        """
+        return None
+
+    def growths(self, c: Any, t: Any) -> Any:
+        """Of several assets, `growth` of each; None if it is not known. Shapes: t of (n,) -> (n, assets)."""
+        return None
+
+    def covariances(self, c: Any, t: Any) -> Any:
+        """Of several assets, covariances of the logarithms of prices after t years; None if they are not known.
+
+        Shapes: t of (n,) -> (n, assets, assets).
         """
         return None
 

@@ -44,6 +44,10 @@ class Field:
             allowed += f" and at most {self.most:g}"
         return allowed
 
+    def of(self, name: str, whose: str) -> Field:
+        """The same parameter of one of several things."""
+        return replace(self, name=name, about=f"{self.about} {whose}")
+
     def within(self, lower: float, upper: float) -> Field:
         """The same parameter with another default domain."""
         return replace(self, lower=lower, upper=upper)

@@ -126,7 +126,7 @@ def scalar_methods(problem: Problem, *, conditional: bool = False) -> tuple[Scal
 # What may be taken of `... for i in range(n)`.
 _OF_MANY = ("tuple", "sum", "min", "max")
 # Arithmetic on whole numbers.
-_WHOLE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+_WHOLE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 class _Numbered(ast.NodeTransformer):
@@ -209,6 +209,11 @@ class _Rewriting(ast.NodeTransformer):
             (many,) = node.args
             if isinstance(many, ast.GeneratorExp):
                 return self.visit(ast.copy_location(_combined(callee.id, self._unrolled(many)), node))
+        if isinstance(callee, ast.Name) and callee.id == "getattr" and len(node.args) == 2:
+            name = self._text(node.args[1])
+            if name is None:
+                raise self._error(node, "the name must be known beforehand: a setting, or one of a tuple of names")
+            return ast.copy_location(ast.Attribute(self.visit(node.args[0]), name, ast.Load()), node)
         holder = self._holder(node)
         if holder is not None:
             assert isinstance(callee, ast.Attribute)
@@ -236,18 +241,34 @@ class _Rewriting(ast.NodeTransformer):
                 value = _WHOLE[type(node.op)](left, right)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    def _text(self, node: ast.expr) -> str | None:
+        """The text that is known beforehand; None if it is anything else."""
+        value: object = None
+        if isinstance(node, ast.Constant):
+            value = node.value
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
+            value = getattr(self._owner, node.attr, None)
+        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
+            holder, number = node.value, self._whole_number(node.slice)
+            of_self = isinstance(holder.value, ast.Name) and holder.value.id == self._self
+            names = getattr(self._owner, holder.attr, None) if of_self else None
+            value = names[number] if isinstance(names, tuple) and number is not None else None
+        return value if isinstance(value, str) else None
+
     def _unrolled(self, node: ast.GeneratorExp) -> list[ast.expr]:
         """The elements of `... for i in range(n)`, where n is known beforehand, each with its own i."""
-        loop = node.generators[0]
+        loop, inner = node.generators[0], node.generators[1:]
         counted = isinstance(loop.iter, ast.Call) and ast.unparse(loop.iter.func) == "range"
-        if len(node.generators) != 1 or loop.ifs or not counted or not isinstance(loop.target, ast.Name):
-            raise self._error(node, "a tuple, sum, min or max of many is taken over one range, without conditions")
+        if loop.ifs or not counted or not isinstance(loop.target, ast.Name):
+            raise self._error(node, "a tuple, sum, min or max of many is taken over ranges, without conditions")
         assert isinstance(loop.iter, ast.Call)
         bounds = [self._whole_number(bound) for bound in loop.iter.args]
         if None in bounds:
             raise self._error(node, "the range must be known beforehand: of numbers and settings")
         numbers = range(*bounds)  # type: ignore[arg-type]
-        return [_Numbered(loop.target.id, i).visit(copy.deepcopy(node.elt)) for i in numbers]
+        element = ast.GeneratorExp(node.elt, inner) if inner else node.elt
+        elements = [_Numbered(loop.target.id, i).visit(copy.deepcopy(element)) for i in numbers]
+        return [one for part in elements for one in self._unrolled(part)] if inner else elements
 
     def _holder(self, node: ast.Call) -> object | None:
         """The class whose method is called: the owner's by `self.f()`, another by `super().f()` or `Class.f(self)`.

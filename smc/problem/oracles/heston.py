@@ -130,7 +130,7 @@ def delta(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
     return np.asarray(of_call if option == "call" else of_call - discount * forward / getattr(c, spot))
 
 
-def gamma(c: Any, option: Literal["put", "call"], spot: str = "X0") -> Array:
+def gamma(c: Any, spot: str = "X0") -> Array:
     """Second derivatives of prices by the spot, the same for put and call. Shapes: columns of (n,) -> (n,)."""
     forward, discount = _forward(c, spot)
     # The overlap is (F K)^1/2 times an integral over (F / K)^iu.

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from smc.problem.oracles import black_scholes, heston, log_normal
+from smc.problem.oracles import basket, black_scholes, cev, heston, log_normal
 from smc.problem.oracles.black_scholes import Greeks, OptionKind
 from smc.problem.problem import Problem
+from smc.problem.process import Process
+from smc.problem.processes.bates import Bates
+from smc.problem.processes.cev import ConstantElasticity
+from smc.problem.processes.correlated_gbm import SeveralAssets
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
+from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.basket import BasketCall, BasketPut
 from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
@@ -26,6 +34,8 @@ Array = npt.NDArray[np.float64]
 
 # Of a value that is moved for a difference, relative to itself; and of an interest rate, which may be 0.
 _SHARE, _RATE_STEP = 1e-3, 1e-4
+# Nodes of a basket's quadrature: enough for 1e-9 of spot up to five assets, and for 2e-6 up to eight.
+_FEW_ASSETS, _NODES, _MORE_NODES = 5, 1 << 14, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Oracle:
     """What is known of a problem's answers. Each function takes contracts as a table; what is None is not known.
 
     Shapes: prices (n,); levels (n, N), the payoff's quantile function over equal slices of probability; tails (n,), the
-    mean payoff beyond a level. `kinds` are the options that levels and tails are known of, the priced one first.
+    mean payoff beyond a level; implied volatilities (n,), of contracts and prices, NaN where there is none. `kinds` are
+    the options that levels and tails are known of, the priced one first.
     """
 
     about: str
@@ -49,41 +60,68 @@ class Oracle:
 
 def oracle_of(problem: Problem) -> Oracle | None:
     """A problem's oracle; None where there is none but a simulation."""
-    kind = type(problem.product)
-    if type(problem.process) is Heston and kind in (EuropeanPut, EuropeanCall):
-        option: OptionKind = "put" if kind is EuropeanPut else "call"
+    for processes, products, make in _ORACLES:
+        if type(problem.process) in processes and type(problem.product) in products:
+            return make(problem)
+    if isinstance(problem.process, SeveralAssets) and type(problem.product) in (BasketPut, BasketCall):
+        return _of_basket(problem)
+    return None
 
-        def by_fourier(table: Array) -> Array:
-            return heston.price(problem.schema.row(*table.T), option)
 
-        return Oracle("Fourier inversion", (option,), by_fourier)
-    if type(problem.process) is not GeometricBrownianMotion:
-        return None
-    if kind in (EuropeanPut, EuropeanCall):
-        own: OptionKind = "put" if kind is EuropeanPut else "call"
-        return Oracle(
-            "closed form",
-            ("put", "call") if own == "put" else ("call", "put"),
-            lambda table: black_scholes.price(table, own),
-            lambda table: black_scholes.greeks(table, own),
-            black_scholes.payoff_bin_averages,
-            black_scholes.cvar,
-            lambda table, prices: black_scholes.implied_volatility(table, prices, own),
-        )
-    if kind not in (
-        DigitalPut, CashOrNothingCall, ArithmeticAsianPut, ArithmeticAsianCall, UpAndOutCall, DownAndOutCall
-    ):  # fmt: skip
-        return None
+def _option(problem: Problem) -> OptionKind:
+    option = problem.product.option
+    assert option is not None
+    return option
+
+
+def _black_scholes(problem: Problem) -> Oracle:
+    own = _option(problem)
+    return Oracle(
+        "closed form",
+        ("put", "call") if own == "put" else ("call", "put"),
+        lambda table: black_scholes.price(table, own),
+        lambda table: black_scholes.greeks(table, own),
+        black_scholes.payoff_bin_averages,
+        black_scholes.cvar,
+        lambda table, prices: black_scholes.implied_volatility(table, prices, own),
+    )
+
+
+def _fourier(problem: Problem) -> Oracle:
+    own = _option(problem)
 
     def price(table: Array) -> Array:
-        return log_normal.price(problem, table)
+        return heston.price(problem.schema.row(*table.T), own)
 
     def greeks(table: Array) -> Greeks:
-        return greeks_by_differences(problem, price, table)
+        c = problem.schema.row(*table.T)
+        theta = -_slope(problem, price, table, "T")
+        return Greeks(
+            heston.delta(c, own), heston.gamma(c), heston.price_by_variance(c), theta, heston.rho(c, own)
+        )  # fmt: skip
 
-    if not isinstance(problem.product, DigitalPut):
-        return Oracle("recursion from date to date", (problem.product.option,), price, greeks, dear=True)
-    amount = problem.product.cash if isinstance(problem.product, CashOrNothingCall) else 1.0
+    return Oracle("Fourier inversion", (own,), price, greeks, implied_volatility=_implied(problem))
+
+
+def _chi_square(problem: Problem) -> Oracle:
+    own = _option(problem)
+
+    def price(table: Array) -> Array:
+        return cev.price(problem.schema.row(*table.T), own)
+
+    greeks = partial(greeks_by_differences, problem, price)
+    return Oracle("closed form", (own,), price, greeks, implied_volatility=_implied(problem))
+
+
+def _recursion(problem: Problem) -> Oracle:
+    price = partial(log_normal.price, problem)
+    greeks = partial(greeks_by_differences, problem, price)
+    return Oracle("recursion from date to date", (problem.product.option,), price, greeks, dear=True)
+
+
+def _two_valued(problem: Problem) -> Oracle:
+    product, price = problem.product, partial(log_normal.price, problem)
+    amount = product.cash if isinstance(product, CashOrNothingCall) else 1.0
 
     def most(table: Array) -> Array:
         c = problem.schema.row(*table.T)
@@ -95,7 +133,46 @@ def oracle_of(problem: Problem) -> Oracle | None:
     def tail(table: Array, u: float, of: Any) -> Array:
         return log_normal.two_valued_tail(price(table), most(table), u)
 
-    return Oracle("closed form", (problem.product.option,), price, greeks, levels, tail)
+    greeks = partial(greeks_by_differences, problem, price)
+    return Oracle("closed form", (product.option,), price, greeks, levels, tail)
+
+
+def _of_basket(problem: Problem) -> Oracle:
+    own, product = _option(problem), problem.product
+    assert isinstance(product, BasketPut)
+    nodes = _NODES if product.n_assets <= _FEW_ASSETS else _MORE_NODES
+
+    def price(table: Array) -> Array:
+        law = problem.law(torch.from_numpy(table))
+        forwards = law.forwards.numpy() * product.shares
+        covariances, discounts = law.covariances.numpy(), law.discount.numpy()
+        rows = zip(forwards, covariances, law.c.K.numpy(), strict=True)
+        return np.asarray(discounts * [basket.price(*row, own, nodes=nodes) for row in rows])
+
+    return Oracle("quadrature", (own,), price, dear=True)
+
+
+_EUROPEAN: tuple[type[Product], ...] = (EuropeanPut, EuropeanCall)
+_ON_DATES: tuple[type[Product], ...] = (ArithmeticAsianPut, ArithmeticAsianCall, UpAndOutCall, DownAndOutCall)
+
+_ORACLES: tuple[tuple[tuple[type[Process], ...], tuple[type[Product], ...], Callable[[Problem], Oracle]], ...] = (
+    ((GeometricBrownianMotion,), _EUROPEAN, _black_scholes),
+    ((GeometricBrownianMotion,), (DigitalPut, CashOrNothingCall), _two_valued),
+    ((GeometricBrownianMotion,), _ON_DATES, _recursion),
+    ((Heston, Bates), _EUROPEAN, _fourier),
+    ((ConstantElasticity,), _EUROPEAN, _chi_square),
+)
+
+
+def _implied(problem: Problem) -> Callable[[Array, Array], Array]:
+    """The volatility of geometric Brownian motion that gives the same price."""
+
+    def implied(table: Array, prices: Array) -> Array:
+        c = problem.schema.row(*table.T)
+        plain = np.stack([c.X0, c.K, c.T, c.r, c.d, np.ones_like(c.T)], axis=1)
+        return black_scholes.implied_volatility(plain, prices, _option(problem))
+
+    return implied
 
 
 def greeks_by_differences(problem: Problem, price: Callable[[Array], Array], table: Array) -> Greeks:
@@ -104,24 +181,37 @@ def greeks_by_differences(problem: Problem, price: Callable[[Array], Array], tab
     What the product gives as a ratio to the spot is a price in the contract, and stays where it is as the spot moves.
     Shapes: (n, fields) -> five of (n,).
     """
-    schema, product = problem.schema, problem.product
-    spot = problem.process.fields[0].name
+    schema, spot = problem.schema, problem.process.fields[0].name
+    volatility = problem.process.volatility
+    assert volatility is not None
     base = price(table)
-
-    def moved(name: str, share: float = 0.0, step: float = 0.0) -> Array:
-        other = table.copy()
-        column = schema.column(name)
-        other[:, column] = other[:, column] * (1 + share) + step
-        if name == spot:
-            for ratio in product.ratios:
-                other[:, schema.column(ratio)] /= 1 + share
-        return price(other)
-
-    def slope(name: str) -> Array:
-        width = 2 * _SHARE * table[:, schema.column(name)]
-        return np.asarray((moved(name, _SHARE) - moved(name, -_SHARE)) / width)
-
-    up, down = moved(spot, _SHARE), moved(spot, -_SHARE)
+    up, down = _moved(problem, price, table, spot, _SHARE), _moved(problem, price, table, spot, -_SHARE)
     step = _SHARE * table[:, schema.column(spot)]
-    rho = (moved("r", step=_RATE_STEP) - moved("r", step=-_RATE_STEP)) / (2 * _RATE_STEP)
-    return Greeks((up - down) / (2 * step), (up - 2 * base + down) / step**2, slope("v"), -slope("T"), rho)
+    rates = [_moved(problem, price, table, "r", step=way * _RATE_STEP) for way in (1, -1)]
+    vega, theta = (_slope(problem, price, table, name) for name in (volatility, "T"))
+    return Greeks(
+        (up - down) / (2 * step),
+        (up - 2 * base + down) / step**2,
+        vega,
+        -theta,
+        (rates[0] - rates[1]) / (2 * _RATE_STEP),
+    )
+
+
+def _moved(
+    problem: Problem, price: Callable[[Array], Array], table: Array, name: str, share: float = 0.0, step: float = 0.0
+) -> Array:
+    """Prices with one field moved by a share of itself, or by a step."""
+    schema, other = problem.schema, table.copy()
+    column = schema.column(name)
+    other[:, column] = other[:, column] * (1 + share) + step
+    if name == problem.process.fields[0].name:
+        for ratio in problem.product.ratios:
+            other[:, schema.column(ratio)] /= 1 + share
+    return price(other)
+
+
+def _slope(problem: Problem, price: Callable[[Array], Array], table: Array, name: str) -> Array:
+    width = 2 * _SHARE * table[:, problem.schema.column(name)]
+    up, down = (_moved(problem, price, table, name, way * _SHARE) for way in (1, -1))
+    return np.asarray((up - down) / width)

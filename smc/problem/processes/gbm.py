@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal
 from smc.problem.process import Process
 from smc.problem.schema import Field
 
-__all__ = ["DIVIDEND", "RATE", "SPOT", "GeometricBrownianMotion"]
+__all__ = ["DIVIDEND", "RATE", "SPOT", "VOLATILITY", "GeometricBrownianMotion"]
 
 SPOT = Field("X0", "spot", "in currency", 50.0, 150.0, least=0.0, strict=True)
 RATE = Field("r", "interest rate", "per year, so that 5 % is 0.05", 0.0, 0.08, doubtful=1.0)
 DIVIDEND = Field("d", "dividend yield", "per year, so that 5 % is 0.05", 0.0, 0.04, doubtful=1.0)
-_VOLATILITY = Field(
+VOLATILITY = Field(
     "v",
     "volatility",
     "per square root of a year, so that 20 % is 0.2",
@@ -32,7 +32,7 @@ class GeometricBrownianMotion(Process):
     """Log-normal prices. `scheme`: 'log' steps ln(S / X0), which is exact; 'euler' steps S / X0 and has a bias."""
 
     kind: ClassVar[str] = "gbm"
-    fields: ClassVar[tuple[Field, ...]] = (SPOT, RATE, DIVIDEND, _VOLATILITY)
+    fields: ClassVar[tuple[Field, ...]] = (SPOT, RATE, DIVIDEND, VOLATILITY)
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d")
     log_normal: ClassVar[bool] = True
 

@@ -55,18 +55,46 @@ def expected_integral(t: float, v0: float, kappa: float, drift: float) -> float:
     return v0 * waning + drift * (t - waning) / kappa
 
 
+def quadratic_exponential(mean: float, variance: float, z: float, lift: float) -> tuple[float, float]:
+    """A number w that is not negative and has this mean and variance, by a normal z; and -ln E exp(lift w).
+
+    It is a squared normal or, where w may be 0, an exponential number with a mass at 0. Both are computed and one is
+    taken, so that no path branches.
+    """
+    mean = max(mean, _LEAST_MEAN)
+    per_mean = 1.0 / mean
+    psi = variance * per_mean * per_mean
+    squared = psi < _SWITCH
+    # A squared normal: mean q + 2 sqrt(mean q a) z + a z^2 has this mean and variance.
+    q = math.sqrt(max(1.0 - 0.5 * psi, 0.0))
+    a = 0.5 * variance * per_mean / (1.0 + q)
+    middle = mean * q
+    root = middle + z * (2.0 * math.sqrt(middle * a) + a * z)
+    # An exponential: above w, if that is not 0, with probability exp(-w / (half mean)) / half.
+    half = 0.5 * psi + 0.5
+    drawn = half * mean * max(-math.log(half * upper_tail(z)), 0.0)
+    w = max(root, 0.0) if squared else drawn
+    # What makes the price a martingale: minus the logarithm of E exp(lift w), in the same two cases.
+    x = lift * mean
+    left = 1.0 - 2.0 * lift * a if squared else 1.0 - x * half
+    left = max(left, _LEAST_FACTOR)
+    inverse = 1.0 / (left if squared else max(left + x, _LEAST_FACTOR))
+    logarithm = math.log(left if squared else left * inverse)
+    return w, 0.5 * logarithm - x * q * inverse if squared else logarithm
+
+
 class Heston(ConditionallyLogNormal):
     """A step is one of the quadratic-exponential scheme, its martingale corrected: forwards are exact.
 
-    The variance at the end of a step has the right mean and variance; it is drawn from a squared normal or, where it
-    may be 0, from an exponential distribution with a mass there. Both are computed and one is taken, so that no path
-    branches. The bias falls with the step: 4 steps for each unit of kappa T, and 16 a year, keep it below 1e-4 of spot.
+    The variance at the end of a step has the right mean and variance. The bias falls with the step: 4 steps for each
+    unit of kappa T, and 16 a year, keep it below 1e-4 of spot.
 
     Source: Andersen, "Simple and efficient simulation of the Heston stochastic volatility model" (Journal of
     Computational Finance, 2008), sections 3.2.4 and 4.2, with gamma_1 = gamma_2 = 1/2.
     """
 
     kind: ClassVar[str] = "heston"
+    volatility: ClassVar[str | None] = "v0"
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     normals: ClassVar[int] = 2
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d", "kappa", "xi", "rho")
@@ -118,28 +146,7 @@ class Heston(ConditionallyLogNormal):
 
     def variance(self, v: float, z: float, k: tuple[float, ...]) -> tuple[float, float]:
         """The variance at the end of a step, and what makes the price a martingale."""
-        mean = max(k[0] + v * k[1], _LEAST_MEAN)
-        per_mean = 1.0 / mean
-        variance = v * k[2] + k[3]
-        psi = variance * per_mean * per_mean
-        squared = psi < _SWITCH
-        # A squared normal: mean q + 2 sqrt(mean q a) z + a z^2 has this mean and variance.
-        q = math.sqrt(max(1.0 - 0.5 * psi, 0.0))
-        a = 0.5 * variance * per_mean / (1.0 + q)
-        middle = mean * q
-        root = middle + z * (2.0 * math.sqrt(middle * a) + a * z)
-        # An exponential: above w, if that is not 0, with probability exp(-w / (half mean)) / half.
-        half = 0.5 * psi + 0.5
-        drawn = half * mean * max(-math.log(half * upper_tail(z)), 0.0)
-        w = max(root, 0.0) if squared else drawn
-        # What makes the price a martingale: minus the logarithm of E exp(lift w), in the same two cases.
-        lift = k[5] + 0.5 * k[6]
-        x = lift * mean
-        left = 1.0 - 2.0 * lift * a if squared else 1.0 - x * half
-        left = max(left, _LEAST_FACTOR)
-        inverse = 1.0 / (left if squared else max(left + x, _LEAST_FACTOR))
-        logarithm = math.log(left if squared else left * inverse)
-        return w, 0.5 * logarithm - x * q * inverse if squared else logarithm
+        return quadratic_exponential(k[0] + v * k[1], v * k[2] + k[3], z, k[5] + 0.5 * k[6])
 
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""
