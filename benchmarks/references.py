@@ -24,11 +24,16 @@ from smc.problem.oracles import heston as heston_oracle
 from smc.problem.oracles.oracle import oracle_of
 from smc.problem.problem import Problem
 from smc.problem.process import Process
+from smc.problem.processes.bates import Bates
+from smc.problem.processes.cev import ConstantElasticity
+from smc.problem.processes.correlated_gbm import CorrelatedGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
+from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall
+from smc.problem.products.basket import BasketCall, BasketPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.simulation.config import SimulationParams
@@ -38,6 +43,7 @@ from smc.simulation.engine import Simulation
 BIAS = 1e-4
 # A field is moved by this share of itself for a derivative, on the same random numbers.
 SHARE = 1e-3
+GREEKS = {"delta": "delta", "dprice_dv0": "vega"}
 PATHS = {"cpu": 10_000_000, "cuda": 1_000_000_000}
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
 
@@ -55,6 +61,10 @@ class Row:
     quantity: str
 
     @property
+    def spot(self) -> float:
+        return self.contract[self.problem.process.fields[0].name]
+
+    @property
     def table(self) -> np.ndarray:
         names = self.problem.schema.names
         if missing := [name for name in names if name not in self.contract]:
@@ -62,54 +72,176 @@ class Row:
         return np.array([[self.contract[name] for name in names]])
 
 
-def numbers(params: str) -> dict[str, float]:
-    found = {}
-    for part in params.split(";"):
-        name, _, value = part.partition("=")
+class Params:
+    """The parameters of a row, each of which has to be asked for."""
+
+    def __init__(self, text: str) -> None:
+        self._left = dict(part.partition("=")[::2] for part in text.split(";"))
+
+    def text(self, name: str) -> str:
+        if name not in self._left:
+            raise NotComputed(f"the row does not give {name}")
+        return self._left.pop(name)
+
+    def number(self, name: str, otherwise: float | None = None) -> float:
+        if otherwise is not None and name not in self._left:
+            return otherwise
+        (value,) = self._numbers(name, 1)
+        return value
+
+    def each(self, name: str, count: int) -> list[float]:
+        """One number for each asset: all of them, `4x100`, or one for all."""
+        found = self._numbers(name, count)
+        return found * count if len(found) == 1 else found
+
+    def _numbers(self, name: str, count: int) -> list[float]:
+        text = self.text(name)
+        times, _, value = text.rpartition("x")
         try:
-            found[name] = float(value)
+            found = [float(value)] * int(times) if times else [float(part) for part in text.split(",")]
         except ValueError:
-            raise NotComputed(f"{part!r} is no number") from None
-    return found
+            raise NotComputed(f"{name}={text} is no number") from None
+        if len(found) not in (1, count):
+            raise NotComputed(f"{name}={text} gives {len(found)} numbers, and not {count}")
+        return found
+
+    def check_all_read(self) -> None:
+        if self._left:
+            raise NotComputed(f"nothing here reads {', '.join(self._left)}")
 
 
-def process_of(kind: str, given: dict[str, float]) -> Process:
-    if kind == "gbm":
-        given["v"] = given.pop("sigma", math.nan)
-        return GeometricBrownianMotion()
-    if kind == "heston":
-        given["xi"] = given.pop("sigma", math.nan)
-        return Heston()
-    raise NotComputed(f"there is no process {kind} yet")
+Given = tuple[Process, dict[str, float]]
 
 
-def product_of(kind: str, given: dict[str, float]) -> Product:
-    if kind in ("european_call", "european_put"):
-        return EuropeanCall() if kind.endswith("call") else EuropeanPut()
-    if kind == "terminal_spot":
-        given["K"] = given["X0"]  # which nothing is paid by
-        return TerminalPrice()
-    if kind.startswith(("asian_arith_disc_", "asian_arith_fixed_")):
-        dates = int(given.pop("fixings"))
-        first = given.pop("first", given["T"] / dates)
-        if abs(first - given["T"] / dates) > 1e-9:
-            raise NotComputed("an average whose first date is today: dates here are equally spaced and end at expiry")
-        return ArithmeticAsianCall(dates=dates) if "_call" in kind else ArithmeticAsianPut(dates=dates)
-    if kind == "barrier_down_out_call_disc":
-        if given.pop("rebate", 0.0):
-            raise NotComputed("a rebate is not paid yet")
-        given["H"] /= given["X0"]
-        return DownAndOutCall(dates=int(given.pop("monitorings")))
-    raise NotComputed(f"there is no product {kind} yet")
+def one_asset(params: Params) -> dict[str, float]:
+    names = {"X0": "S", "r": "r", "d": "q", "T": "T"}
+    return {ours: params.number(theirs) for ours, theirs in names.items()}
+
+
+def of_gbm(params: Params) -> Given:
+    return GeometricBrownianMotion(), one_asset(params) | {"v": params.number("sigma")}
+
+
+def of_variance(params: Params) -> dict[str, float]:
+    same = {name: params.number(name) for name in ("v0", "kappa", "theta", "rho")}
+    return one_asset(params) | same | {"xi": params.number("sigma")}
+
+
+def of_heston(params: Params) -> Given:
+    return Heston(), of_variance(params)
+
+
+def of_jumps(params: Params) -> dict[str, float]:
+    names = {"intensity": "lam", "jump_mean": "muJ", "jump_deviation": "deltaJ"}
+    return {ours: params.number(theirs) for ours, theirs in names.items()}
+
+
+def of_bates(params: Params) -> Given:
+    return Bates(), of_variance(params) | of_jumps(params)
+
+
+def of_merton(params: Params) -> Given:
+    """Bates's model with a variance that is certain."""
+    contract = one_asset(params)
+    if (total := params.number("total_vol", 0.0)) > 0:  # Haug's parameters: jumps have a share of the variance
+        intensity, share = params.number("lam"), params.number("gamma_share")
+        deviation = total * math.sqrt(share / intensity)
+        variance = total * total * (1 - share)
+        jumps = {"intensity": intensity, "jump_mean": -deviation * deviation / 2, "jump_deviation": deviation}
+    else:
+        variance, jumps = params.number("sigma") ** 2, of_jumps(params)
+    certain = {"v0": variance, "theta": variance, "kappa": 1.0, "xi": 0.0, "rho": 0.0}
+    return Bates(), contract | certain | jumps
+
+
+def of_cev(params: Params) -> Given:
+    contract, beta, text = one_asset(params), params.number("beta"), params.text("sigma_abs")
+    factor, _, power = text.partition("*S^")
+    try:
+        if float(power) != beta:
+            raise NotComputed(f"sigma_abs={text} has not the exponent {beta}")
+        volatility = float(factor) * contract["X0"] ** (beta - 1)
+    except ValueError:
+        raise NotComputed(f"sigma_abs={text} is not of the form a*S^b") from None
+    return ConstantElasticity(), contract | {"beta": beta, "v": volatility}
+
+
+def of_several(params: Params) -> Given:
+    """Equal correlations, as partial ones: rho / (1 + m rho), given m assets."""
+    count = int(params.number("assets"))
+    process, rho = CorrelatedGBM(n_assets=count), params.number("rho")
+    contract = {"r": params.number("r"), "T": params.number("T")}
+    for names, theirs in ((process.spots, "S"), (process.dividends, "q"), (process.volatilities, "sigma")):
+        contract |= dict(zip(names, params.each(theirs, count), strict=True))
+    given = [rho / (1 + m * rho) for i in range(count) for m in range(i)]
+    return process, contract | dict(zip(process.partials, given, strict=True))
+
+
+def of_rough_heston(params: Params) -> Given:
+    contract = of_variance(params)
+    return LiftedRoughHeston(hurst=params.number("hurst")), contract
+
+
+PROCESSES: Mapping[str, Callable[[Params], Given]] = {
+    "gbm": of_gbm, "heston": of_heston, "bates": of_bates, "merton": of_merton, "cev_local_vol_beta0.5": of_cev,
+    "gbm_corr": of_several, "rough_heston": of_rough_heston,
+}  # fmt: skip
+
+
+def european(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"] = params.number("K")
+    return EuropeanCall() if kind.endswith("call") else EuropeanPut()
+
+
+def terminal(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"] = contract["X0"]  # which nothing is paid by
+    return TerminalPrice()
+
+
+def asian(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"], dates = params.number("K"), int(params.number("fixings"))
+    each = contract["T"] / dates
+    if abs(params.number("first", each) - each) > 1e-9:
+        raise NotComputed("an average whose first date is today: dates here are equally spaced and end at expiry")
+    return ArithmeticAsianCall(dates=dates) if "_call" in kind else ArithmeticAsianPut(dates=dates)
+
+
+def down_and_out(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract |= {"K": params.number("K"), "H": params.number("H") / contract["X0"]}
+    if params.number("rebate", 0.0):
+        raise NotComputed("a rebate is not paid yet")
+    return DownAndOutCall(dates=int(params.number("monitorings")))
+
+
+def average_basket(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"], count = params.number("K"), sum(name.startswith("X") for name in contract)
+    basket = BasketCall if "_call" in kind else BasketPut
+    return basket(n_assets=count, weights=tuple(params.each("w", count)))
+
+
+PRODUCTS: Mapping[str, Callable[[str, Params, dict[str, float]], Product]] = {
+    "european_call": european, "european_put": european, "terminal_spot": terminal,
+    "asian_arith_disc_call": asian, "asian_arith_disc_put": asian,
+    "asian_arith_fixed_call": asian, "asian_arith_fixed_put": asian,
+    "barrier_down_out_call_disc": down_and_out,
+    "basket_call_average": average_basket, "basket_put_average": average_basket,
+}  # fmt: skip
+# How often an average is taken, which its dates say too.
+OFTEN = ("_monthly", "_weekly", "_daily")
 
 
 def row_of(line: Mapping[str, str]) -> Row:
-    given = numbers(line["params"])
-    for name, ours in (("S", "X0"), ("q", "d")):
-        if name in given:
-            given[ours] = given.pop(name)
-    process = process_of(line["process"], given)
-    return Row(Problem(process, product_of(line["product"], given)), given, line["quantity"])
+    kind = line["product"]
+    for often in OFTEN:
+        kind = kind.removesuffix(often)
+    for what, name, known in (("process", line["process"], PROCESSES), ("product", kind, PRODUCTS)):
+        if name not in known:
+            raise NotComputed(f"there is no {what} {name} yet")
+    params = Params(line["params"])
+    process, contract = PROCESSES[line["process"]](params)
+    product = PRODUCTS[kind](kind, params, contract)
+    params.check_all_read()
+    return Row(Problem(process, product), contract, line["quantity"])
 
 
 def steps_of(row: Row, least: int) -> int:
@@ -145,7 +277,7 @@ def simulated(row: Row, paths: int, steps: int, device: str, seed: int) -> tuple
         return (pair[0] - pair[1]).double().flatten() / (2 * SHARE * table[0, column])
 
     if row.quantity.startswith("quantile_p="):
-        p, many = float(row.quantity.partition("=")[2]), min(calls, 16)
+        p, many = float(row.quantity.partition("=")[2]), max(2, min(calls, 16))
         each = torch.stack([_quantile(samples(i), p) for i in range(many)])
         return float(each.mean()), float(each.std()) / math.sqrt(many)
     count, total, squares = 0, 0.0, 0.0
@@ -164,18 +296,18 @@ def _quantile(values: torch.Tensor, p: float) -> torch.Tensor:
 
 def exact(row: Row) -> float | None:
     """The oracle's value; None where it does not tell this quantity."""
-    contract, heston = row.problem.schema.row(*row.table.T), isinstance(row.problem.process, Heston)
-    option: Any = row.problem.product.option
-    of: dict[str, Callable[[], np.ndarray]] = {}
-    if heston:
-        of["delta"] = lambda: heston_oracle.delta(contract, option)
-        of["dprice_dv0"] = lambda: heston_oracle.price_by_variance(contract)
-        if row.quantity.startswith("quantile_p="):
-            of[row.quantity] = lambda: heston_oracle.terminal_quantile(contract, float(row.quantity[11:]))
-    oracle = oracle_of(row.problem)
-    if oracle is not None:
-        of["price"] = lambda: oracle.price(row.table)
-    return float(of[row.quantity]()[0]) if row.quantity in of else None
+    problem, table = row.problem, row.table
+    if row.quantity.startswith("quantile_p=") and isinstance(problem.process, Heston):
+        p = float(row.quantity.partition("=")[2])
+        return float(heston_oracle.terminal_quantile(problem.schema.row(*table.T), p)[0])
+    oracle = oracle_of(problem)
+    if oracle is None:
+        return None
+    if row.quantity == "price":
+        return float(oracle.price(table)[0])
+    if row.quantity in GREEKS and oracle.greeks is not None:
+        return float(getattr(oracle.greeks(table), GREEKS[row.quantity])[0])
+    return None
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
@@ -202,7 +334,7 @@ def compared(line: Mapping[str, str], paths: int, least: int, device: str) -> di
     """One row: the value of the file, the simulated one and the oracle's, and whether each holds."""
     row = row_of(line)
     value, digits = float(line["value"]), float(line["uncertainty"].split()[0])
-    steps, spot = steps_of(row, least), row.contract["X0"]
+    steps, spot = steps_of(row, least), row.spot
     mean, error = simulated(row, paths, steps, device, int(line["id"]))
     allowed = 3 * math.hypot(error, digits) + (0.0 if row.problem.process.exact else BIAS * spot)
     known = exact(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,9 @@ from jobs.search import Random, Search, draws, grid, nested, search_prefix, tria
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
 from smc.numeric_fields import WholeNumber
+from smc.problem.contracts import resolve_domain
+from smc.problem.problem import Problem, process_of, product_of
+from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.simulation.config import CONFIG_TAGS, ProblemConfig
 
 __all__ = ["RECIPES", "Sweep", "make_experiment", "make_trial", "overlaid", "read_sweep", "read_yaml"]
@@ -119,6 +122,7 @@ def make_experiment(
         settings["simulation"] = {key: value for key, value in known if key in ProblemConfig.model_fields}
     for layer in layers:
         settings = overlaid(settings, layer)
+    settings = _stepped(settings, layers)
     if given := _GIVEN & settings.keys():
         allowed = ", ".join(_fields_at(Experiment, ()))
         raise ConfigError(f"{where}experiment {name!r}: unknown key {min(given)!r}; allowed are {allowed}")
@@ -126,6 +130,29 @@ def make_experiment(
         return Experiment.model_validate({**settings, "name": name, "parameters": dict(parameters or {})})
     except ValidationError as error:
         raise ConfigError(f"{where}experiment {name!r}: {_explained(error, Experiment)}") from None
+
+
+def _stepped(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings with as many time steps as the process needs over the domain, unless some layer says how many.
+
+    A recipe's own number is for geometric Brownian motion, and stays where steps have no bias and are on every date.
+    Settings that are wrong are left as they are: what reads them says what is wrong.
+    """
+    simulation = settings.get("simulation") or {}
+    if any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
+        return settings
+    try:
+        process, product = (simulation.get(part) for part in ("process", "product"))
+        problem = Problem(
+            GeometricBrownianMotion() if process is None else process_of(process), product_of(product or {})
+        )
+        steps = problem.default_steps(resolve_domain(settings.get("domain") or {}, problem.schema))
+        own = simulation["sim_params"]["timesteps"]
+        if problem.process.exact and (not problem.product.dates or own % problem.product.dates == 0):
+            steps = own
+    except (ConfigError, TypeError, AttributeError, KeyError, ValueError):
+        return settings
+    return overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
 
 
 def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:

@@ -21,25 +21,24 @@ __all__ = ["price"]
 
 Array = npt.NDArray[np.float64]
 
-# Nodes of one direction.
-_OF_ONE = 96
+# Nodes for each unit of a direction's deviation, which give a dozen digits; of one direction, and of all, at most.
+_PER_DEVIATION, _OF_ONE, _NODES = 43.0, 96, 1 << 16
+# Added to each deviation, for those that are so small that hardly a node would be left to them.
+_LEAST_SIZE = 0.25
 # Along the main direction every price rises at least by this share of the steepest, in case one of them would fall.
 _LEAST_SLOPE = 0.01
 _NEWTON = 40
 
 
-def price(
-    forwards: Array, covariance: Array, strike: float, option: Literal["put", "call"], *, nodes: int = 1 << 17
-) -> float:
+def price(forwards: Array, covariance: Array, strike: float, option: Literal["put", "call"]) -> float:
     """The expected payoff on the sum of log-normal prices, not discounted. Units: currency.
 
-    `nodes` is how many the quadrature has over all directions together.
     Shapes: forwards (assets,), weights included; covariance (assets, assets) of the logarithms at expiry.
     Raises: NumericsError where the point of exercise is not found.
     """
     values, vectors = np.linalg.eigh(covariance)
     main, others = _directions(forwards, vectors * np.sqrt(np.maximum(values, 0.0)))
-    points, weights = _product_rule(np.linalg.norm(others, axis=0), nodes)
+    points, weights = _product_rule(np.linalg.norm(others, axis=0))
     # Given the other directions, the prices that are expected along the main one.
     expected = forwards * np.exp(points @ others.T - 0.5 * np.square(others).sum(axis=1))
     x = _exercised_from(expected * np.exp(-0.5 * np.square(main)), main, strike)
@@ -65,19 +64,16 @@ def _directions(forwards: Array, root: Array) -> tuple[Array, Array]:
     return main, turned * sizes
 
 
-def _product_rule(sizes: Array, most: int) -> tuple[Array, Array]:
+def _product_rule(sizes: Array) -> tuple[Array, Array]:
     """Nodes and weights of the normal distribution, the more nodes the larger a direction.
 
     Shapes: (directions,) -> (nodes, directions), (nodes,).
     """
-    low, high = 0.0, 1e6
-    for _ in range(60):
-        middle = (low + high) / 2
-        counts = np.minimum(1 + np.ceil(middle * sizes), _OF_ONE)
-        low, high = (middle, high) if np.prod(counts) <= most and counts.min() < _OF_ONE else (low, middle)
-    counts = np.minimum(1 + np.ceil(low * sizes), _OF_ONE).astype(int)
+    each = _PER_DEVIATION
+    while np.prod(counts := np.minimum(1 + np.ceil(each * (sizes + _LEAST_SIZE)), _OF_ONE)) > _NODES:
+        each *= 0.95
     nodes, weights = np.zeros((1, 0)), np.ones(1)
-    for count in counts:
+    for count in counts.astype(int):
         points, own = np.polynomial.hermite_e.hermegauss(count)
         nodes = np.column_stack([np.repeat(nodes, count, axis=0), np.tile(points, len(nodes))])
         weights = np.repeat(weights, count) * np.tile(own / own.sum(), len(weights))

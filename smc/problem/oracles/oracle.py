@@ -34,8 +34,6 @@ Array = npt.NDArray[np.float64]
 
 # Of a value that is moved for a difference, relative to itself; and of an interest rate, which may be 0.
 _SHARE, _RATE_STEP = 1e-3, 1e-4
-# Nodes of a basket's quadrature: enough for 1e-9 of spot up to five assets, and for 2e-6 up to eight.
-_FEW_ASSETS, _NODES, _MORE_NODES = 5, 1 << 14, 1 << 17
 
 
 @dataclass(frozen=True)
@@ -140,14 +138,13 @@ def _two_valued(problem: Problem) -> Oracle:
 def _of_basket(problem: Problem) -> Oracle:
     own, product = _option(problem), problem.product
     assert isinstance(product, BasketPut)
-    nodes = _NODES if product.n_assets <= _FEW_ASSETS else _MORE_NODES
 
     def price(table: Array) -> Array:
         law = problem.law(torch.from_numpy(table))
         forwards = law.forwards.numpy() * product.shares
         covariances, discounts = law.covariances.numpy(), law.discount.numpy()
         rows = zip(forwards, covariances, law.c.K.numpy(), strict=True)
-        return np.asarray(discounts * [basket.price(*row, own, nodes=nodes) for row in rows])
+        return np.asarray(discounts * [basket.price(*row, own) for row in rows])
 
     return Oracle("quadrature", (own,), price, dear=True)
 
