@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
-from smc.errors import NumericsError
-
 __all__ = ["price"]
 
 Array = npt.NDArray[np.float64]
@@ -34,7 +32,6 @@ def price(forwards: Array, covariance: Array, strike: float, option: Literal["pu
     """The expected payoff on the sum of log-normal prices, not discounted. Units: currency.
 
     Shapes: forwards (assets,), weights included; covariance (assets, assets) of the logarithms at expiry.
-    Raises: NumericsError where the point of exercise is not found.
     """
     values, vectors = np.linalg.eigh(covariance)
     main, others = _directions(forwards, vectors * np.sqrt(np.maximum(values, 0.0)))
@@ -93,6 +90,4 @@ def _exercised_from(prices: Array, slopes: Array, strike: float) -> Array:
         x = x - np.clip(step, -20.0, 20.0)
         if np.abs(step).max() < 1e-13 * (1 + np.abs(x).max()):
             break
-    if not np.isfinite(x).all():
-        raise NumericsError("the basket passes the strike nowhere along its main direction")
     return x

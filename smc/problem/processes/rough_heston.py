@@ -26,13 +26,16 @@ from smc.problem.processes.heston import Heston, quadratic_exponential
 
 __all__ = ["LiftedRoughHeston", "exponentials"]
 
-_LONGEST_STEP = 1 / 32
+_LONGEST_STEP, _LEAST_STEPS = 1 / 32, 64
 # The share of today's variance in the expected one below which it hardly matters to prices; it may be 0.
 _ROUNDING = 0.1
 # The power of time by which the kernel's error is weighed.
 _WEIGHED = 0.5
 # Where the coefficients of the factors begin: two for each.
-_FACTORS = 9
+_FACTORS = 10
+# What a mean of the variance is at least; and how near to infinity the price's expected value may come in one step
+# where price and variance rise together, for which the variance's own variance is bounded.
+_LEAST_MEAN, _SHARE_OF_EXPLOSION, _LEAST_LIFT = 1e-9, 0.9, 1e-9
 
 
 @lru_cache(maxsize=64)
@@ -94,8 +97,8 @@ class LiftedRoughHeston(ConditionallyLogNormal):
         return exponentials(self.hurst, self.factors)[1]
 
     def longest_step(self, c: Any) -> float:
-        """A thirty-second of a year, and of the time to expiry."""
-        return min(_LONGEST_STEP, float(c.T) / 32) if c.T > 0.0 else _LONGEST_STEP
+        """A thirty-second of a year, and a sixty-fourth of the time to expiry."""
+        return min(_LONGEST_STEP, float(c.T) / _LEAST_STEPS) if c.T > 0.0 else _LONGEST_STEP
 
     def averaged(self, speed: float, share: float) -> float:
         """The mean of exp(-speed t) over a step, which is this share of the time to expiry."""
@@ -111,16 +114,18 @@ class LiftedRoughHeston(ConditionallyLogNormal):
             self.weights[i] * (1.0 - self.averaged(self.speeds[i], share)) / self.speeds[i] for i in range(self.factors)
         )
         late = late * scale / (gain * share)
+        lift = c.rho / (c.xi * gain) - 0.5 * dt * c.rho * c.rho * late
         return (
             c.v0,
             c.theta,
-            gain * c.kappa * dt,
+            -math.expm1(-gain * c.kappa * dt),
             0.5 * gain * gain * c.xi * c.xi * dt,
             (c.r - c.d) * dt,
-            c.rho / (c.xi * gain) - 0.5 * dt * c.rho * c.rho * late,
+            lift,
             0.5 * dt * (1.0 - c.rho * c.rho),
             c.X0,
             2.0 * late,
+            _SHARE_OF_EXPLOSION / max(lift, _LEAST_LIFT),
             *tuple(math.exp(-self.speeds[i] * share) for i in range(self.factors)),
             *tuple(scale * self.weights[i] * self.averaged(self.speeds[i], share) / gain for i in range(self.factors)),
         )
@@ -143,12 +148,11 @@ class LiftedRoughHeston(ConditionallyLogNormal):
         After these two, the variance and the factors at the end of the step.
         """
         v = state[1]
-        drift = (k[1] - v) * k[2]
         faded = tuple(k[_FACTORS + i] * state[2 + i] for i in range(self.factors))
-        mean = k[0] + drift + sum(faded[i] for i in range(self.factors))
-        mean = max(mean, 0.0)
-        w, correction = quadratic_exponential(mean, k[3] * (v + mean), z, k[5])
-        added = w - mean + drift
+        undriven = k[0] + sum(faded[i] for i in range(self.factors))
+        mean = max(undriven + k[2] * (k[1] - v), _LEAST_MEAN)
+        w, correction = quadratic_exponential(mean, min(k[3] * (v + mean), k[9] * mean), z, k[5])
+        added = w - undriven
         return (
             correction + k[5] * w,
             k[6] * max(v + mean + k[8] * (w - mean), 0.0),
