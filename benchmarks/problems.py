@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
+import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,19 +22,27 @@ import torch
 
 from benchmarks.reporting import Report, captured, gpu_seconds, run
 from smc.models.numerical import Precision
+from smc.problem.conditional import is_conditional
 from smc.problem.problem import Problem
+from smc.problem.processes.bates import Bates
+from smc.problem.processes.cev import ConstantElasticity
+from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
+from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.products.asian import ArithmeticAsianPut
 from smc.problem.products.barrier import UpAndOutCall
+from smc.problem.products.basket import BasketPut
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.simulation import linking, paths
 from smc.simulation.levels import payoff_spectrum
+from smc.simulation.regression import regressed_prices
 
 STEPS = 100
 GBM = GeometricBrownianMotion()
-# The least T path-steps a second on an H100, 256 contracts x 131,072 paths x 100 steps.
+BASKET = BasketPut(n_assets=5)
+# The least T path-steps a second on an H100, 256 contracts x 131,072 paths x 100 steps; of several assets each counts.
 PROBLEMS = {
     "European put": (Problem(GBM, EuropeanPut()), 1.05),
     "European call": (Problem(GBM, EuropeanCall()), 1.05),
@@ -41,6 +53,11 @@ PROBLEMS = {
     "Heston, European call": (Problem(Heston(), EuropeanCall()), 0.20),
     "Heston, arithmetic Asian put": (Problem(Heston(), ArithmeticAsianPut(dates=STEPS)), None),
     "Heston, up-and-out call": (Problem(Heston(), UpAndOutCall(dates=STEPS)), None),
+    "Bates, European call": (Problem(Bates(), EuropeanCall()), 0.15),
+    "CEV, European call": (Problem(ConstantElasticity(), EuropeanCall()), 0.40),
+    "one factor, basket of 5": (Problem(OneFactorGBM(n_assets=5), BASKET), 0.20),
+    "5 correlated assets, basket": (Problem(CorrelatedGBM(n_assets=5), BASKET), 0.20),
+    "rough Heston, 5 factors, European call": (Problem(LiftedRoughHeston(), EuropeanCall()), 0.067),
 }
 
 
@@ -65,8 +82,13 @@ def on_gpu(report: Report) -> None:
                 precision=Precision.float32, sampling="pseudorandom",
             )  # fmt: skip
             seconds = gpu_seconds(captured(work))
-            rate = n * count * STEPS / seconds / 1e12
+            rate = problem.process.assets * n * count * STEPS / seconds / 1e12
             report.add(f"{name}, {n} x {count} x {STEPS}", rate, "T path-steps/s", at_least=bar if n == 256 else None)
+            if n == 256:
+                instructions(report, name, problem, kernel)
+            if is_conditional(problem):
+                outer = gpu_seconds(captured(partial(priced, problem, table, first, count)))
+                report.add(f"{name}, {n} x {count}: outer paths and regression, of the paths", outer / seconds, "x")
             scale = torch.ones(n, device="cuda")
 
             def chain(work: Callable[[], torch.Tensor] = work, scale: torch.Tensor = scale) -> torch.Tensor:
@@ -76,6 +98,61 @@ def on_gpu(report: Report) -> None:
             report.add(f"{name}, {n} x {count}: paths to spectrum, of the paths alone", ratio, "x",
                        at_most=1.6 if n == 256 else None)  # fmt: skip
         print(f"{name}: linked in {linked:.2f} s, {registers}")
+
+
+def priced(problem: Problem, table: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    (outputs,) = linking.simulate_outer(
+        problem, [table], first, seed=1, paths=count, steps=STEPS, precision=Precision.float32, sampling="pseudorandom"
+    )
+    return regressed_prices(outputs)
+
+
+def instructions(report: Report, name: str, problem: Problem, kernel: linking.LinkedKernel) -> None:
+    """Machine instructions of a step: those of the loop over steps, by the blocks of random words that it draws."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        return
+    text = subprocess.run([tool, "--dump-sass", kernel.cubin], capture_output=True, text=True, check=True).stdout
+    function = text.partition("Function : pseudorandom")[2].partition("Function :")[0]
+    lines = [(int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", function)]
+    loops = []
+    for at, code in lines:
+        jump = re.search(r"BRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", code)
+        if jump and int(jump[1], 16) < at:
+            loops.append([inner for address, inner in lines if int(jump[1], 16) <= address <= at])
+    body = max(loops, key=len, default=[])
+    blocks = sum("0x2daee0ad" in code or "0xd2511f53" in code.lower() for code in body) / 10
+    if not blocks:
+        print(f"{name}: no loop over random words is found")
+        return
+    steps = blocks * 4 / problem.process.normals
+    special = sum("MUFU" in code for code in body) / steps
+    report.add(f"{name}: instructions a step", len(body) / steps, f"of which {special:.1f} are special functions")
+
+
+def quantlib(report: Report, ours: float) -> None:
+    """Heston's model by QuantLib's own engine: the same scheme, one path after the other, on one core."""
+    if importlib.util.find_spec("QuantLib") is None:
+        return
+    import QuantLib as ql  # noqa: N813  # as its own documentation writes it
+
+    today, count = ql.Date(1, 1, 2026), 20_000
+    ql.Settings.instance().evaluationDate = today
+    flat = [ql.YieldTermStructureHandle(ql.FlatForward(today, rate, ql.Actual365Fixed())) for rate in (0.03, 0.01)]
+    spot = ql.QuoteHandle(ql.SimpleQuote(100.0))
+    scheme = ql.HestonProcess.QuadraticExponentialMartingale
+    process = ql.HestonProcess(flat[0], flat[1], spot, 0.04, 2.0, 0.05, 0.5, -0.7, scheme)
+    exercise = ql.EuropeanExercise(today + ql.Period(1, ql.Years))
+
+    def work() -> None:
+        option = ql.VanillaOption(ql.PlainVanillaPayoff(ql.Option.Call, 100.0), exercise)
+        engine = ql.MCEuropeanHestonEngine(process, "PseudoRandom", timeSteps=STEPS, requiredSamples=count, seed=1)
+        option.setPricingEngine(engine)
+        option.NPV()
+
+    theirs = count * STEPS / median(work, 3) / 1e6
+    report.add(f"QuantLib {ql.__version__}, Heston, a core", theirs, "M path-steps/s")
+    report.add("Heston, European call, a core: of QuantLib's", ours / theirs, "x", at_least=20.0)
 
 
 def both(report: Report) -> None:
@@ -129,7 +206,10 @@ def on_cpu(report: Report) -> None:
             if not problem.process.log_normal:  # the textbook's loop is of another model
                 rate = n * count * STEPS / seconds / 1e6 / torch.get_num_threads()
                 least = 100.0 if sampling == "pseudorandom" else None
+                least = least if type(problem.process) is Heston else None
                 report.add(f"{name}, {sampling}, a core", rate, "M path-steps/s", at_least=least)
+                if name == "Heston, European call" and sampling == "pseudorandom":
+                    quantlib(report, rate)
                 continue
             report.add(f"{name}, {sampling}", n * count * STEPS / seconds / 1e6, "M path-steps/s")
             report.add(f"{name}, {sampling}, of the textbook's contracts a second", base[looks] / seconds, "x",

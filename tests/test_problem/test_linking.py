@@ -12,15 +12,21 @@ from smc.errors import ConfigError
 from smc.gbm import Simulation, SimulationParams
 from smc.models.numerical import Precision
 from smc.problem.problem import Problem
+from smc.problem.processes.bates import Bates
+from smc.problem.processes.cev import ConstantElasticity
+from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
+from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.basket import BasketPut
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.simulation import linking, paths
 from smc.simulation.cuda import capture
 from smc.simulation.levels_cuda import payoff_levels
+from smc.simulation.regression import regressed_prices
 from tests.test_problem.test_paths import MeanReverting, RangePayoff, Uncompilable, reference_rows
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +38,11 @@ PROBLEMS = [
     *(Problem(LOG, product) for product in (UpAndOutCall(dates=6), DownAndOutCall(dates=12))),
     *(Problem(EULER, product) for product in (EuropeanPut(), ArithmeticAsianPut(dates=12))),
     *(Problem(Heston(), product) for product in (EuropeanCall(), ArithmeticAsianPut(dates=4))),
+    *(Problem(Bates(), product) for product in (EuropeanCall(), ArithmeticAsianPut(dates=4))),
+    *(Problem(ConstantElasticity(), product) for product in (EuropeanPut(), UpAndOutCall(dates=6))),
+    *(Problem(process, BasketPut(n_assets=5)) for process in (OneFactorGBM(n_assets=5), CorrelatedGBM(n_assets=5))),
+    Problem(LiftedRoughHeston(), EuropeanCall()),
+    Problem(LiftedRoughHeston(factors=3), ArithmeticAsianPut(dates=4)),
     Problem(MeanReverting(), RangePayoff()),
     Problem(MeanReverting(scale=0.5), EuropeanCall()),
 ]
@@ -61,6 +72,47 @@ def test_cpu_and_gpu_simulate_the_same_paths(problem: Problem, precision: Any, s
     # Where a payoff jumps, rounding may put a path on the other side: a few in ten thousand.
     assert apart.mean() <= (0 if problem.product.lipschitz else 3e-4)
     assert here.std() > 0
+
+
+@pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("process", [Heston(), Bates(), LiftedRoughHeston()], ids=lambda process: process.kind)
+def test_cpu_and_gpu_follow_the_same_outer_paths_to_the_same_prices(
+    process: Any, precision: Any, sampling: Any
+) -> None:
+    for product in (EuropeanPut(), DigitalPut()):
+        problem = Problem(process, product)
+        table = table_of(problem)
+        sizes: dict[str, Any] = {"seed": 5, "paths": 3001, "steps": 11, "precision": precision, "sampling": sampling}
+        moved = table * 1.001
+        here = paths.simulate_outer(problem, [table, moved], 2**33 - 2, **sizes)
+        device = [torch.from_numpy(rows).cuda() for rows in (table, moved)]
+        there = linking.simulate_outer(problem, device, first_of(2**33 - 2), **sizes)
+        tolerance = 2e-4 if precision is Precision.float32 else 1e-9
+        for ours, theirs, contracts in zip(here, there, (table, moved), strict=True):
+            found = theirs.cpu().numpy()
+            scale = np.maximum(1.0, np.abs(ours))
+            scale[:, :2] = contracts[:, :1, None]
+            apart = np.abs(found - ours) > tolerance * scale
+            assert apart.mean() <= 3e-4, (problem.name, [float(apart[:, i].mean()) for i in range(apart.shape[1])])
+            prices = regressed_prices(theirs).cpu().numpy(), regressed_prices(torch.from_numpy(ours)).numpy()
+            np.testing.assert_allclose(*prices, atol=float(tolerance * contracts[:, 0].max()))
+
+
+def test_regressed_prices_are_captured_and_do_not_depend_on_the_batch() -> None:
+    outputs = torch.randn((300, 5, 4096), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    outputs[:, 1] += outputs[:, 2:].sum(dim=1)
+    whole, results = regressed_prices(outputs), []
+    np.testing.assert_allclose(whole.cpu().numpy(), regressed_prices(outputs.cpu()).numpy(), atol=1e-6)
+    assert torch.equal(regressed_prices(outputs[7:9].contiguous()), whole[7:9])
+
+    def work() -> None:
+        results[:] = [regressed_prices(outputs)]
+
+    replay = capture(work, outputs.device)
+    replay()
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], whole)
 
 
 @pytest.mark.parametrize("sampling", ["pseudorandom", "sobol"])
