@@ -108,7 +108,7 @@ def priced(problem: Problem, table: torch.Tensor, first: torch.Tensor, count: in
 
 
 def instructions(report: Report, name: str, problem: Problem, kernel: linking.LinkedKernel) -> None:
-    """Machine instructions of a step: those of the loop over steps, by the blocks of random words that it draws."""
+    """Machine instructions of a step: those of the loop over steps, by the normals that it draws."""
     tool = shutil.which("cuobjdump")
     if tool is None:
         return
@@ -121,9 +121,9 @@ def instructions(report: Report, name: str, problem: Problem, kernel: linking.Li
         if jump and int(jump[1], 16) < at:
             loops.append([inner for address, inner in lines if int(jump[1], 16) <= address <= at])
     body = max(loops, key=len, default=[])
-    blocks = sum("0x2daee0ad" in code or "0xd2511f53" in code.lower() for code in body) / 10
+    blocks = sum("MUFU.SIN" in code for code in body) / 2  # a block makes two pairs of normals
     if not blocks:
-        print(f"{name}: no loop over random words is found")
+        print(f"{name}: no loop over steps is found")
         return
     steps = blocks * 4 / problem.process.normals
     special = sum("MUFU" in code for code in body) / steps

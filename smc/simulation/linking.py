@@ -34,6 +34,9 @@ __all__ = ["LinkedKernel", "link", "simulate", "simulate_outer", "simulate_pairs
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
 
+# Threads of a block that kernels are compiled for: as many as are asked for unless it is said, and as many as can be.
+_USUAL_THREADS, _MOST_THREADS = 256, 1024
+
 _WRAPPERS = """import math
 from collections import namedtuple
 
@@ -127,7 +130,12 @@ def _simulated(
     outs = [torch.empty(shape, dtype=precision.torch, device=device) for _ in tables]
     grid = -(-paths // threads)
     sizes = (np.int32(paths), np.int32(steps), np.int32(stride))
-    linked: dict[str, Any] = {"every_step": stride == 1, "tables": len(tables), "conditional": conditional}
+    linked: dict[str, Any] = {
+        "every_step": stride == 1,
+        "tables": len(tables),
+        "conditional": conditional,
+        "threads": threads,
+    }
     if sampling == "pseudorandom":
         kernel = link(problem, precision, "pseudorandom", device, **linked)
         for start in range(0, rows_in_all, MOST_ROWS):
@@ -182,13 +190,18 @@ def link(
     every_step: bool,
     tables: int = 1,
     conditional: bool = False,
+    threads: int = 256,
 ) -> LinkedKernel:
-    """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError."""
+    """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError.
+
+    Blocks have `threads` threads, or fewer: the more there may be, the fewer registers each of them has.
+    """
+    most = _USUAL_THREADS if threads <= _USUAL_THREADS else _MOST_THREADS
     major, minor = torch.cuda.get_device_capability(device)
     with _one_at_a_time:
-        key = (problem, precision, name, every_step, tables, conditional, major, minor)
+        key = (problem, precision, name, every_step, tables, conditional, most, major, minor)
         if key not in _linked:
-            which = _Which(problem, precision, every_step, tables, conditional)
+            which = _Which(problem, precision, every_step, tables, conditional, most)
             _linked[key] = LinkedKernel(_cubin(which, f"sm_{major}{minor}"), name)
         return _linked[key]
 
@@ -199,13 +212,14 @@ class _Which(NamedTuple):
     every_step: bool
     tables: int
     conditional: bool
+    threads: int
 
 
 def _cubin(which: _Which, arch: str) -> str:
     """The path of the file that has both kernels of a problem."""
-    problem, precision, every_step, tables, conditional = which
+    problem, precision, _, _, conditional, _ = which
     sizes = sizes_of(problem, conditional=conditional)
-    skeleton = _defines(problem, sizes, precision, every_step, tables) + NORMALS_SOURCE + PATHS_SOURCE
+    skeleton = _defines(which, sizes) + NORMALS_SOURCE + PATHS_SOURCE
     wrappers, source = _wrappers(problem, sizes, precision, conditional=conditional)
     try:
         import numba_cuda
@@ -224,7 +238,8 @@ def _cubin(which: _Which, arch: str) -> str:
     return os.fspath(path)
 
 
-def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: bool, tables: int) -> str:
+def _defines(which: _Which, sizes: Sizes) -> str:
+    problem, precision = which.problem, which.precision
     normals, per_block = sizes.normals, 4 if precision is Precision.float32 else 2
     group = math.lcm(normals, per_block) // normals
     values = {
@@ -240,8 +255,9 @@ def _defines(problem: Problem, sizes: Sizes, precision: Precision, every_step: b
         "GROUP": group,
         "BLOCKS": group * normals // per_block,
         "DATES": int(problem.product.dates > 0),
-        "EVERY_STEP": int(every_step),
-        "TABLES": tables,
+        "EVERY_STEP": int(which.every_step),
+        "TABLES": which.tables,
+        "THREADS": which.threads,
     }
     return "".join(f"#define {name} {value}\n" for name, value in values.items())
 

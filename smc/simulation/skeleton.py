@@ -116,7 +116,7 @@ struct Path {
                  other.store(e, out_beside + (u64)blockIdx.y * OUTPUTS * paths + at, paths)
 #endif
 
-extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
+extern "C" __global__ __launch_bounds__(THREADS) void pseudorandom(
     CONTRACTS, const u64* __restrict__ first,
     const u64 offset, const u64 seed, const int paths, const int steps, const int stride, OUT)
 {
@@ -163,7 +163,7 @@ extern "C" __global__ __launch_bounds__(1024) void pseudorandom(
     STORE(e);
 }
 
-extern "C" __global__ __launch_bounds__(1024) void walk(
+extern "C" __global__ __launch_bounds__(THREADS) void walk(
     CONTRACTS, const real* __restrict__ increments,  // (n, steps, NORMALS, paths)
     const real* __restrict__ at_expiry,     // (n, EXTRAS, paths), so many numbers apart from row to row
     const u64 apart,

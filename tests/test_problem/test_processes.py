@@ -216,8 +216,8 @@ def test_the_number_of_jumps_is_poissons_to_the_last_that_is_told_apart() -> Non
     for intensity in (0.0, 0.02, 1.0, 20.0):
         contract = one(problem, **{**JUMPS, "intensity": intensity, "K": 100.0})[0]
         k = process.coefficients(problem.schema.row(*contract), 0.05)
-        above = norm.sf(np.array(k[10:16]))
-        np.testing.assert_allclose(above, poisson.sf(np.arange(6), intensity * 0.05), atol=1e-14)
+        above = norm.sf(np.array(k[10:14]))
+        np.testing.assert_allclose(above, poisson.sf(np.arange(4), intensity * 0.05), atol=1e-14)
     outer = process.outer_coefficients(problem.schema.row(*one(problem, **{**JUMPS, "K": 1.0})[0]), 0.05)
     chances = poisson.cdf(np.arange(4), 0.3)
     for count, edge in enumerate(chances):
@@ -315,7 +315,7 @@ def test_steps_follow_from_the_domain_and_from_the_dates() -> None:
     assert steps(Heston(), EuropeanPut(), kappa={"lower": 0.3, "upper": 1.0}) == 32  # a sixteenth of a year
     assert steps(Heston(), ArithmeticAsianPut(dates=20)) == 60
     assert steps(Heston(), ArithmeticAsianPut(dates=250)) == 250
-    assert steps(Bates(), EuropeanPut(), intensity={"lower": 10.0, "upper": 20.0}) == 80  # half a jump a step
+    assert steps(Bates(), EuropeanPut(), intensity={"lower": 10.0, "upper": 20.0}) == 200  # a fifth of a jump
     assert steps(GeometricBrownianMotion(), EuropeanPut()) == 1
     assert steps(GeometricBrownianMotion(), ArithmeticAsianPut(dates=12)) == 12
     assert steps(CorrelatedGBM(), BasketPut()) == 1

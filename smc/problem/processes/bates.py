@@ -25,8 +25,8 @@ _FIELDS = (
     Field("jump_deviation", "deviation of a jump", "of the logarithm of the price", 0.02, 0.25, least=0.0, most=2.0),
 )
 
-# Jumps of one step that are told apart: at half a jump a step on average, more come once in a million steps.
-_MOST_JUMPS = 6
+# Jumps of one step that are told apart: at a fifth of a jump a step on average, more come once in 400,000 steps.
+_MOST_JUMPS, _JUMPS_OF_STEP = 4, 0.2
 # Jumps of a path that are told apart; where more than so many are expected, their number is nearly normal.
 _MOST_OF_PATH, _MANY = 20, 6.0
 # Where the coefficients of jumps begin: behind those of Heston's step, and of Heston's outer step.
@@ -67,9 +67,9 @@ class Bates(Heston):
         return "Bates's model"
 
     def longest_step(self, c: Any) -> float:
-        """As long as Heston's, and half a jump on average."""
+        """As long as Heston's, and a fifth of a jump on average."""
         longest = super().longest_step(c)
-        return min(longest, 0.5 / float(c.intensity)) if c.intensity > 0.0 else longest
+        return min(longest, _JUMPS_OF_STEP / float(c.intensity)) if c.intensity > 0.0 else longest
 
     def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
         """Heston's; mean and variance of a jump, and the normals above which a step has one jump, two, ..."""
