@@ -120,7 +120,7 @@ def instructions(report: Report, name: str, problem: Problem, kernel: linking.Li
         jump = re.search(r"BRA\S*\s+(?:\S+,\s*)?`?\(?(0x[0-9a-f]+)", code)
         if jump and int(jump[1], 16) < at:
             loops.append([inner for address, inner in lines if int(jump[1], 16) <= address <= at])
-    body = max(loops, key=len, default=[])
+    body = max(loops, key=lambda loop: (sum("MUFU.SIN" in code for code in loop), -len(loop)), default=[])
     blocks = sum("MUFU.SIN" in code for code in body) / 2  # a block makes two pairs of normals
     if not blocks:
         print(f"{name}: no loop over steps is found")

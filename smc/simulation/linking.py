@@ -34,8 +34,8 @@ __all__ = ["LinkedKernel", "link", "simulate", "simulate_outer", "simulate_pairs
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
 
-# Threads of a block that kernels are compiled for: as many as are asked for unless it is said, and as many as can be.
-_USUAL_THREADS, _MOST_THREADS = 256, 1024
+# Threads of a block that kernels are compiled for.
+_FEW_THREADS, _MOST_THREADS = 256, 1024
 
 _WRAPPERS = """import math
 from collections import namedtuple
@@ -194,15 +194,20 @@ def link(
 ) -> LinkedKernel:
     """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError.
 
-    Blocks have `threads` threads, or fewer: the more there may be, the fewer registers each of them has.
+    Blocks have at most `threads` threads. A kernel is compiled for as many as there can be, and again for fewer, which
+    have more registers each, where it would keep numbers in memory.
     """
-    most = _USUAL_THREADS if threads <= _USUAL_THREADS else _MOST_THREADS
     major, minor = torch.cuda.get_device_capability(device)
     with _one_at_a_time:
-        key = (problem, precision, name, every_step, tables, conditional, most, major, minor)
+        key = (problem, precision, name, every_step, tables, conditional, threads <= _FEW_THREADS, major, minor)
         if key not in _linked:
-            which = _Which(problem, precision, every_step, tables, conditional, most)
-            _linked[key] = LinkedKernel(_cubin(which, f"sm_{major}{minor}"), name)
+            which = _Which(problem, precision, every_step, tables, conditional, _MOST_THREADS)
+            kernel = LinkedKernel(_cubin(which, f"sm_{major}{minor}"), name)
+            with torch.cuda.device(device):
+                in_memory = kernel.raw.local_size_bytes
+            if threads <= _FEW_THREADS and in_memory:
+                kernel = LinkedKernel(_cubin(which._replace(threads=_FEW_THREADS), f"sm_{major}{minor}"), name)
+            _linked[key] = kernel
         return _linked[key]
 
 

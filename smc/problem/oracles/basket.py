@@ -19,8 +19,9 @@ __all__ = ["price"]
 
 Array = npt.NDArray[np.float64]
 
-# Nodes for each unit of a direction's deviation, which give a dozen digits; of one direction, and of all, at most.
-_PER_DEVIATION, _OF_ONE, _NODES = 43.0, 96, 1 << 16
+# Nodes for each unit of a direction's deviation, which give a dozen digits; of one direction at most, and of all where
+# they are few; of more directions half as many, as time is short.
+_PER_DEVIATION, _OF_ONE, _FEW, _NODES = 43.0, 96, 3, 1 << 17
 # Added to each deviation, for those that are so small that hardly a node would be left to them.
 _LEAST_SIZE = 0.25
 # Along the main direction every price rises at least by this share of the steepest, in case one of them would fall.
@@ -66,8 +67,8 @@ def _product_rule(sizes: Array) -> tuple[Array, Array]:
 
     Shapes: (directions,) -> (nodes, directions), (nodes,).
     """
-    each = _PER_DEVIATION
-    while np.prod(counts := np.minimum(1 + np.ceil(each * (sizes + _LEAST_SIZE)), _OF_ONE)) > _NODES:
+    each, most = _PER_DEVIATION, _NODES if len(sizes) <= _FEW else _NODES // 2
+    while np.prod(counts := np.minimum(1 + np.ceil(each * (sizes + _LEAST_SIZE)), _OF_ONE)) > most:
         each *= 0.95
     nodes, weights = np.zeros((1, 0)), np.ones(1)
     for count in counts.astype(int):

@@ -33,16 +33,17 @@ _MOST_OF_PATH, _MANY = 20, 6.0
 _STEP, _PATH = 8, 11
 
 
-def _tail(expected: float, count: int) -> float:
-    """The probability that a Poisson number is above `count`."""
-    chance = math.exp(-expected)
-    for number in range(count + 1):
-        chance *= expected / (number + 1)
-    total = 0.0
-    for number in range(count + 1, count + 20):
-        total += chance
-        chance *= expected / (number + 1)
-    return total
+def _tails(m: float) -> tuple[float, float, float, float]:
+    """The probabilities that a Poisson number of mean m is above 0, 1, 2 and 3; m is a few at most."""
+    one = math.exp(-m) * m
+    two = one * m / 2.0
+    three = two * m / 3.0
+    more = 1.0 + m / 17.0 * (1.0 + m / 18.0)
+    more = 1.0 + m / 13.0 * (1.0 + m / 14.0 * (1.0 + m / 15.0 * (1.0 + m / 16.0 * more)))
+    more = 1.0 + m / 9.0 * (1.0 + m / 10.0 * (1.0 + m / 11.0 * (1.0 + m / 12.0 * more)))
+    more = 1.0 + m / 5.0 * (1.0 + m / 6.0 * (1.0 + m / 7.0 * (1.0 + m / 8.0 * more)))
+    above = three * m / 4.0 * more
+    return one + two + three + above, two + three + above, three + above, above
 
 
 class Bates(Heston):
@@ -75,11 +76,10 @@ class Bates(Heston):
         """Heston's; mean and variance of a jump, and the normals above which a step has one jump, two, ..."""
         heston = super().coefficients(c, dt)
         expected, factor = c.intensity * dt, self.factor(c)
-        mean, more = 1.0, factor - 1.0  # of `factor` to the power of the jumps that are told apart
-        for count in range(_MOST_JUMPS):
-            mean += _tail(expected, count) * more
-            more *= factor
-        above = tuple(quantile_of_tail(_tail(expected, count)) for count in range(_MOST_JUMPS))
+        tails = _tails(expected)
+        # Of `factor` to the power of the number of jumps that are told apart.
+        mean = 1.0 + (factor - 1.0) * (tails[0] + factor * (tails[1] + factor * (tails[2] + factor * tails[3])))
+        above = tuple(quantile_of_tail(tails[i]) for i in range(_MOST_JUMPS))
         drift = heston[4] - math.log(mean)
         return (*heston[0:4], drift, *heston[5:8], c.jump_mean, c.jump_deviation * c.jump_deviation, *above)
 
