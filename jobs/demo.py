@@ -32,7 +32,7 @@ from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import add_models, replace_file, say
 from smc.reporting.page import png
-from smc.reporting.pictures import draw_errors, draw_quantiles
+from smc.reporting.pictures import draw_errors, draw_quantiles, draw_smile, smile, typical
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 from smc.storage.dev_server import DevServer
 
@@ -49,6 +49,10 @@ _SHOWN = np.array(
         [100, 105, 0.1, 0.04, 0.00, 0.10],
     ]
 )
+
+
+# Of the smile that is printed, in years.
+_EXPIRY = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,10 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = report(await run_experiments(experiments, ledger, RunOptions(extend=True)))
             async with AsyncBlockchainModelStore(ledger) as store:
                 status = max(status, await _show_ledger(store))
-                best, pricer = await _best(store, [e.name for e in experiments])
-            _show_prices(pricer)
+                best, pricers = await _best(store, [e.name for e in experiments])
+            _show_prices(pricers[best.experiment])
+            smiling = next((name for name, pricer in pricers.items() if _smiles(pricer)), None)
+            if smiling is not None:
+                _show_smile(smiling, pricers[smiling])
             picture = options.dir / "demo.png"
-            _draw(pricer, best, picture)
+            _draw(pricers[best.experiment], best, picture, None if smiling is None else pricers[smiling])
             print(f"\nPicture: {picture}   ({time.perf_counter() - started:.0f} s in all)")
             print(f"The ledger stays: make s3, then . {options.dir}/s3/s3.env and python -m smc.storage --help")
         return status
@@ -97,13 +104,15 @@ async def _show_ledger(store: AsyncBlockchainModelStore) -> int:
     return 0 if verification.ok else 1
 
 
-async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple[ModelVersion, GbmCVNNPricer]:
-    """Each experiment's newest version, loaded back and measured on fresh contracts."""
+async def _best(
+    store: AsyncBlockchainModelStore, names: Sequence[str]
+) -> tuple[ModelVersion, dict[str, GbmCVNNPricer]]:  # fmt: skip
+    """Each experiment's newest version, loaded back and measured on fresh contracts; and which is the best."""
     newest = (await store.catalog()).heads
     seed = int.from_bytes(b"fresh")
     print("\nAgainst the closed form or a simulation, 4,096 fresh contracts, in bp of spot or of what is paid:")
     print(f"  {'experiment':<14}{'version':<13}{'price RMSE':>11}{'max':>8}{'W2':>8}{'CVaR97.5':>10}  compared with")
-    measured = []
+    errors, pricers = {}, {}
     for name in names:
         if name not in newest:
             continue
@@ -115,12 +124,12 @@ async def _best(store: AsyncBlockchainModelStore, names: Sequence[str]) -> tuple
             f"  {name:<14}{newest[name].version_id:<13}{price.rmse:>11.3f}{price.maximum:>8.2f}"
             f"{w2.rmse:>8.2f}{tail.rmse:>10.2f}  {price.compared}"
         )
-        measured.append((price.rmse, name, pricer))
-    if not measured:
+        errors[name], pricers[name] = price.rmse, pricer
+    if not errors:
         raise ConfigError("no experiment has a version: see the errors above")
-    _, name, pricer = min(measured, key=lambda item: item[0])
+    name = min(errors, key=lambda name: errors[name])
     print(f"  best: {name}, {newest[name].version_id}")
-    return newest[name], pricer
+    return newest[name], pricers
 
 
 def _shown(pricer: GbmCVNNPricer) -> Array:
@@ -151,9 +160,27 @@ def _show_prices(pricer: GbmCVNNPricer) -> None:
         print("".join(f"{value:>10.4g}" for value in contract) + cells)
 
 
-def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path) -> None:
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+def _smiles(pricer: GbmCVNNPricer) -> bool:
+    """Whether implied volatilities differ from strike to strike, and are known exactly."""
+    oracle = reference_of(pricer.problem).oracle
+    return oracle is not None and oracle.implied_volatility is not None and not pricer.problem.process.log_normal
+
+
+def _show_smile(name: str, pricer: GbmCVNNPricer) -> None:
+    contract, expiry = typical(pricer), _EXPIRY
+    curve = smile(pricer, contract, expiry, 7)
+    assert curve is not None
+    print(f"\n{name}: implied volatility of {pricer.problem.title}, T = {expiry:g}, in %")
+    for what, values, scale in (("strike", curve[0], 1), ("learnt", curve[1], 100), ("exact", curve[2], 100)):
+        print(f"{what:>10}" + "".join(f"{scale * value:>10.2f}" for value in values))
+
+
+def _draw(pricer: GbmCVNNPricer, version: ModelVersion, path: Path, smiling: GbmCVNNPricer | None) -> None:
+    figure = Figure(figsize=(12.5 if smiling is None else 18, 5), layout="constrained")
+    left, right, *more = figure.subplots(1, 2 if smiling is None else 3)
+    if smiling is not None:
+        draw_smile(more[0], smiling, typical(smiling))
+        more[0].set_title(f"The smile of {smiling.problem.title}\n{more[0].get_title()}", fontsize=9)
     problem, one = pricer.problem, _shown(pricer)[:1]
     contracts = SobolSampler(pricer.domain, seed=7, schema=problem.schema).sample(8192)
     error = price_error(pricer, contracts)

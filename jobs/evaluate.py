@@ -31,7 +31,15 @@ from smc.problem.problem import EUROPEAN_PUT
 from smc.problem.sobol_sampler import SobolSampler
 from smc.reporting.command_line import add_models, replace_file, say
 from smc.reporting.page import facts, figure, page, png, table
-from smc.reporting.pictures import draw_errors, draw_learning, draw_quantiles, draw_spectrum, in_words
+from smc.reporting.pictures import (
+    draw_errors,
+    draw_learning,
+    draw_quantiles,
+    draw_smile,
+    draw_spectrum,
+    in_words,
+    typical,
+)
 from smc.storage import AsyncBlockchainModelStore, ModelVersion, load_snapshot_from_checkpoint
 
 __all__ = ["main"]
@@ -181,6 +189,11 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
         label = f"learnt minus {measures[name].known} {name}, {measures[name].unit}".removesuffix(", ")
         draw_errors(axes, contracts, measures[name].errors, label, problem)
     pictures["errors"] = (f"Where the errors lie: contracts of the sample, {problem.title}.", png(drawn))
+
+    if "implied volatility" in measures:
+        drawn = Figure(figsize=(7, 5), layout="constrained")
+        draw_smile(drawn.subplots(), pricer, typical(pricer))
+        pictures["smile"] = ("Implied volatility over strike, learnt and exact, of one contract.", png(drawn))
 
     # From what is typical to the worst, by the distance of the whole distribution.
     ranks = distance(measures).ranks

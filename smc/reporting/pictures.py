@@ -19,6 +19,7 @@ from smc.problem.problem import EUROPEAN_PUT, Problem
 from smc.reporting.command_line import replace_file
 
 if TYPE_CHECKING:
+    from smc.prediction.evaluation import Predicts
     from smc.reporting.history import Run
     from smc.storage.chain import ModelVersion
 
@@ -28,14 +29,22 @@ __all__ = [
     "draw_learning",
     "draw_quantiles",
     "draw_runs",
+    "draw_smile",
     "draw_spectrum",
     "in_words",
     "plain",
     "save_lineage",
+    "smile",
+    "typical",
 ]
 
 Array = npt.NDArray[np.float64]
 
+# Of stochastic volatility on an equity index.
+_AS_IN_MARKETS = {"v0": 0.04, "theta": 0.06, "rho": -0.7}
+# Deviations from the forward to the lowest strike of a smile and to the highest, where the price of a put is hardly
+# anything but intrinsic value.
+_AROUND = (-2.0, 1.2)
 _LEARNT, _EXACT = "tab:red", "black"
 
 
@@ -74,6 +83,53 @@ def draw_quantiles(axes: Axes, contract: Array, levels: Array, problem: Problem 
     axes.axhline(reference.price(contract[None]).values[0], color=_EXACT, lw=0.8, ls=":", label="price")
     axes.set(xlabel="probability", ylabel=f"discounted payoff, {problem.product.title}", xlim=(0, 1))
     axes.set_title(in_words(contract, problem), fontsize=9)
+    axes.legend(frameon=False)
+
+
+def smile(
+    predicts: Predicts, contract: Array, expiry: float, strikes: int
+) -> tuple[Array, Array, Array] | None:  # fmt: skip
+    """Implied volatility over strike, learnt and exact, of options like this contract that expire then.
+
+    Strikes are around the forward and in the domain. None where no oracle tells implied volatilities.
+    Shapes: (fields,) -> three of (strikes,). Units: currency, and per square root of a year.
+    """
+    problem, oracle = predicts.problem, reference_of(predicts.problem).oracle
+    if oracle is None or oracle.implied_volatility is None:
+        return None
+    schema, bound = problem.schema, predicts.domain["K"]
+    table = np.tile(contract, (strikes, 1))
+    table[:, schema.column("T")] = expiry
+    law = problem.law(torch.from_numpy(table[:1]))
+    forward, width = float(law.forward), float(law.deviation)
+    low, high = (float(np.clip(forward * np.exp(way * width), bound.lower, bound.upper)) for way in _AROUND)
+    table[:, schema.column("K")] = np.linspace(low, high, strikes)
+    learnt = oracle.implied_volatility(table, np.asarray(predicts.predict_price(table)))
+    return table[:, schema.column("K")], learnt, oracle.implied_volatility(table, oracle.price(table))
+
+
+def typical(predicts: Predicts) -> Array:
+    """A contract in the middle of the domain, but with a correlation as markets have it. Shapes: -> (fields,)."""
+    domain = predicts.domain
+    middle = {name: (domain[name].lower + domain[name].upper) / 2 for name in predicts.problem.schema.names}
+    for name, value in _AS_IN_MARKETS.items():
+        if name in middle:
+            middle[name] = float(np.clip(value, domain[name].lower, domain[name].upper))
+    return np.array(list(middle.values()))
+
+
+def draw_smile(axes: Axes, predicts: Predicts, contract: Array) -> None:
+    """Implied volatility over strike for three expiries of the domain, learnt and exact. Shapes: (fields,)."""
+    bound = predicts.domain["T"]
+    for share, colour in ((0.1, "tab:green"), (0.4, "tab:blue"), (1.0, "tab:red")):
+        expiry = bound.lower + share * (bound.upper - bound.lower)
+        curve = smile(predicts, contract, expiry, 41)
+        assert curve is not None
+        strikes, learnt, exact = curve
+        axes.plot(strikes, 100 * exact, color=colour, lw=4, alpha=0.25)
+        axes.plot(strikes, 100 * learnt, color=colour, lw=1.2, label=f"T = {expiry:.2g}")
+    axes.set(xlabel="strike", ylabel="implied volatility, %; exact as a broad line")
+    axes.set_title(in_words(contract, predicts.problem), fontsize=7)
     axes.legend(frameon=False)
 
 
