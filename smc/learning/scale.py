@@ -161,7 +161,7 @@ class View:
             value = getattr(law.c, field.name)
             if field.name in spots:
                 moves[field.name] = value * law.deviation
-            elif field.name in self.problem.product.still:
+            elif field.name in self.problem.product.still or field.name in self.problem.process.still:
                 moves[field.name] = 0 * ones
             elif field.least == 0:  # what cannot be negative moves in proportion to itself
                 moves[field.name] = value / 2

@@ -129,7 +129,10 @@ def draw_smile(axes: Axes, predicts: Predicts, contract: Array) -> None:
         axes.plot(strikes, 100 * exact, color=colour, lw=4, alpha=0.25)
         axes.plot(strikes, 100 * learnt, color=colour, lw=1.2, label=f"T = {expiry:.2g}")
     axes.set(xlabel="strike", ylabel="implied volatility, %; exact as a broad line")
-    axes.set_title(in_words(contract, predicts.problem), fontsize=7)
+    named = zip(predicts.problem.schema.names, contract, strict=True)
+    fixed = [f"{name}={value:.4g}" for name, value in named if name not in ("K", "T")]
+    half = (len(fixed) + 1) // 2
+    axes.set_title(", ".join(fixed[:half]) + "\n" + ", ".join(fixed[half:]), fontsize=8)
     axes.legend(frameon=False)
 
 

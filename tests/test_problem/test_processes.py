@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from smc.problem.products.terminal import TerminalPrice
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation import paths
 from tests.conftest import small_simulation
+from tests.test_problem.test_paths import in_python, philox_increments, simulated
 
 BATES, CEV = Problem(Bates(), EuropeanCall()), Problem(ConstantElasticity(), EuropeanCall())
 SEVERAL = [OneFactorGBM(n_assets=2), CorrelatedGBM(n_assets=2), OneFactorGBM(n_assets=5), CorrelatedGBM(n_assets=8)]
@@ -293,14 +295,20 @@ def test_rough_heston_meets_values_of_the_literature() -> None:
     ("hurst", "factors", "apart"), [(0.1, 5, 0.06), (0.1, 7, 0.04), (0.3, 5, 0.03), (0.3, 3, 0.12)]
 )
 def test_exponentials_follow_the_kernel_over_three_decades(hurst: float, factors: int, apart: float) -> None:
-    from math import gamma
-
     speeds, weights = (np.array(values) for values in exponentials(hurst, factors))
     t = np.geomspace(1e-3, 1, 50)
     found = np.exp(-np.outer(t, speeds)) @ weights
-    np.testing.assert_allclose(found, t ** (hurst - 0.5) / gamma(hurst + 0.5), rtol=apart)
+    np.testing.assert_allclose(found, t ** (hurst - 0.5) / math.gamma(hurst + 0.5), rtol=apart)
     assert (weights > 0).all()
     assert (np.diff(speeds) > 0).all()
+
+
+def test_labels_do_not_move_what_paths_jump_with() -> None:
+    problem = Problem(Bates(), EuropeanPut())
+    view = View(problem, resolve_domain({}, problem.schema))
+    moves = view.moves(torch.from_numpy(table_of(problem)))
+    still = {name for name, column in zip(problem.schema.names, moves.T, strict=True) if bool((column == 0).all())}
+    assert still == {"K", "intensity", "T"}
 
 
 # --- together with the rest --------------------------------------------------------------------------------
@@ -399,3 +407,90 @@ def test_several_assets_are_learnt_and_have_sensitivities_but_no_greeks_of_one_s
     certain[0, problem.schema.column("T")] = 0
     paid = max(certain[0, problem.schema.column("K")] - certain[0, :3].mean(), 0)
     assert float(np.asarray(pricer.predict_price(certain, outside="warn"))[0]) == pytest.approx(paid)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(Bates(), EuropeanPut()),
+        CEV,
+        Problem(LiftedRoughHeston(hurst=0.2, factors=3), ArithmeticAsianPut(dates=4)),
+        *(Problem(process, BasketCall(n_assets=process.n_assets)) for process in SEVERAL[:3]),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_compiled_methods_give_what_they_give_in_python(problem: Problem) -> None:
+    table = table_of(problem, 2)
+    got = simulated(problem, table, 16, steps=8, precision=Precision.float64)
+    for row, contract in enumerate(table):
+        z = philox_increments(7, 3 + row, 1, 8 * problem.process.normals, 16, Precision.float64)[0]
+        named = dict(zip(problem.schema.names, contract.tolist(), strict=True))
+        paid = [in_python(problem, named, z[:, path], 8) for path in range(16)]
+        np.testing.assert_allclose(got[row], paid, rtol=1e-9, atol=1e-9)
+
+
+class Sums(GeometricBrownianMotion):
+    """Whatever is taken over ranges."""
+
+    count: int = 3
+    names: tuple[str, ...] = ("r", "d")
+
+    def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        rates = tuple(getattr(c, self.names[i]) * dt for i in range(2))
+        return (*rates, c.v * math.sqrt(dt), *super().coefficients(c, dt))
+
+    def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        triangle = sum(sum(k[2] * j for j in range(i)) for i in range(self.count))
+        flat = tuple(k[i] + j for i in range(2) for j in range(self.count - 1))
+        nothing = sum(k[i] for i in range(0))
+        least, most = min(flat[i] for i in range(4)), max(flat[i] for i in range(4))
+        return (state[0] + triangle * normals[0] + least - most + nothing,)
+
+    def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
+        return k[5] * math.exp(state[0])
+
+
+def test_sums_and_tuples_over_ranges_are_what_they_are_in_python() -> None:
+    problem = Problem(Sums(), EuropeanCall())
+    table = table_of(problem, 1)
+    got = simulated(problem, table, 8, steps=2, precision=Precision.float64)
+    z = philox_increments(7, 3, 1, 2, 8, Precision.float64)[0]
+    named = dict(zip(problem.schema.names, table[0].tolist(), strict=True))
+    np.testing.assert_allclose(got[0], [in_python(problem, named, z[:, path], 2) for path in range(8)], rtol=1e-12)
+
+
+class OverState(GeometricBrownianMotion):
+    """A range that is not known beforehand."""
+
+    def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        return (sum(normals[0] for i in range(len(state))),)
+
+
+class Filtered(GeometricBrownianMotion):
+    """A condition in the range."""
+
+    def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        return (sum(normals[0] for i in range(3) if i),)
+
+
+class Unnamed(GeometricBrownianMotion):
+    """A name that is not known beforehand."""
+
+    def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        name = "v"
+        return (getattr(c, name) * dt, 0.0, c.X0)
+
+
+@pytest.mark.parametrize(
+    ("process", "why"),
+    [
+        (OverState(), r"OverState.step in .*, line \d+, cannot be compiled: .*the range must be known beforehand"),
+        (Filtered(), r"Filtered.step in .*, line \d+, cannot be compiled: .*taken over ranges, without conditions"),
+        (Unnamed(), r"Unnamed.coefficients in .*, line \d+, cannot be compiled: .*the name must be known beforehand"),
+    ],
+)
+def test_what_cannot_be_written_out_is_one_clear_error(process: Process, why: str) -> None:
+    problem = Problem(process, EuropeanCall())
+    with pytest.raises(ConfigError, match=why):
+        simulated(problem, table_of(problem, 1), 8, steps=2)

@@ -60,6 +60,7 @@ class Bates(Heston):
     )
     normals: ClassVar[int] = 3
     finals: ClassVar[int] = 1
+    still: ClassVar[tuple[str, ...]] = ("intensity", "T")  # the number of jumps moves with both
     inputs: ClassVar[tuple[str, ...] | None] = (*(Heston.inputs or ()), "intensity", "jump_mean", "jump_deviation")
 
     @property
