@@ -13,10 +13,12 @@ import numpy.typing as npt
 import torch
 
 from smc.models.numerical import Precision
+from smc.problem.conditional import ConditionallyLogNormal, is_conditional
 from smc.problem.oracles.oracle import Oracle, oracle_of
 from smc.problem.problem import Problem
 from smc.simulation.config import SimulationParams
 from smc.simulation.engine import Simulation
+from smc.simulation.levels import quantile_levels
 
 __all__ = ["Known", "Reference", "reference_of"]
 
@@ -112,12 +114,18 @@ class Reference:
         return dates * -(-_STEPS // dates) if dates else _STEPS
 
     def _paths(self, contracts: int) -> int:
-        normals = contracts * self._steps() * self.problem.process.normals
-        most = self._path_steps // normals
+        process = self.problem.process
+        normals = process.normals
+        if isinstance(process, ConditionallyLogNormal) and is_conditional(self.problem):
+            normals = process.outer
+        most = self._path_steps // (contracts * self._steps() * normals)
         return max(_LEAST_PATHS, min(_MOST_PATHS, 1 << (most.bit_length() - 1)))
 
     def _samples(self, contracts: Array, paths: int, size: int) -> Array:
-        """Levels by independent samples. Shapes: (n, fields) -> (n, samples, size)."""
+        """Levels by independent samples, or prices where one is wanted. Shapes: (n, fields) -> (n, samples, size).
+
+        Of a problem that is conditional, paths are outer paths, and prices have a fraction of the noise.
+        """
         params = SimulationParams(
             timesteps=self._steps(),
             network_size=max(2, size),
@@ -125,12 +133,20 @@ class Reference:
             mc_seed=_SEED,
             dtype=Precision.float64,
         )
-        simulation = Simulation(self.problem, params, self._device)
+        simulation = Simulation(self.problem, params, self._device, conditional=True)
         count = max(2, paths // params.paths)
         found = np.empty((len(contracts), count, max(2, size)))
         for row, contract in enumerate(contracts):
             many = np.tile(contract, (count, 1))
-            found[row] = simulation.levels(many, offset=row * count).cpu().numpy()
+            if not simulation.conditional:
+                found[row] = simulation.levels(many, offset=row * count).cpu().numpy()
+                continue
+            table = torch.from_numpy(many).to(simulation.device)
+            (sample,) = simulation.simulate_priced([table], torch.tensor(row * count, device=simulation.device))
+            if size == 1:
+                found[row] = sample.prices[:, None].cpu().numpy()
+            else:
+                found[row] = quantile_levels(sample.payoffs, size).cpu().numpy()
         return found if size > 1 else found.mean(axis=2, keepdims=True)
 
 

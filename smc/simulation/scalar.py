@@ -93,6 +93,11 @@ def _definition(function: FunctionType) -> tuple[ast.FunctionDef, str, int]:
     parsed = ast.parse(textwrap.dedent("".join(lines))).body[0]
     if not isinstance(parsed, ast.FunctionDef):
         raise ConfigError(f"{function.__qualname__} is no plain function (line {line})")
+    if parsed.name != function.__name__:
+        file = function.__code__.co_filename
+        raise ConfigError(
+            f"{function.__qualname__}: {file} is not what was imported, it has changed since: start again"
+        )
     return parsed, function.__code__.co_filename, line
 
 
