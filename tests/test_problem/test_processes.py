@@ -14,6 +14,7 @@ from jobs.recipes import make_experiment
 from smc.errors import ConfigError
 from smc.learning.scale import View
 from smc.models.numerical import Precision
+from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.normal import quantile_of_tail
 from smc.problem.oracles import basket, black_scholes, cev, heston
@@ -428,6 +429,30 @@ def test_compiled_methods_give_what_they_give_in_python(problem: Problem) -> Non
         named = dict(zip(problem.schema.names, contract.tolist(), strict=True))
         paid = [in_python(problem, named, z[:, path], 8) for path in range(16)]
         np.testing.assert_allclose(got[row], paid, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        *(Problem(process, EuropeanPut()) for process in (Heston(), Bates(), LiftedRoughHeston(factors=3))),
+        Problem(ConstantElasticity(), EuropeanPut()),
+        *(Problem(process, BasketPut(n_assets=process.n_assets)) for process in SEVERAL[:2]),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_at_expiry_every_path_pays_what_is_certain(problem: Problem) -> None:
+    table = table_of(problem, 4)
+    table[:, problem.schema.column("T")] = 0
+    paid = problem.certain_payoffs(torch.from_numpy(table))
+    found = simulated(problem, table, 32, steps=4)
+    np.testing.assert_allclose(found, np.repeat(paid[:, None], 32, axis=1), atol=1e-9)
+    if is_conditional(problem):
+        (outer,) = paths.simulate_outer(
+            problem, [table], 0, seed=1, paths=32, steps=4, precision=Precision.float64, sampling="pseudorandom"
+        )
+        np.testing.assert_allclose(outer[:, 0], found, atol=1e-9)
+        np.testing.assert_allclose(outer[:, 1], found, atol=1e-4)
 
 
 class Sums(GeometricBrownianMotion):

@@ -29,6 +29,8 @@ __all__ = ["LiftedRoughHeston", "exponentials"]
 _LONGEST_STEP, _LEAST_STEPS = 1 / 32, 64
 # The share of today's variance in the expected one below which it hardly matters to prices; it may be 0.
 _ROUNDING = 0.1
+# At expiry nothing moves, and the kernel's scale must only be finite.
+_LEAST_EXPIRY = 1e-9
 # The power of time by which the kernel's error is weighed.
 _WEIGHED = 0.5
 # Where the coefficients of the factors begin: two for each.
@@ -106,8 +108,8 @@ class LiftedRoughHeston(ConditionallyLogNormal):
 
     def coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
         """Of a step: v0, theta, the kernel's part of drift and variance; of the price; two for each factor."""
-        share = dt / c.T
-        scale = c.T ** (self.hurst - 0.5)
+        share = dt / c.T if c.T > 0.0 else 1.0
+        scale = max(c.T, _LEAST_EXPIRY) ** (self.hurst - 0.5)
         gain = scale * sum(self.weights[i] * self.averaged(self.speeds[i], share) for i in range(self.factors))
         # How much of what a step adds to the variance counts in the variance's integral over it.
         late = sum(
