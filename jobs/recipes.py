@@ -122,7 +122,7 @@ def make_experiment(
         settings["simulation"] = {key: value for key, value in known if key in ProblemConfig.model_fields}
     for layer in layers:
         settings = overlaid(settings, layer)
-    settings = _stepped(settings, layers)
+    settings = _fitted(settings, layers)
     if given := _GIVEN & settings.keys():
         allowed = ", ".join(_fields_at(Experiment, ()))
         raise ConfigError(f"{where}experiment {name!r}: unknown key {min(given)!r}; allowed are {allowed}")
@@ -132,15 +132,14 @@ def make_experiment(
         raise ConfigError(f"{where}experiment {name!r}: {_explained(error, Experiment)}") from None
 
 
-def _stepped(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings with as many time steps as the process needs over the domain, unless some layer says how many.
+def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings with what a recipe says of geometric Brownian motion fitted to the process, unless some layer says it.
 
-    A recipe's own number is for geometric Brownian motion, and stays where steps have no bias and are on every date.
+    Time steps are as many as the process needs over the domain; a recipe's own number stays where steps have no bias
+    and are on every date. Where paths may jump as a contract moves, derivatives are no labels.
     Settings that are wrong are left as they are: what reads them says what is wrong.
     """
     simulation = settings.get("simulation") or {}
-    if any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
-        return settings
     try:
         process, product = (simulation.get(part) for part in ("process", "product"))
         problem = Problem(
@@ -150,9 +149,14 @@ def _stepped(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> d
         own = simulation["sim_params"]["timesteps"]
         if problem.process.exact and (not problem.product.dates or own % problem.product.dates == 0):
             steps = own
+        if not any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
+            settings = overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
+        smooth = problem.process.lipschitz or not problem.product.lipschitz
+        if not smooth and not any("differential" in (layer.get("training") or {}) for layer in layers):
+            settings = overlaid(settings, {"training": {"differential": 0.0}})
     except (ConfigError, TypeError, AttributeError, KeyError, ValueError):
         return settings
-    return overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
+    return settings
 
 
 def read_sweep(path: Path) -> tuple[Sweep, list[Experiment]]:

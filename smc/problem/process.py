@@ -36,6 +36,8 @@ class Process(BaseModel, ABC):
     inputs: ClassVar[tuple[str, ...] | None] = None
     volatility: ClassVar[str | None] = "v"
     """The field whose derivative is vega: a volatility, or a variance today; None if there is none."""
+    lipschitz: ClassVar[bool] = True
+    """Whether a path moves little when its contract does: where it may jump, derivatives as labels are noisy."""
     still: ClassVar[tuple[str, ...]] = ()
     """Fields that derivatives as labels do not move, because a path jumps as they do."""
     log_normal: ClassVar[bool] = False

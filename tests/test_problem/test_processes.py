@@ -340,6 +340,12 @@ def test_an_experiment_has_the_steps_that_its_problem_needs_unless_it_says_how_m
     assert steps(product={"kind": "arithmetic_asian_put", "dates": 12}) == 12
     assert steps(product=put) == 16
     assert steps() == 16
+    assert make_experiment("one", {"simulation": {"process": heston, "product": put}}).training.differential == 0
+    given = make_experiment(
+        "one", {"simulation": {"process": heston, "product": put}, "training": {"differential": 0.2}}
+    )
+    assert given.training.differential == 0.2
+    assert make_experiment("one", {"simulation": {"product": put}}).training.differential == 0.3
     with pytest.raises(ConfigError, match="there is no process of the kind 'hestn'"):
         steps(process={"kind": "hestn"}, product=put)
 

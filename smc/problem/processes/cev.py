@@ -48,6 +48,7 @@ class ConstantElasticity(Process):
     """
 
     kind: ClassVar[str] = "cev"
+    lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d", "beta")
 

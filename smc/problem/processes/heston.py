@@ -94,6 +94,7 @@ class Heston(ConditionallyLogNormal):
     """
 
     kind: ClassVar[str] = "heston"
+    lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     volatility: ClassVar[str | None] = "v0"
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     normals: ClassVar[int] = 2

@@ -75,6 +75,7 @@ class LiftedRoughHeston(ConditionallyLogNormal):
     """
 
     kind: ClassVar[str] = "lifted_rough_heston"
+    lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     volatility: ClassVar[str | None] = "v0"
     fields: ClassVar[Any] = Heston.fields
     normals: ClassVar[int] = 2
