@@ -12,8 +12,11 @@ from scipy.stats import norm, poisson
 
 from jobs.recipes import make_experiment
 from smc.errors import ConfigError
+from smc.learning.network import CVNNConfig, build_cvnn
+from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from smc.learning.scale import View
 from smc.models.numerical import Precision
+from smc.prediction.evaluation import evaluate
 from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.normal import quantile_of_tail
@@ -33,7 +36,8 @@ from smc.problem.products.european import EuropeanCall, EuropeanPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation import paths
-from tests.conftest import small_simulation
+from smc.simulation.config import ProblemConfig
+from tests.conftest import small_simulation, small_training
 from tests.test_problem.test_paths import in_python, philox_increments, simulated
 
 BATES, CEV = Problem(Bates(), EuropeanCall()), Problem(ConstantElasticity(), EuropeanCall())
@@ -173,15 +177,17 @@ def test_greeks_and_implied_volatilities_of_an_oracle_are_those_of_its_prices(pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", list(Precision))
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "precision"),
     [
-        Problem(Bates(), EuropeanPut()),
-        Problem(ConstantElasticity(), EuropeanPut()),
-        *(Problem(process, BasketPut(n_assets=process.n_assets)) for process in SEVERAL),
+        (Problem(Bates(), EuropeanPut()), Precision.float32),
+        (Problem(ConstantElasticity(), EuropeanPut()), Precision.float32),
+        *(
+            (Problem(process, BasketPut(n_assets=process.n_assets)), precision)
+            for process, precision in zip(SEVERAL, [*Precision, *Precision], strict=True)
+        ),
     ],
-    ids=lambda problem: problem.name,
+    ids=lambda given: getattr(given, "name", ""),
 )
 def test_simulated_prices_are_the_oracles(problem: Problem, precision: Precision) -> None:
     table, oracle = table_of(problem), oracle_of(problem)
@@ -390,13 +396,33 @@ def test_kinds_are_made_from_settings_and_wrong_ones_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_several_assets_are_learnt_and_have_sensitivities_but_no_greeks_of_one_spot() -> None:
-    from smc.learning.network import CVNNConfig, build_cvnn
-    from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
-    from smc.prediction.evaluation import evaluate
-    from smc.simulation.config import ProblemConfig
-    from tests.conftest import small_training
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(Bates(), EuropeanPut()),
+        CEV,
+        Problem(LiftedRoughHeston(factors=3), ArithmeticAsianPut(dates=4)),
+        Problem(CorrelatedGBM(n_assets=3), BasketCall(n_assets=3)),
+    ],
+    ids=lambda problem: problem.name,
+)
+def test_each_is_learnt_resumed_bit_for_bit_and_has_finite_sensitivities(problem: Problem) -> None:
+    params = small_simulation(timesteps=4)
+    config = ProblemConfig(process=problem.process, product=problem.product, sim_params=params)
+    model = build_cvnn(params, CVNNConfig(hidden=(16, 16)), problem=problem)
+    pricer = GbmCVNNPricer(GbmCVNNPricerConfig(cfg=config, domain_bounds={}, cvnn=model))
+    pricer.train(small_training(6, batch_size=32))
+    again = GbmCVNNPricer(pricer.snapshot())
+    assert pricer.train(small_training(3)).loss == again.train(small_training(3)).loss
+    table = table_of(problem, 64)
+    np.testing.assert_array_equal(pricer.predict_price(table), again.predict_price(table))
+    ends = np.array([[getattr(field, end) for field in problem.schema] for end in ("lower", "upper")])
+    for values in pricer.predict_sensitivities(np.concatenate([table, ends])):
+        assert np.isfinite(values).all()
 
+
+@pytest.mark.slow
+def test_several_assets_are_learnt_and_have_sensitivities_but_no_greeks_of_one_spot() -> None:
     problem = Problem(OneFactorGBM(n_assets=3), BasketPut(n_assets=3))
     params = small_simulation(timesteps=1)
     config = ProblemConfig(process=problem.process, product=problem.product, sim_params=params)

@@ -29,6 +29,8 @@ _FIELDS = (
 _MOST_JUMPS, _JUMPS_OF_STEP = 4, 0.2
 # Jumps of a path that are told apart; where more than so many are expected, their number is nearly normal.
 _MOST_OF_PATH, _MANY = 20, 6.0
+# What hardly counts of a kurtosis.
+_LEAST_KURTOSIS = 1e-4
 # Where the coefficients of jumps begin: behind those of Heston's step, and of Heston's outer step.
 _STEP, _PATH = 8, 11
 
@@ -150,5 +152,6 @@ class Bates(Heston):
         variance, total = c.jump_deviation * c.jump_deviation, self.deviation(c, c.T)
         third = c.jump_mean * (c.jump_mean * c.jump_mean + 3 * variance)
         fourth = c.jump_mean**4 + 6 * c.jump_mean * c.jump_mean * variance + 3 * variance * variance
-        jumps = c.intensity * c.T * third / total**3, (c.intensity * c.T * fourth).sqrt() / total.square()
-        return (*super().features(c), *jumps)
+        skewness, kurtosis = c.intensity * c.T * third / total**3, c.intensity * c.T * fourth / total**4
+        # Without jumps the root would have no derivative.
+        return (*super().features(c), skewness, (kurtosis + _LEAST_KURTOSIS).sqrt())
