@@ -190,7 +190,7 @@ def _pictures(evaluation: Evaluation) -> dict[str, tuple[str, bytes]]:
         draw_errors(axes, contracts, measures[name].errors, label, problem)
     pictures["errors"] = (f"Where the errors lie: contracts of the sample, {problem.title}.", png(drawn))
 
-    if "implied volatility" in measures:
+    if "implied volatility" in measures and not problem.process.log_normal:
         drawn = Figure(figsize=(7, 5), layout="constrained")
         draw_smile(drawn.subplots(), pricer, typical(pricer))
         pictures["smile"] = ("Implied volatility over strike, learnt and exact, of one contract.", png(drawn))

@@ -135,8 +135,8 @@ def make_experiment(
 def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Settings with what a recipe says of geometric Brownian motion fitted to the process, unless some layer says it.
 
-    Time steps are as many as the process needs over the domain; a recipe's own number stays where steps have no bias
-    and are on every date. Where paths may jump as a contract moves, derivatives are no labels.
+    Time steps are as many as the process needs over the domain; a recipe's own number stays where steps have no bias.
+    Where paths may jump as a contract moves, derivatives are no labels.
     Settings that are wrong are left as they are: what reads them says what is wrong.
     """
     simulation = settings.get("simulation") or {}
@@ -146,9 +146,8 @@ def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> di
             GeometricBrownianMotion() if process is None else process_of(process), product_of(product or {})
         )
         steps = problem.default_steps(resolve_domain(settings.get("domain") or {}, problem.schema))
-        own = simulation["sim_params"]["timesteps"]
-        if problem.process.exact and (not problem.product.dates or own % problem.product.dates == 0):
-            steps = own
+        if problem.process.exact:
+            steps = simulation["sim_params"]["timesteps"]
         if not any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
             settings = overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
         smooth = problem.process.lipschitz or not problem.product.lipschitz

@@ -16,7 +16,7 @@ from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from smc.learning.scale import View
 from smc.models.numerical import Precision
-from smc.prediction.evaluation import evaluate
+from smc.prediction.evaluation import price_error
 from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.normal import quantile_of_tail
@@ -180,11 +180,11 @@ def test_greeks_and_implied_volatilities_of_an_oracle_are_those_of_its_prices(pr
 @pytest.mark.parametrize(
     ("problem", "precision"),
     [
-        (Problem(Bates(), EuropeanPut()), Precision.float32),
-        (Problem(ConstantElasticity(), EuropeanPut()), Precision.float32),
+        (Problem(Bates(), EuropeanPut()), Precision.float64),
+        (Problem(ConstantElasticity(), EuropeanPut()), Precision.float64),
         *(
             (Problem(process, BasketPut(n_assets=process.n_assets)), precision)
-            for process, precision in zip(SEVERAL, [*Precision, *Precision], strict=True)
+            for process, precision in zip(SEVERAL, [*reversed(Precision), *Precision], strict=True)
         ),
     ],
     ids=lambda given: getattr(given, "name", ""),
@@ -192,8 +192,9 @@ def test_greeks_and_implied_volatilities_of_an_oracle_are_those_of_its_prices(pr
 def test_simulated_prices_are_the_oracles(problem: Problem, precision: Precision) -> None:
     table, oracle = table_of(problem), oracle_of(problem)
     assert oracle is not None
+    steps = 1 if problem.process.exact else 64
     payoffs = paths.simulate(
-        problem, table, 5, seed=2, paths=1 << 16, steps=64, precision=precision, sampling="pseudorandom"
+        problem, table, 5, seed=2, paths=1 << 16, steps=steps, precision=precision, sampling="pseudorandom"
     ).astype(np.float64)
     spots = problem.law(torch.from_numpy(table)).spot.numpy()
     error = np.hypot(payoffs.std(axis=1) / 256, 3e-5 * spots)
@@ -204,17 +205,17 @@ def test_simulated_prices_are_the_oracles(problem: Problem, precision: Precision
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4, 32])
 @pytest.mark.parametrize(
-    "process", [Bates(), ConstantElasticity(), LiftedRoughHeston(), LiftedRoughHeston(hurst=0.3, factors=3)],
+    "process", [Bates(), ConstantElasticity(), LiftedRoughHeston(hurst=0.3, factors=3)],
     ids=lambda p: p.kind,
 )  # fmt: skip
 def test_forwards_are_exact_whatever_the_steps(process: Process, steps: int) -> None:
     problem = Problem(process, TerminalPrice())
     table = table_of(problem)
     prices = paths.simulate(
-        problem, table, 5, seed=2, paths=1 << 16, steps=steps, precision=Precision.float64, sampling="pseudorandom"
+        problem, table, 5, seed=2, paths=1 << 14, steps=steps, precision=Precision.float64, sampling="pseudorandom"
     )
     expected = problem.law(torch.from_numpy(table)).forward.numpy()
-    assert (np.abs(prices.mean(axis=1) - expected) / (prices.std(axis=1) / 256)).max() < 4.5
+    assert (np.abs(prices.mean(axis=1) - expected) / (prices.std(axis=1) / 128)).max() < 4.5
     assert prices.min() >= 0
 
 
@@ -290,12 +291,12 @@ def test_rough_heston_meets_values_of_the_literature() -> None:
     problem = Problem(LiftedRoughHeston(), EuropeanCall())
     common = {"X0": 100.0, "r": 0.03, "d": 0.0, "v0": 0.04, "kappa": 0.3, "theta": 0.04, "xi": 0.4, "rho": -0.7}
     for strike, expiry, value in ((100.0, 0.25, 3.793313), (100.0, 1.0, 8.336634), (130.0, 1.0, 0.202295)):
-        table = np.repeat(one(problem, **common, K=strike, T=expiry), 8, axis=0)
+        table = np.repeat(one(problem, **common, K=strike, T=expiry), 4, axis=0)
         payoffs = paths.simulate(
             problem, table, 0, seed=1, paths=1 << 16, steps=64, precision=Precision.float64, sampling="sobol"
         )
         means = payoffs.mean(axis=1)
-        assert abs(means.mean() - value) < 0.005 + 4 * means.std() / np.sqrt(8)
+        assert abs(means.mean() - value) < 0.005 + 4 * means.std() / np.sqrt(4)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +344,7 @@ def test_an_experiment_has_the_steps_that_its_problem_needs_unless_it_says_how_m
     heston, put = {"kind": "heston"}, {"kind": "european_put"}
     assert steps(process=heston, product=put) == 48
     assert steps(process=heston, product=put, sim_params={"timesteps": 8}) == 8
-    assert steps(product={"kind": "arithmetic_asian_put", "dates": 12}) == 12
+    assert steps(process=heston, product={"kind": "arithmetic_asian_put", "dates": 20}) == 60
     assert steps(product=put) == 16
     assert steps() == 16
     assert make_experiment("one", {"simulation": {"process": heston, "product": put}}).training.differential == 0
@@ -402,7 +403,6 @@ def test_kinds_are_made_from_settings_and_wrong_ones_are_refused() -> None:
         Problem(Bates(), EuropeanPut()),
         CEV,
         Problem(LiftedRoughHeston(factors=3), ArithmeticAsianPut(dates=4)),
-        Problem(CorrelatedGBM(n_assets=3), BasketCall(n_assets=3)),
     ],
     ids=lambda problem: problem.name,
 )
@@ -430,9 +430,9 @@ def test_several_assets_are_learnt_and_have_sensitivities_but_no_greeks_of_one_s
     pricer = GbmCVNNPricer(GbmCVNNPricerConfig(cfg=config, domain_bounds={}, cvnn=model))
     pricer.train(small_training(200, batch_size=64, differential=0.3))
     table = table_of(problem, 128)
-    found = evaluate(pricer, table)
-    assert found["price"].reference == "quadrature"
-    assert found["price"].rmse < 60
+    error = price_error(pricer, table)
+    assert error.reference == "quadrature"
+    assert error.rmse < 60
     assert pricer.predict_sensitivities(table[:4])._fields == problem.schema.names
     with pytest.raises(ConfigError, match="has no field 'v', and so no such Greek"):
         pricer.predict_greeks(table[:4])
@@ -447,9 +447,9 @@ def test_several_assets_are_learnt_and_have_sensitivities_but_no_greeks_of_one_s
     "problem",
     [
         Problem(Bates(), EuropeanPut()),
-        CEV,
-        Problem(LiftedRoughHeston(hurst=0.2, factors=3), ArithmeticAsianPut(dates=4)),
-        *(Problem(process, BasketCall(n_assets=process.n_assets)) for process in SEVERAL[:3]),
+        Problem(ConstantElasticity(), EuropeanPut()),
+        Problem(LiftedRoughHeston(factors=3), EuropeanPut()),
+        *(Problem(process, BasketPut(n_assets=process.n_assets)) for process in SEVERAL[:2]),
     ],
     ids=lambda problem: problem.name,
 )
