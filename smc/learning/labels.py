@@ -89,6 +89,8 @@ class ExampleSource:
         self.engine, self.differential = engine, differential
         self.view = View(engine.problem, domain)
         self._params = engine.params
+        fields = engine.problem.schema
+        self._ends = torch.tensor([[field.least for field in fields], [field.most for field in fields]])
         self._sampler = SobolSampler(domain, seed=self._params.mc_seed, schema=engine.problem.schema)
         self._labels = _TerminalLabels(engine) if isinstance(engine, BlackScholes) else _PathLabels(engine)
         if differential:
@@ -158,7 +160,11 @@ class ExampleSource:
         parts = range(-(-table.shape[1] // 2))
         words = (philox4x32(self._params.mc_seed, (low, high, part, _DIRECTIONS)) for part in parts)
         normals = np.stack([z for word in words for z in box_muller(word, Precision.float64)], axis=1)
-        return self.view.moves(table) * torch.from_numpy(normals[:, : table.shape[1]]).to(table.device)
+        direction = self.view.moves(table) * torch.from_numpy(normals[:, : table.shape[1]]).to(table.device)
+        # What would leave what a contract can be, a correlation of 1 for one, is moved the other way.
+        moved = table + _STEP * direction
+        beyond = (moved < self._ends[0].to(table.device)) | (moved > self._ends[1].to(table.device))
+        return torch.where(beyond, -direction, direction)
 
 
 def check_derivatives(problem: Problem) -> None:

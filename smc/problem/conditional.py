@@ -2,8 +2,8 @@
 
 Given the path of the variance, a price under stochastic volatility is log-normal: its expected payoff is a formula, and
 only the variance has to be simulated. The mean of that formula over paths is a price with far less noise than the mean
-of payoffs; a regression on controls, whose means are known, takes away most of what is left, and with it most of the
-bias of the time steps. Process and product each declare their half; where one of them does not, payoffs are averaged.
+of payoffs; a regression on controls, whose means are known, takes away most of what is left. Process and product each
+declare their half; where one of them does not, payoffs are averaged.
 
 Sources: Romano and Touzi, "Contingent claims and market completeness in a stochastic volatility model" (1997); Willard,
 "Calculating prices and sensitivities for path-independent derivative securities in multifactor models" (1997); control
@@ -69,9 +69,25 @@ class PricedOnLogNormal(Product):
 
 
 def is_conditional(problem: Problem) -> bool:
-    """Whether prices of a problem can be taken from the law of the price given the outer path."""
+    """Whether prices of a problem can be taken from the law of the price given the outer path.
+
+    A class that changes how a path moves or what it pays, and not the other half of it, is taken to have no such half.
+    """
+    process, product = problem.process, problem.product
     return (
-        isinstance(problem.process, ConditionallyLogNormal)
-        and isinstance(problem.product, PricedOnLogNormal)
-        and problem.product.dates == 0
+        isinstance(process, ConditionallyLogNormal)
+        and isinstance(product, PricedOnLogNormal)
+        and product.dates == 0
+        and _keeps_up(type(process), "given", "step", "coefficients")
+        and _keeps_up(type(product), "on_log_normal", "payoff", "coefficients")
     )
+
+
+def _keeps_up(kind: type, half: str, *others: str) -> bool:
+    """Whether no class changes the others below the one that defines the half."""
+    order = kind.__mro__
+
+    def depth(name: str) -> int:
+        return next(depth for depth, holder in enumerate(order) if name in vars(holder))
+
+    return all(depth(half) <= depth(other) for other in others)

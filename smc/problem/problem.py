@@ -17,7 +17,7 @@ from smc.problem.law import Law
 from smc.problem.process import Process
 from smc.problem.processes.bates import Bates
 from smc.problem.processes.cev import ConstantElasticity
-from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM
+from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM, SeveralAssets
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
 from smc.problem.processes.rough_heston import LiftedRoughHeston
@@ -170,8 +170,8 @@ def product_of(settings: Mapping[str, Any]) -> Product:
 def known_fields() -> tuple[str, ...]:
     """The names of the fields of every process and product that is known."""
     kinds: list[type[Process] | type[Product]] = [*_PROCESSES.values(), *_PRODUCTS.values()]
-    # Of a kind whose fields follow from its settings, those of the default settings.
-    fields = (kind.fields if isinstance(kind.fields, tuple) else kind().fields for kind in kinds)
+    # Of a kind whose fields follow from how many assets it has, those of as many as there may be.
+    fields = (kind.largest().fields if issubclass(kind, SeveralAssets) else kind.fields for kind in kinds)
     return tuple(dict.fromkeys([*(field.name for some in fields for field in some), EXPIRY.name]))
 
 
@@ -187,6 +187,8 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
     except ValidationError as error:
         wrong = error.errors()[0]
         setting = ".".join(str(part) for part in wrong["loc"])
+        if not setting:  # of settings that do not go together
+            raise ConfigError(f"{what} {name}: {wrong['msg'].removeprefix('Value error, ')}") from None
         raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}") from None
     return made
 

@@ -39,7 +39,7 @@ class Process(BaseModel, ABC):
     lipschitz: ClassVar[bool] = True
     """Whether a path moves little when its contract does: where it may jump, derivatives as labels are noisy."""
     still: ClassVar[tuple[str, ...]] = ()
-    """Fields that derivatives as labels do not move, because a path jumps as they do."""
+    """Fields that make a path jump when their value changes, such as an intensity: derivatives do not move them."""
     log_normal: ClassVar[bool] = False
     """Whether the logarithm of the price at expiry is normal."""
 

@@ -109,7 +109,7 @@ class Simulation:
         return quantile_levels(self.payoffs(contracts, offset=offset), self.params.network_size)
 
     def price(self, contracts: ContractsLike, paths: int = 1 << 20, *, offset: int = 0) -> Estimate:
-        """Prices and their standard errors, of eight independent samples or more, `paths` together or more.
+        """Mean payoffs and their standard errors, of eight independent samples or more, `paths` together or more.
 
         Raises: ConfigError as `payoffs`.
         """
@@ -154,8 +154,14 @@ class Simulation:
         """Payoffs over outer paths, and prices with far less noise than their means, as `simulate` does.
 
         For two tables, those of contracts and of others a little beside them, on the same random numbers.
-        Shapes: one or two of (n, fields) float64 and () int64, on the device.
+        Shapes: one or two of (n, fields) float64 and () int64, on the device. Raises: ConfigError where the simulation
+        or its problem is not conditional.
         """
+        if not self.conditional:
+            raise ConfigError(
+                f"{self.problem.name} is simulated without a law of the price given the outer path: give "
+                "conditional=True for a problem that has one"
+            )
         if self.device.type == "cuda":
             threads = self.params.threads_per_block
             outputs = linking.simulate_outer(self.problem, tables, first, threads=threads, **self._sizes)

@@ -20,8 +20,9 @@ from smc.simulation.cuda import Kernel
 
 __all__ = ["regressed_prices"]
 
-# A control that the ones before it explain but for this share of its variance is left out.
-_EXPLAINED = 1e-6
+# A control is left out that the ones before it explain but for this share of its variance; and one that, without what
+# they explain, deviates by no more than this: the error of its mean, which steps make, would be divided by that.
+_EXPLAINED, _LEAST_DEVIATION = 1e-6, 0.01
 _THREADS = 256
 
 
@@ -65,7 +66,7 @@ def _regressed(outputs: Any, prices: Any) -> None:
         # Each control in turn explains its part of what is left, and is taken off those after it.
         for i in range(1, controls + 1):
             left = moments[i, i]
-            if not left > _EXPLAINED * own[i]:
+            if not left > max(_EXPLAINED * own[i], paths * _LEAST_DEVIATION**2):
                 continue
             price -= moments[i, 0] / left * means[i]
             for j in range(i + 1, controls + 1):
@@ -135,7 +136,7 @@ extern "C" __global__ void regressed(
     #pragma unroll
     for (int i = 1; i < PARTS; ++i) {
         const double left = moment[i][i];
-        if (!(left > EXPLAINED * own[i])) continue;
+        if (!(left > EXPLAINED * own[i] && left > paths * (double)LEAST_DEVIATION * LEAST_DEVIATION)) continue;
         price -= moment[i][0] / left * mean[i];
         #pragma unroll
         for (int j = i + 1; j < PARTS; ++j) {
@@ -154,4 +155,6 @@ extern "C" __global__ void regressed(
 @cache
 def _kernel(dtype: torch.dtype, controls: int) -> Kernel:
     double = int(dtype is Precision.float64.torch)
-    return Kernel(_SOURCE, "regressed", DOUBLE=double, CONTROLS=controls, EXPLAINED=_EXPLAINED)
+    return Kernel(
+        _SOURCE, "regressed", DOUBLE=double, CONTROLS=controls, EXPLAINED=_EXPLAINED, LEAST_DEVIATION=_LEAST_DEVIATION
+    )

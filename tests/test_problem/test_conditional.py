@@ -194,6 +194,60 @@ def test_the_mean_of_the_controls_needs_no_step_between_speeds_of_either_sign() 
     assert expected_integral(1.5, 0.09, -0.7, 0.02) == pytest.approx(variance.mean() * 1.5, rel=1e-9)
 
 
+@pytest.mark.slow
+def test_a_variance_that_hardly_varies_gives_the_price_that_it_has_without() -> None:
+    problem = Problem(Bates(), EuropeanPut())
+    names = problem.schema.names
+    contract = dict.fromkeys(names, 0.0) | {
+        "X0": 100,
+        "K": 100,
+        "T": 2,
+        "r": 0.02,
+        "v0": 0.16,
+        "kappa": 6,
+        "theta": 0.01,
+    }
+    oracle = oracle_of(problem)
+    assert oracle is not None
+    for xi, rho, paths_ in (
+        (0.0, 0.0, 3000),
+        (1e-4, -0.7, 4096),
+        (1e-3, -0.7, 4096),
+        (1e-2, -0.7, 4096),
+        (0.1, 1e-6, 1000),
+    ):
+        table = np.array([[{**contract, "xi": xi, "rho": rho}[name] for name in names]])
+        for precision in Precision:
+            given = sizes(steps=48, paths=paths_, precision=precision)
+            (outer,) = paths.simulate_outer(problem, [table], 0, **given)
+            # A trapezoidal rule of 48 steps is off by a basis point of spot.
+            error = max(0.02, 4 * outer[0, 1].std() / np.sqrt(paths_))
+            assert abs(float(regressed_prices(torch.from_numpy(outer))[0]) - oracle.price(table)[0]) < error
+
+
+class Capped(EuropeanPut):
+    """Pays otherwise, and says nothing of what that is worth."""
+
+    def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
+        return min(k[1] * max(k[0] - spot, 0.0), 5.0)
+
+
+class Faster(Heston):
+    """Moves otherwise, and says nothing of the outer path."""
+
+    def step(self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        return (state[0], state[1])
+
+
+def test_a_class_that_changes_one_half_alone_has_no_other() -> None:
+    for problem in (Problem(Heston(), Capped()), Problem(Faster(), EuropeanPut())):
+        assert not is_conditional(problem)
+        simulation = Simulation(problem, small_simulation(), conditional=True)
+        assert not simulation.conditional
+        with pytest.raises(ConfigError, match="is simulated without a law of the price given the outer path"):
+            simulation.simulate_priced([torch.from_numpy(table_of(problem, 1))], torch.tensor(0))
+
+
 class Wrong(Heston):
     """Gives no variance."""
 

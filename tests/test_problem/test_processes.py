@@ -11,7 +11,8 @@ import torch
 from scipy.stats import norm, poisson
 
 from jobs.recipes import make_experiment
-from smc.errors import ConfigError
+from smc.errors import ConfigError, NumericsError
+from smc.learning.labels import ExampleSource
 from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.pricer import GbmCVNNPricer, GbmCVNNPricerConfig
 from smc.learning.scale import View
@@ -22,7 +23,7 @@ from smc.problem.contracts import resolve_domain
 from smc.problem.normal import quantile_of_tail
 from smc.problem.oracles import basket, black_scholes, cev, heston
 from smc.problem.oracles.oracle import greeks_by_differences, oracle_of
-from smc.problem.problem import Problem, process_of, product_of
+from smc.problem.problem import Problem, known_fields, process_of, product_of
 from smc.problem.process import Process
 from smc.problem.processes.bates import Bates
 from smc.problem.processes.cev import ConstantElasticity
@@ -37,6 +38,7 @@ from smc.problem.products.terminal import TerminalPrice
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation import paths
 from smc.simulation.config import ProblemConfig
+from smc.simulation.engine import Simulation
 from tests.conftest import small_simulation, small_training
 from tests.test_problem.test_paths import in_python, philox_increments, simulated
 
@@ -173,6 +175,27 @@ def test_greeks_and_implied_volatilities_of_an_oracle_are_those_of_its_prices(pr
     np.testing.assert_allclose(again, oracle.price(table)[known], atol=1e-8)
 
 
+def test_basket_oracle_knows_what_is_certain_and_says_where_nothing_goes_up_together() -> None:
+    assert basket.price(np.array([40.0, 60.0]), np.zeros((2, 2)), 95.0, "call") == 5.0
+    assert basket.price(np.array([40.0, 60.0]), np.zeros((2, 2)), 95.0, "put") == 0.0
+    with pytest.raises(NumericsError, match="no direction moves all of them up"):
+        basket.price(np.array([50.0, 50.0]), np.array([[0.04, -0.04], [-0.04, 0.04]]), 95.0, "call")
+
+
+def test_labels_move_a_correlation_of_one_back_into_what_there_is() -> None:
+    problem = Problem(Heston(), EuropeanPut())
+    domain = resolve_domain({"rho": {"lower": 0.9999, "upper": 1.0}}, problem.schema)
+    source = ExampleSource(Simulation(problem, small_simulation(timesteps=2)), domain, differential=True)
+    contracts = source.contracts(0, 256)
+    column = problem.schema.column("rho")
+    assert float(contracts.moved[:, column].max()) <= 1.0
+    assert bool((contracts.moved[:, column] != contracts.table[:, column]).all())
+
+
+def test_a_server_may_be_told_the_bounds_of_as_many_assets_as_there_are() -> None:
+    assert {"X1", "X16", "d16", "v16", "b16", "p1_2", "p15_16", "K", "T"} <= set(known_fields())
+
+
 # --- schemes --------------------------------------------------------------------------------------------
 
 
@@ -273,13 +296,13 @@ def test_correlations_are_those_of_the_fields(process: SeveralAssets) -> None:
             wanted = np.outer(loadings, loadings) + np.diag(1 - loadings**2)
             np.testing.assert_allclose(correlation, wanted, atol=1e-14)
         else:
-            assert correlation[0, 1] == pytest.approx(c.p12)
+            assert correlation[0, 1] == pytest.approx(c.p1_2)
 
 
 def test_partial_correlations_of_one_give_a_matrix_still() -> None:
     process = CorrelatedGBM(n_assets=3)
     problem = Problem(process, BasketPut(n_assets=3))
-    edge = dict.fromkeys(process.partials, 1.0) | {"p12": -1.0}
+    edge = dict.fromkeys(process.partials, 1.0) | {"p1_2": -1.0}
     contract = dict.fromkeys(problem.schema.names, 0.2) | edge
     mixing = np.array(process.mixing(problem.schema.row(*(contract[name] for name in problem.schema.names))))
     assert np.isfinite(mixing).all()
@@ -384,7 +407,7 @@ def test_kinds_are_made_from_settings_and_wrong_ones_are_refused() -> None:
     assert process_of({"kind": "correlated_gbm", "n_assets": 3}) == CorrelatedGBM(n_assets=3)
     assert process_of({"kind": "lifted_rough_heston", "hurst": 0.2, "factors": 3}).title.startswith("rough Heston of 3")
     assert product_of({"kind": "basket_put", "n_assets": 2, "weights": [0.3, 0.7]}) == BasketPut(weights=(0.3, 0.7))
-    with pytest.raises(ConfigError, match=r"basket_put: .*weights must be 3 numbers above 0"):
+    with pytest.raises(ConfigError, match=r"product basket_put: weights must be 3 numbers above 0, got \(0.3, 0.7\)$"):
         product_of({"kind": "basket_put", "n_assets": 3, "weights": [0.3, 0.7]})
     with pytest.raises(ConfigError, match=r"correlated_gbm has 3 assets and basket_put is on 2"):
         Problem(CorrelatedGBM(n_assets=3), BasketPut())

@@ -15,17 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr
 
+from smc.errors import NumericsError
+
 __all__ = ["price"]
 
 Array = npt.NDArray[np.float64]
 
-# Nodes for each unit of a direction's deviation, which give a dozen digits; of one direction at most, and of all where
-# they are few; of more directions half as many, as time is short.
+# Nodes for each unit of a direction's deviation, which give a dozen digits unless assets all but cancel each other; of
+# one direction at most, and of all where they are few; of more directions half as many, as time is short.
 _PER_DEVIATION, _OF_ONE, _FEW, _NODES = 43.0, 96, 3, 1 << 17
 # Added to each deviation, for those that are so small that hardly a node would be left to them.
 _LEAST_SIZE = 0.25
 # Along the main direction every price rises at least by this share of the steepest, in case one of them would fall.
-_LEAST_SLOPE = 0.01
+_LEAST_SLOPE, _ROUNDING = 0.01, 1e-12
 _NEWTON = 40
 
 
@@ -34,6 +36,9 @@ def price(forwards: Array, covariance: Array, strike: float, option: Literal["pu
 
     Shapes: forwards (assets,), weights included; covariance (assets, assets) of the logarithms at expiry.
     """
+    certain = float(forwards.sum())
+    if not covariance.any():
+        return max(certain - strike if option == "call" else strike - certain, 0.0)
     values, vectors = np.linalg.eigh(covariance)
     main, others = _directions(forwards, vectors * np.sqrt(np.maximum(values, 0.0)))
     points, weights = _product_rule(np.linalg.norm(others, axis=0))
@@ -41,21 +46,28 @@ def price(forwards: Array, covariance: Array, strike: float, option: Literal["pu
     expected = forwards * np.exp(points @ others.T - 0.5 * np.square(others).sum(axis=1))
     x = _exercised_from(expected * np.exp(-0.5 * np.square(main)), main, strike)
     call = float(weights @ ((expected * ndtr(main - x[:, None])).sum(axis=1) - strike * ndtr(-x)))
-    return max(call if option == "call" else call - float(forwards.sum()) + strike, 0.0)
+    return max(call if option == "call" else call - certain + strike, 0.0)
 
 
 def _directions(forwards: Array, root: Array) -> tuple[Array, Array]:
     """The covariance's root, turned: the direction along which the basket moves most, and the others by size.
 
-    Shapes: (assets,), (assets, assets) -> (assets,), (assets, assets - 1).
+    Shapes: (assets,), (assets, assets) -> (assets,), (assets, assets - 1). Raises: NumericsError if there is none.
     """
     along = root.T @ (forwards / forwards.sum())
     for _ in range(_NEWTON):
-        along = along / np.linalg.norm(along)
+        size = float(np.linalg.norm(along))
+        if not size > 0.0:
+            break
+        along = along / size
         main = root @ along
-        if main.min() >= 0.0:
+        if main.min() >= -_ROUNDING * main.max():
             break
         along = np.linalg.lstsq(root, np.maximum(main, _LEAST_SLOPE * main.max()), rcond=None)[0]
+    else:
+        size = 0.0
+    if not size > 0.0:
+        raise NumericsError("the assets of a basket go against each other so that no direction moves all of them up")
     basis, _ = np.linalg.qr(np.column_stack([along, np.eye(len(along))]))
     left = root @ basis[:, 1 : len(along)]
     turned, sizes, _ = np.linalg.svd(left, full_matrices=False)

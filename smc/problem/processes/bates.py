@@ -28,7 +28,7 @@ _FIELDS = (
 # Jumps of one step that are told apart: at a fifth of a jump a step on average, more come once in 400,000 steps.
 _MOST_JUMPS, _JUMPS_OF_STEP = 4, 0.2
 # Jumps of a path that are told apart; where more than so many are expected, their number is nearly normal.
-_MOST_OF_PATH, _MANY = 20, 6.0
+_MOST_OF_PATH, _MANY = 32, 12.0
 # What hardly counts of a kurtosis.
 _LEAST_KURTOSIS = 1e-4
 # Where the coefficients of jumps begin: behind those of Heston's step, and of Heston's outer step.
@@ -52,7 +52,8 @@ class Bates(Heston):
     """Heston's step, and jumps: how many is read off a normal, and their sum is normal and joins the price's own.
 
     The price is divided by what jumps multiply it by on average, so that forwards are exact. Given the variance and the
-    number of jumps the price is log-normal.
+    number of jumps the price is log-normal. Where a path has twelve jumps or more on average, their number is drawn
+    from a distribution with Poisson's first three moments when prices are taken from that law.
     """
 
     kind: ClassVar[str] = "bates"
@@ -102,7 +103,11 @@ class Bates(Heston):
     # --- the price given the path of the variance and the number of jumps ------------------------------
 
     def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
-        """Heston's; of the number of jumps its mean, the chance of none, and what makes its deviation 1; of a jump."""
+        """Heston's, and those of jumps.
+
+        They are the expected number, the chance of none, the inverse of the number's deviation, mean and variance of
+        one jump, and what is taken off the logarithm of the price for all of them.
+        """
         expected = c.intensity * c.T
         per_deviation = 1.0 / math.sqrt(expected) if expected > 0.0 else 0.0
         taken_off = expected * (self.factor(c) - 1.0)

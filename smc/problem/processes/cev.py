@@ -31,8 +31,9 @@ _FIELDS = (
 # Squared coefficients of variation of a step: below the first a price has the skewness of the model, above the second
 # it may be absorbed.
 _NEAR, _FAR = 0.05, 1.5
-# What makes the variance of a price right that hardly survives a step, of Bachelier's model.
-_OF_SURVIVORS, _LEAST_LACKING = 0.785, 1e-5
+# Of a price that hardly survives a step: the factor that makes its variance right in Bachelier's model, for which it is
+# known; and what an elasticity lacks to 1 at least, where one divides by it.
+_OF_SURVIVORS, _LEAST_LACKING = 0.785, 1e-3
 # The share of today's price below which a price is taken to be absorbed.
 _ABSORBED = 1e-5
 # The longest step in years, and the most variance of the logarithm of the price that a step may have.
@@ -68,7 +69,7 @@ class ConstantElasticity(Process):
         # The variance that a price without drift has in the time that the drift stretches.
         rate = power * drift * dt
         stretched = dt * (math.expm1(rate) / rate if abs(rate) > 1e-9 else 1.0 + 0.5 * rate)
-        # Of the variance near 0, where a price that survives is about as large as one step can make it.
+        # Near 0 the variance is another function of time: a price that survives is as large as one step makes it.
         exponent = 0.5 / max(1.0 - c.beta, _LEAST_LACKING)
         factor = c.beta if c.beta >= 0.5 else _OF_SURVIVORS
         return (
@@ -87,7 +88,8 @@ class ConstantElasticity(Process):
         if local < _NEAR:
             psi = local * (1.0 + k[8] * local)
             curve = 0.5 * k[3] * psi
-            return (k[0] * s * (1.0 + z * math.sqrt(psi - 2.0 * curve * curve) + curve * (z * z - 1.0)),)
+            moved = 1.0 + z * math.sqrt(psi - 2.0 * curve * curve) + curve * (z * z - 1.0)
+            return (k[0] * s * max(moved, 0.0),)
         return (k[0] * s * self.near_absorption(local, z, k) if state[0] > _ABSORBED else 0.0,)
 
     def near_absorption(self, local: float, z: float, k: tuple[float, ...]) -> float:

@@ -25,6 +25,7 @@ from smc.problem.schema import Field
 
 __all__ = ["CorrelatedGBM", "OneFactorGBM", "SeveralAssets"]
 
+_MOST_ASSETS = 16
 # What a correlation leaves of a variance is taken to be at least so much, so that it has a logarithm.
 _LEAST_LEFT = 1e-12
 
@@ -37,7 +38,12 @@ class SeveralAssets(Process):
 
     volatility: ClassVar[str | None] = None
 
-    n_assets: WholeNumber = Setting(default=2, ge=2, le=16)
+    n_assets: WholeNumber = Setting(default=2, ge=2, le=_MOST_ASSETS)
+
+    @classmethod
+    def largest(cls) -> SeveralAssets:
+        """With as many assets as there may be, whose fields have the names of all others."""
+        return cls(n_assets=_MOST_ASSETS)
 
     @property
     def assets(self) -> int:  # type: ignore[override]  # a setting decides
@@ -169,7 +175,7 @@ class SeveralAssets(Process):
 
 
 class CorrelatedGBM(SeveralAssets):
-    """Any correlations, by the fields p12, p13, p23, p14, ... of partial correlations."""
+    """Any correlations, by the fields p1_2, p1_3, p2_3, p1_4, ... of partial correlations."""
 
     kind: ClassVar[str] = "correlated_gbm"
 
@@ -181,8 +187,7 @@ class CorrelatedGBM(SeveralAssets):
     @cached_property
     def correlations(self) -> tuple[Field, ...]:
         """The partial correlations, in the order (1, 2), (1, 3), (2, 3), (1, 4), ..."""
-        between = "_" if self.n_assets > 9 else ""
-        names = [f"p{j + 1}{between}{i + 1}" for i in range(self.n_assets) for j in range(i)]
+        names = [f"p{j + 1}_{i + 1}" for i in range(self.n_assets) for j in range(i)]
         unit = "between -1 and 1, of two assets given those before the first of them"
         return tuple(Field(name, "partial correlation", unit, -0.3, 0.8, least=-1.0, most=1.0) for name in names)
 

@@ -31,9 +31,9 @@ _FIELDS = (
 # Below this squared coefficient of variation the next variance is a squared normal, above it an exponential with a
 # mass at 0.
 _SWITCH = 1.5
-# The least that a mean of the variance and the argument of a logarithm are taken to be: below it nothing changes but a
-# division by zero.
-_LEAST_MEAN, _LEAST_FACTOR, _LEAST_INTEGRAL = 1e-12, 1e-6, 1e-12
+# The least that a mean of the variance, the argument of a logarithm and an integral of the variance are taken to be, so
+# that nothing is divided by 0; and a volatility of variance below which its correlation does not count.
+_LEAST_MEAN, _LEAST_FACTOR, _LEAST_INTEGRAL, _LEAST_XI = 1e-12, 1e-6, 1e-12, 2e-4
 
 # Time steps in years, and in units of 1 / kappa, that keep the bias below a basis point of the spot.
 _LONGEST_STEP, _SHARE_OF_REVERSION = 1 / 16, 1 / 4
@@ -130,7 +130,7 @@ class Heston(ConditionallyLogNormal):
 
     def leverage(self, c: Any) -> tuple[float, float]:
         """The correlation, and its share in the volatility of variance: a variance that is certain has neither."""
-        if c.xi > 0.0:
+        if c.xi > _LEAST_XI:
             return c.rho, c.rho / c.xi
         return 0.0, 0.0
 
@@ -202,7 +202,8 @@ class Heston(ConditionallyLogNormal):
         """Skewness, how much the integral of the variance varies, its term structure, and the speed of reversion.
 
         They come from the first two moments of the integrated variance I and of the martingale M = int sqrt(V) dZ:
-        Cov(M, I) = xi rho ... over E[I]^1.5, and the standard deviation of I over E[I]. No units.
+        Cov(M, I), which is xi rho times the integral of E V_s (1 - exp(-kappa (T - s))) / kappa, over E[I]^1.5, and the
+        standard deviation of I over E[I]. No units.
         """
         expected = self.deviation(c, c.T).square()
         skew, varied = 0 * c.T, 0 * c.T
