@@ -153,7 +153,7 @@ def _simulated(
         z = sobol_normals(points, first, start, count, seed=seed, threads=threads, precision=precision)
         # Without normals of expiry nothing is read there.
         at_expiry, apart = z.view(-1)[own * paths :], np.uint64(z.stride(0))
-        z = z[:, :own].reshape(count, steps, of_path.normals * paths)
+        z = z[:, :own].reshape(count, steps, of_path.normals * paths).contiguous()
         if steps > 1:
             z = bridge @ z
         kernel((grid, count), threads, (*parts, z, at_expiry, apart, *sizes, *(out[start:] for out in outs)))
