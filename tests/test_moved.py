@@ -17,6 +17,7 @@ def test_an_old_name_is_the_same_module(old: str) -> None:
     assert importlib.import_module(MOVED[old]).__spec__.name == MOVED[old]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_they_are_found_in_every_form_of_an_import() -> None:
     code = (
         "import smc.commits, smc.storage.report\n"

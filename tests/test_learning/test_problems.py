@@ -457,6 +457,7 @@ def test_a_process_that_says_nothing_of_its_law_is_learnt_all_the_same() -> None
         objective_value(pricer, "vega")
 
 
+@pytest.mark.slow
 def test_a_reference_answers_the_same_however_many_samples_it_was_asked_about() -> None:
     reference = Reference(Problem(GBM, DigitalPut()))
     samples = [SobolSampler({}, seed=seed, schema=reference.problem.schema).sample(8) for seed in range(40)]

@@ -69,6 +69,7 @@ def test_call_and_put_on_an_average_differ_by_its_forward(dates: int) -> None:
     np.testing.assert_allclose(call - put, np.exp(-r * T) * (forward - K), atol=1e-9 * X0.max())
 
 
+@pytest.mark.slow
 def test_averages_of_one_date_and_barriers_out_of_reach_are_european() -> None:
     contracts = drawn(ArithmeticAsianPut(), 20)
     one = price(Problem(GBM, ArithmeticAsianPut(dates=1)), contracts)
