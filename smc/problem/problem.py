@@ -187,12 +187,11 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
     except ValidationError as error:
         wrong = error.errors()[0]
         setting = ".".join(str(part) for part in wrong["loc"])
-        if wrong["type"] == "extra_forbidden":
-            known = ", ".join(table[name].model_fields) or "none"
-            raise ConfigError(f"{what} {name}: there is no setting {setting!r}; its settings: {known}") from None
         if not setting:  # of settings that do not go together
             raise ConfigError(f"{what} {name}: {wrong['msg'].removeprefix('Value error, ')}") from None
-        raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}") from None
+        settings_of = ", ".join(table[name].model_fields) or "none"
+        allowed = f"; its settings: {settings_of}" if wrong["type"] == "extra_forbidden" else ""
+        raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}{allowed}") from None
     return made
 
 

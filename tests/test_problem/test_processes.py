@@ -413,7 +413,7 @@ def test_kinds_are_made_from_settings_and_wrong_ones_are_refused() -> None:
         Problem(CorrelatedGBM(n_assets=3), BasketPut())
     with pytest.raises(ConfigError, match="correlated_gbm has 2 assets and european_put is on 1"):
         Problem(CorrelatedGBM(), EuropeanPut())
-    with pytest.raises(ConfigError, match=r"process lifted_rough_heston: there is no setting 'H'; .*: hurst, factors$"):
+    with pytest.raises(ConfigError, match=r"process lifted_rough_heston: H: Extra .*; its settings: hurst, factors$"):
         process_of({"kind": "lifted_rough_heston", "H": 0.1})
     with pytest.raises(ConfigError, match="hurst"):
         process_of({"kind": "lifted_rough_heston", "hurst": 0.6})
