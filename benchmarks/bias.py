@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.reporting import Report, run
 from smc.models.numerical import Precision
+from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.oracles.oracle import oracle_of
 from smc.problem.problem import Problem, process_of
@@ -29,6 +30,8 @@ STEPS = (8, 16, 32, 64, 128)
 # So many payoffs are held at a time, and so many paths share the coefficients of a regression.
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 REGRESSED = 1 << 14
+# Paths of a label of the size of the design's, whose error is told too.
+LABEL = 1024
 # The bars of the default number of steps, in basis points of spot.
 PLAIN, CONDITIONAL = 1.0, 0.25
 
@@ -63,7 +66,23 @@ def of_process(report: Report, problem: Problem, options: argparse.Namespace) ->
         error, own = basis * (found[0] - exact), basis * found[1]
         bar = CONDITIONAL if steps == usual else None
         report.add(f"{name}: conditional, regressed", rms(error, own), "bp of spot", at_most=bar)
+    if is_conditional(problem) and device == "cpu":
+        of_labels(report, problem, table, exact)
     report.add(f"{problem.process.kind}: noise of a mean payoff", float(np.sqrt(np.square(basis * noise).mean())), "bp")
+
+
+def of_labels(report: Report, problem: Problem, table: np.ndarray, exact: np.ndarray) -> None:
+    """How far prices of a label's size are off, by either estimator and either sampling."""
+    for sampling in ("pseudorandom", "sobol"):
+        params = SimulationParams(
+            timesteps=32, network_size=2, batches_per_mc_run=LABEL // 2, mc_seed=1, sampling=sampling
+        )
+        simulation = Simulation(problem, params, conditional=True)
+        mean = simulation.payoffs(table).double().mean(dim=1).numpy()
+        (found,) = simulation.simulate_priced([torch.from_numpy(table)], torch.tensor(0))
+        for what, prices in (("mean payoff", mean), ("conditional, regressed", found.prices.numpy())):
+            error = float(np.sqrt(np.square(1e4 * (prices - exact) / table[:, 0]).mean()))
+            report.add(f"{problem.process.kind}, {LABEL:,} paths, {sampling}: {what}", error, "bp of spot")
 
 
 def plain(problem: Problem, table: np.ndarray, paths: int, sizes: dict[str, Any], device: str) -> Any:

@@ -174,7 +174,7 @@ def of_several(params: Params) -> Given:
     for names, theirs in ((process.spots, "S"), (process.dividends, "q"), (process.volatilities, "sigma")):
         contract |= dict(zip(names, params.each(theirs, count), strict=True))
     given = [rho / (1 + m * rho) for i in range(count) for m in range(i)]
-    return process, contract | dict(zip(process.partials, given, strict=True))
+    return process, contract | dict(zip(process.rhos, given, strict=True))
 
 
 def of_rough_heston(params: Params) -> Given:

@@ -302,7 +302,7 @@ def test_correlations_are_those_of_the_fields(process: SeveralAssets) -> None:
 def test_partial_correlations_of_one_give_a_matrix_still() -> None:
     process = CorrelatedGBM(n_assets=3)
     problem = Problem(process, BasketPut(n_assets=3))
-    edge = dict.fromkeys(process.partials, 1.0) | {"p1_2": -1.0}
+    edge = dict.fromkeys(process.rhos, 1.0) | {"p1_2": -1.0}
     contract = dict.fromkeys(problem.schema.names, 0.2) | edge
     mixing = np.array(process.mixing(problem.schema.row(*(contract[name] for name in problem.schema.names))))
     assert np.isfinite(mixing).all()

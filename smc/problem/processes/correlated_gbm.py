@@ -81,6 +81,11 @@ class SeveralAssets(Process):
         """The fields that say how the assets correlate."""
 
     @cached_property
+    def rhos(self) -> tuple[str, ...]:
+        """The names of those fields."""
+        return tuple(field.name for field in self.correlations)
+
+    @cached_property
     def fields(self) -> tuple[Field, ...]:  # type: ignore[override]
         """The spots first."""
         spots = (SPOT.of(name, f"of asset {name[1:]}") for name in self.spots)
@@ -191,22 +196,17 @@ class CorrelatedGBM(SeveralAssets):
         unit = "between -1 and 1, of two assets given those before the first of them"
         return tuple(Field(name, "partial correlation", unit, -0.3, 0.8, least=-1.0, most=1.0) for name in names)
 
-    @cached_property
-    def partials(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(field.name for field in self.correlations)
-
     def mixing(self, c: Any) -> tuple[float, ...]:
         """A row is a point on the sphere, its polar angles the arc cosines of the row's partial correlations."""
         return (
             *tuple(
-                getattr(c, self.partials[i * (i - 1) // 2 + j])
-                * math.exp(0.5 * sum(self.log_left(getattr(c, self.partials[i * (i - 1) // 2 + m])) for m in range(j)))
+                getattr(c, self.rhos[i * (i - 1) // 2 + j])
+                * math.exp(0.5 * sum(self.log_left(getattr(c, self.rhos[i * (i - 1) // 2 + m])) for m in range(j)))
                 for i in range(self.n_assets)
                 for j in range(i)
             ),
             *tuple(
-                math.exp(0.5 * sum(self.log_left(getattr(c, self.partials[i * (i - 1) // 2 + m])) for m in range(i)))
+                math.exp(0.5 * sum(self.log_left(getattr(c, self.rhos[i * (i - 1) // 2 + m])) for m in range(i)))
                 for i in range(self.n_assets)
             ),
         )
@@ -221,7 +221,7 @@ class CorrelatedGBM(SeveralAssets):
         for i in range(self.n_assets):
             row, left = [], one
             for j in range(i):
-                partial = getattr(c, self.partials[i * (i - 1) // 2 + j])
+                partial = getattr(c, self.rhos[i * (i - 1) // 2 + j])
                 row.append(partial * left)
                 left = left * (1 - partial * partial).clamp(min=_LEAST_LEFT).sqrt()
             rows.append(torch.stack([*row, left, *[0 * one] * (self.n_assets - i - 1)], dim=-1))
@@ -245,27 +245,24 @@ class OneFactorGBM(SeveralAssets):
         loading = Field("b", "loading", unit, 0.0, 0.9, least=-1.0, most=1.0)
         return tuple(loading.of(f"b{i}", f"of asset {i}") for i in range(1, self.n_assets + 1))
 
-    @cached_property
-    def loadings(self) -> tuple[str, ...]:
-        """Their names."""
-        return tuple(field.name for field in self.correlations)
-
     def mixing(self, c: Any) -> tuple[float, ...]:
         """By the variance of the factor given the assets before: 1 over the sum of what each tells of it."""
         return (
             *tuple(
-                getattr(c, self.loadings[i])
-                * getattr(c, self.loadings[j])
-                * self.unknown(sum(self.told(getattr(c, self.loadings[m])) for m in range(j)))
+                getattr(c, self.rhos[i])
+                * getattr(c, self.rhos[j])
+                * self.unknown(sum(self.told(getattr(c, self.rhos[m])) for m in range(j)))
                 / self.diagonal(
-                    getattr(c, self.loadings[j]), sum(self.told(getattr(c, self.loadings[m])) for m in range(j))
+                    getattr(c, self.rhos[j]),
+                    sum(self.told(getattr(c, self.rhos[m])) for m in range(j)),
                 )
                 for i in range(self.n_assets)
                 for j in range(i)
             ),
             *tuple(
                 self.diagonal(
-                    getattr(c, self.loadings[i]), sum(self.told(getattr(c, self.loadings[m])) for m in range(i))
+                    getattr(c, self.rhos[i]),
+                    sum(self.told(getattr(c, self.rhos[m])) for m in range(i)),
                 )
                 for i in range(self.n_assets)
             ),
@@ -285,7 +282,7 @@ class OneFactorGBM(SeveralAssets):
 
     def factor(self, c: Any) -> Tensor:
         """As `mixing`. Shapes: columns of (n,) -> (n, assets, assets)."""
-        b = torch.stack([getattr(c, name) for name in self.loadings], dim=-1)
+        b = torch.stack([getattr(c, name) for name in self.rhos], dim=-1)
         square = b * b
         told = (square / (1 - square).clamp(min=_LEAST_LEFT)).cumsum(dim=-1)
         unknown = 1 / (1 + torch.cat([0 * told[..., :1], told[..., :-1]], dim=-1))
