@@ -101,7 +101,7 @@ def on_gpu(report: Report) -> None:
 
 
 def priced(problem: Problem, table: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
-    (outputs,) = linking.simulate_outer(
+    (outputs,) = linking.simulate_priced(
         problem, [table], first, seed=1, paths=count, steps=STEPS, precision=Precision.float32, sampling="pseudorandom"
     )
     return regressed_prices(outputs)

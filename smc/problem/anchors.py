@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["barrier_call", "black", "matched_average", "matched_sum", "smooth_digital", "smooth_intrinsic"]
+__all__ = ["barrier_option", "barrier_survival", "black", "matched_average", "matched_sum", "smooth_digital", "smooth_intrinsic"]
 
 # Of the Bachelier at-the-money shape: softplus(1.7 x) / 1.7 follows E max(x + Z, 0) within 0.02.
 _SHARPNESS = 1.7
@@ -63,28 +63,71 @@ def matched_sum(forwards: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.sqrt(torch.log1p(excess / mean.square()))
 
 
-def barrier_call(
-    spot: Tensor, strike: Tensor, ratio: Tensor, growth: Tensor, deviation: Tensor, dates: int, *, up: bool
+def barrier_option(
+    spot: Tensor,
+    strike: Tensor,
+    ratio: Tensor | None,
+    growth: Tensor,
+    deviation: Tensor,
+    dates: int | None,
+    *,
+    up: bool,
+    sign: float,
 ) -> Tensor:
-    """About the expected payoff of a call that dies at the barrier `ratio` x spot, looked at on `dates` dates.
+    """About the expected payoff of a call (sign 1) or put (-1) that dies at the barrier `ratio` x spot.
 
+    The barrier is looked at on `dates` dates, or all the time if None; without a ratio there is none.
     Shapes: (n,) each -> (n,). Sources: Reiner and Rubinstein, "Breaking down the barriers" (1991); Broadie, Glasserman
     and Kou, "A continuity correction for discrete barrier options" (1997).
     """
-    w = deviation
-    away = torch.log(ratio) + (1 if up else -1) * _BETWEEN_DATES * w / dates**0.5
+    forward = spot * torch.exp(growth)
+    if ratio is None:
+        return black(forward, strike, deviation, sign)
+    w, away = deviation, _barrier(ratio, deviation, dates, up=up)
     barrier = spot * torch.exp(away)
-    low = torch.minimum(strike, barrier) if up else torch.maximum(strike, barrier)
-    ndtr = torch.special.ndtr
 
     def alive_at_expiry(forward: Tensor) -> Tensor:
-        d1 = torch.log(forward / low) / w + w / 2
-        asset, cash = ndtr(d1), ndtr(d1 - w)
+        """Where the price at expiry is on the right side of both."""
+        (low, high) = (strike, None) if sign > 0 else (None, strike)
         if up:
-            e1 = torch.log(forward / barrier) / w + w / 2
-            asset, cash = asset - ndtr(e1), cash - ndtr(e1 - w)
-        return forward * asset - strike * cash
+            high = barrier if high is None else torch.minimum(high, barrier)
+        else:
+            low = barrier if low is None else torch.maximum(low, barrier)
+        if low is not None and high is not None:
+            low = torch.minimum(low, high)
+        asset, cash = _above(forward, low, w), _above(forward, low, w, of_price=False)
+        asset, cash = asset - _above(forward, high, w, last=True), cash - _above(forward, high, w, False, last=True)
+        return sign * (forward * asset - strike * cash)
 
-    forward = spot * torch.exp(growth)
-    weight = torch.exp(((2 * growth / w.square() - 1) * away).clamp(max=_MOST_WEIGHT))
-    return (alive_at_expiry(forward) - weight * alive_at_expiry(forward * torch.exp(2 * away))).clamp(min=0)
+    images = alive_at_expiry(forward * torch.exp(2 * away))
+    return (alive_at_expiry(forward) - _weight(growth, w, away) * images).clamp(min=0)
+
+
+def barrier_survival(ratio: Tensor, growth: Tensor, deviation: Tensor, dates: int | None, *, up: bool) -> Tensor:
+    """About the probability that the price does not pass the barrier. Shapes: (n,) each -> (n,)."""
+    away, w = _barrier(ratio, deviation, dates, up=up), deviation
+    mean = growth - w.square() / 2
+    ndtr, way = torch.special.ndtr, 1 if up else -1
+    beyond = ndtr(way * (-away - mean) / w)
+    return (ndtr(way * (away - mean) / w) - _weight(growth, w, away) * beyond).clamp(0, 1)
+
+
+def _barrier(ratio: Tensor, deviation: Tensor, dates: int | None, *, up: bool) -> Tensor:
+    """The logarithm of the barrier over the spot, a little further out if it is looked at on dates."""
+    away = torch.log(ratio)
+    return away if dates is None else away + (1 if up else -1) * _BETWEEN_DATES * deviation / dates**0.5
+
+
+def _weight(growth: Tensor, deviation: Tensor, away: Tensor) -> Tensor:
+    """What a path's image beyond the barrier counts."""
+    return torch.exp(((2 * growth / deviation.square() - 1) * away).clamp(max=_MOST_WEIGHT))
+
+
+def _above(
+    forward: Tensor, bound: Tensor | None, deviation: Tensor, of_price: bool = True, *, last: bool = False
+) -> Tensor:
+    """The chance that a price is above a bound, weighed by the price or not; of no bound all, or for the last none."""
+    if bound is None:
+        return torch.zeros_like(forward) if last else torch.ones_like(forward)
+    d1 = torch.log(forward / bound) / deviation + deviation / 2
+    return torch.special.ndtr(d1 if of_price else d1 - deviation)

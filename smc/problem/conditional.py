@@ -1,19 +1,25 @@
-"""Prices at expiry that are log-normal, given the part of a path that some of its normals drive.
+"""Prices from what is known of a payoff before all of its path is drawn: the mean of a formula, not that of payoffs.
 
-Given the path of the variance, a price under stochastic volatility is log-normal: its expected payoff is a formula, and
-only the variance has to be simulated. The mean of that formula over paths is a price with far less noise than the mean
-of payoffs; a regression on controls, whose means are known, takes away most of what is left. Process and product each
-declare their half; where one of them does not, payoffs are averaged.
+Three parts of a path can be left to a formula, and each has far less noise than the mean of payoffs, or none:
+
+- the price's own normals. Given the path of the variance, a price under stochastic volatility is log-normal: only the
+  variance has to be simulated, and a regression on controls, whose means are known, takes away most of what is left;
+- the height of the bridge. Given all but the end of the Brownian motion that is the price's own, each price on a date
+  is a known number times a power of one log-normal number: what is paid is paid where that number lies in an interval;
+- what happens between steps. Given the prices on the steps, a barrier that is always looked at is passed between two of
+  them with a known probability.
+
+Process and product each declare their half; where one of them does not, payoffs are averaged.
 
 Sources: Romano and Touzi, "Contingent claims and market completeness in a stochastic volatility model" (1997); Willard,
 "Calculating prices and sensitivities for path-independent derivative securities in multifactor models" (1997); control
-variates, Glasserman, "Monte Carlo Methods in Financial Engineering" (2003), section 4.1.
+variates and bridges, Glasserman, "Monte Carlo Methods in Financial Engineering" (2003), sections 4.1 and 6.4.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from smc.problem.process import Process
 from smc.problem.product import Product
@@ -21,8 +27,19 @@ from smc.problem.product import Product
 if TYPE_CHECKING:
     from smc.problem.problem import Problem
 
-__all__ = ["LEAST_VARIANCE", "ConditionallyLogNormal", "PricedOnLogNormal", "is_conditional"]
+__all__ = [
+    "LEAST_VARIANCE",
+    "ConditionallyLogNormal",
+    "Estimator",
+    "ExpectedOnPath",
+    "PricedOnBridge",
+    "PricedOnLogNormal",
+    "estimator_of",
+    "is_conditional",
+]
 
+Estimator = Literal["payoff", "path", "bridge", "outer"]
+"""What is expected of a payoff: itself; given the prices on the steps, the bridge, or the outer path."""
 
 LEAST_VARIANCE = 1e-12
 """What a variance is taken to be at least, where one divides by its root."""
@@ -31,12 +48,17 @@ LEAST_VARIANCE = 1e-12
 class ConditionallyLogNormal(Process):
     """A process that also says, in scalar methods, how the outer part of a path moves and what follows from it.
 
-    Attributes of the class: `outer`, how many normals a step of the outer part takes; `finals`, how many more are drawn
-    once a path, at expiry.
+    Attributes of the class: `outer`, how many normals a step of the outer part takes, 0 where prices are log-normal as
+    they are; `finals`, how many more are drawn once a path, at expiry.
     """
 
     outer: ClassVar[int] = 1
     finals: ClassVar[int] = 0
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is so with the settings of this instance."""
+        return True
 
     @abstractmethod
     def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
@@ -59,6 +81,13 @@ class ConditionallyLogNormal(Process):
         Controls are numbers of order one, whose expected value in the model is 0, and that prices go with.
         """
 
+    def along(self, state: tuple[float, ...], left: float, k: tuple[float, ...]) -> tuple[float, float]:
+        """Mean and variance of the logarithm of the price `left` steps before expiry, given the outer path so far.
+
+        The price's own part has independent increments. A process may leave it out, where it has no such law.
+        """
+        raise NotImplementedError
+
 
 class PricedOnLogNormal(Product):
     """A product without dates that also says what it is worth on a log-normal price."""
@@ -68,24 +97,74 @@ class PricedOnLogNormal(Product):
         """The expected payoff, discounted, where the logarithm of the price at expiry is normal with these moments."""
 
 
-def is_conditional(problem: Problem) -> bool:
-    """Whether prices of a problem can be taken from the law of the price given the outer path.
+class PricedOnBridge(Product):
+    """A product on dates that also says what it is worth on a path whose bridge is known, and not its end.
+
+    On a date by which the own variance is u, of w in all, the logarithm of the price is what it is on the path, plus
+    u / w times y; y is normal with the mean -own and the variance w.
+    """
+
+    @property
+    def bridged(self) -> bool:
+        """Whether it does so with the settings of this instance."""
+        return True
+
+    @abstractmethod
+    def begin_bridge(self, k: tuple[float, ...]) -> tuple[float, ...]:
+        """What is kept of a bridge before the first date."""
+
+    @abstractmethod
+    def observe_bridge(
+        self, kept: tuple[float, ...], log_price: float, variance: float, date: float, k: tuple[float, ...]
+    ) -> tuple[float, ...]:
+        """What is kept after date number `date`, by which the own variance is `variance`, above 0."""
+
+    @abstractmethod
+    def on_bridge(
+        self, kept: tuple[float, ...], log_price: float, own: float, variance: float, k: tuple[float, ...]
+    ) -> float:
+        """The expected payoff, discounted. `log_price` is that of expiry on the path, `own` the price's own part."""
+
+
+class ExpectedOnPath(Product):
+    """A product that also says what is expected of it, given the prices on the steps and not what is between them."""
+
+    @abstractmethod
+    def expected_payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
+        """The expected payoff, discounted."""
+
+
+def estimator_of(problem: Problem) -> Estimator:
+    """The best price that there is of a path of a problem.
 
     A class that changes how a path moves or what it pays, and not the other half of it, is taken to have no such half.
     """
     process, product = problem.process, problem.product
-    return (
-        isinstance(process, ConditionallyLogNormal)
-        and isinstance(product, PricedOnLogNormal)
-        and product.dates == 0
-        and _keeps_up(type(process), "given", "step", "coefficients")
-        and _keeps_up(type(product), "on_log_normal", "payoff", "coefficients")
-    )
+    if product.continuous:
+        keeps = isinstance(product, ExpectedOnPath) and _keeps_up(product, "expected_payoff", "payoff", "between")
+        return "path" if keeps else "payoff"
+    if not (isinstance(process, ConditionallyLogNormal) and process.conditional):
+        return "payoff"
+    if not _keeps_up(process, "given", "step", "coefficients"):
+        return "payoff"
+    if isinstance(product, PricedOnLogNormal):
+        keeps = product.dates == 0 and process.outer > 0
+        return "outer" if keeps and _keeps_up(product, "on_log_normal", "payoff", "coefficients") else "payoff"
+    if isinstance(product, PricedOnBridge) and product.bridged and product.dates > 0 and process.finals == 0:
+        keeps = _keeps_up(process, "along", "given", "outer_coefficients")
+        keeps = keeps and _keeps_up(product, "on_bridge", "payoff", "observe", "coefficients")
+        return "bridge" if keeps and type(process).along is not ConditionallyLogNormal.along else "payoff"
+    return "payoff"
 
 
-def _keeps_up(kind: type, half: str, *others: str) -> bool:
+def is_conditional(problem: Problem) -> bool:
+    """Whether prices of a problem can be taken from something better than payoffs."""
+    return estimator_of(problem) != "payoff"
+
+
+def _keeps_up(part: Process | Product, half: str, *others: str) -> bool:
     """Whether no class changes the others below the one that defines the half."""
-    order = kind.__mro__
+    order = type(part).__mro__
 
     def depth(name: str) -> int:
         return next(depth for depth, holder in enumerate(order) if name in vars(holder))

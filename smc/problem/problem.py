@@ -23,7 +23,16 @@ from smc.problem.processes.heston import Heston
 from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
-from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.barrier import (
+    DownAndInCall,
+    DownAndInPut,
+    DownAndOutCall,
+    DownAndOutPut,
+    UpAndInCall,
+    UpAndInPut,
+    UpAndOutCall,
+    UpAndOutPut,
+)
 from smc.problem.products.basket import BasketCall, BasketPut
 from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
@@ -62,6 +71,11 @@ class Problem:
             for name in ("kind", "fields"):
                 if not hasattr(type(part), name):
                     raise ConfigError(f"{type(part).__name__} has no {name}: it is an attribute of the class")
+        if self.product.continuous and not self.process.continuous:
+            raise ConfigError(
+                f"{self.product.kind} looks at prices between dates, and what they do there is not known of "
+                f"{self.process.kind}: monitor on dates"
+            )
         names = self.schema.names
         for part in (self.process, self.product):
             for attribute in ("inputs", "still", "ratios"):
@@ -212,10 +226,16 @@ for _kind in (
     BasketPut,
     CashOrNothingCall,
     DigitalPut,
+    DownAndInCall,
+    DownAndInPut,
     DownAndOutCall,
+    DownAndOutPut,
     EuropeanCall,
     EuropeanPut,
     TerminalPrice,
+    UpAndInCall,
+    UpAndInPut,
     UpAndOutCall,
+    UpAndOutPut,
 ):
     register(_kind)

@@ -40,6 +40,8 @@ class Process(BaseModel, ABC):
     """Whether a path moves little when its contract does: where it may jump, derivatives as labels are noisy."""
     still: ClassVar[tuple[str, ...]] = ()
     """Fields that make a path jump when their value changes, such as an intensity: derivatives do not move them."""
+    continuous: ClassVar[bool] = False
+    """Whether prices do not jump, and `variation` says how much they move between two steps."""
     log_normal: ClassVar[bool] = False
     """Whether the logarithm of the price at expiry is normal."""
 
@@ -72,6 +74,10 @@ class Process(BaseModel, ABC):
     @abstractmethod
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> Any:
         """The price that a state means, or a tuple of as many as there are assets. Units: currency."""
+
+    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
+        """The quadratic variation of the logarithm of the price over a step, of the states at its ends; no units."""
+        raise NotImplementedError
 
     # --- for a whole table of contracts, in torch -----------------------------------------------------
 

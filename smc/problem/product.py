@@ -58,7 +58,15 @@ class Product(BaseModel, ABC):
     reflection: ClassVar[Reflection | None] = None
     """How the distribution of the other option follows from this one's, where logarithms of prices are normal."""
 
+    draws: ClassVar[int] = 0
+    """Normals that `between` takes at each step, where the product looks at prices all the time."""
+
     dates: int = 0
+
+    @property
+    def continuous(self) -> bool:
+        """Whether it looks at prices between dates: then `between` is called at each step, and `observe` never."""
+        return False
 
     @property
     def title(self) -> str:
@@ -75,6 +83,17 @@ class Product(BaseModel, ABC):
 
     def observe(self, seen: tuple[float, ...], spot: Any, date: float, k: tuple[float, ...]) -> tuple[float, ...]:
         """What is known after date number `date`, from 1 to `dates`, at which the price is `spot`."""
+        return seen
+
+    def between(
+        self, seen: tuple[float, ...], spot: Any, variation: float, normals: tuple[float, ...], share: float,
+        k: tuple[float, ...],
+    ) -> tuple[float, ...]:  # fmt: skip
+        """What is known after a step that ends at the price `spot`, when this share of the time to expiry has passed.
+
+        `variation` is the quadratic variation of the price's logarithm over the step: between its ends the logarithm
+        is taken for a Brownian bridge of that variance. `normals` are `draws` of them, nobody else's.
+        """
         return seen
 
     @abstractmethod

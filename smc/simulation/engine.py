@@ -151,7 +151,7 @@ class Simulation:
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
     def simulate_priced(self, tables: Sequence[torch.Tensor], first: torch.Tensor) -> list[Priced]:
-        """Payoffs over outer paths, and prices with far less noise than their means, as `simulate` does.
+        """Payoffs, and prices with far less noise than their means, as `simulate` does.
 
         For two tables, those of contracts and of others a little beside them, on the same random numbers.
         Shapes: one or two of (n, fields) float64 and () int64, on the device. Raises: ConfigError where the simulation
@@ -159,15 +159,15 @@ class Simulation:
         """
         if not self.conditional:
             raise ConfigError(
-                f"{self.problem.name} is simulated without a law of the price given the outer path: give "
-                "conditional=True for a problem that has one"
+                f"{self.problem.name} is simulated without a law of the price given the outer path, or something "
+                "else to expect: give conditional=True for a problem that has one"
             )
         if self.device.type == "cuda":
             threads = self.params.threads_per_block
-            outputs = linking.simulate_outer(self.problem, tables, first, threads=threads, **self._sizes)
+            outputs = linking.simulate_priced(self.problem, tables, first, threads=threads, **self._sizes)
         else:
             given = [table.numpy() for table in tables], int(first)
-            found = paths.simulate_outer(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes)
+            found = paths.simulate_priced(self.problem, *given, rows_at_once=self.rows_at_once, **self._sizes)
             outputs = [torch.from_numpy(of_table) for of_table in found]
         return [Priced(of_table[:, 0].contiguous(), regressed_prices(of_table)) for of_table in outputs]
 

@@ -21,15 +21,16 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
+from smc.problem.conditional import Estimator, estimator_of
 from smc.problem.problem import Problem
 from smc.simulation.cuda import Kernel
 from smc.simulation.normals import bridge_increments, expiry_last, sobol_points
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import KernelSizes, Sampling, Sizes, sizes_of, time_grid
 from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, PATHS_SOURCE, sobol_normals
-from smc.simulation.walk import cache_folder, keep, numba_error, path_gives
+from smc.simulation.walk import Calls, cache_folder, keep, numba_error
 
-__all__ = ["LinkedKernel", "link", "simulate", "simulate_outer", "simulate_pairs"]
+__all__ = ["LinkedKernel", "link", "simulate", "simulate_pairs", "simulate_priced"]
 
 # Normals that a GPU holds at a time where a walk needs them in memory: 1 GiB in single precision.
 _NORMALS = 1 << 28
@@ -60,6 +61,10 @@ def step_once(s, z, k):
 
 def look(a, s, date, k, q):
 {look}
+
+
+def between(a, b, s, z, share, k, q):
+{between}
 
 
 def pays(a, s, e, k, q, out):
@@ -103,11 +108,11 @@ def simulate_pairs(
     return payoffs[:, 0], beside[:, 0]
 
 
-def simulate_outer(
+def simulate_priced(
     problem: Problem, tables: Sequence[Tensor], first: Tensor, **sizes: Unpack[KernelSizes]
 ) -> list[Tensor]:  # fmt: skip
-    """As `smc.simulation.paths.simulate_outer`. Shapes: as there, on the device."""
-    return _simulated(problem, tables, first, conditional=True, **sizes)
+    """As `smc.simulation.paths.simulate_priced`. Shapes: as there, on the device."""
+    return _simulated(problem, tables, first, estimator=estimator_of(problem), **sizes)
 
 
 def _simulated(
@@ -121,9 +126,9 @@ def _simulated(
     precision: Precision,
     sampling: Sampling,
     threads: int = 256,
-    conditional: bool = False,
+    estimator: Estimator = "payoff",
 ) -> list[Tensor]:
-    of_path = sizes_of(problem, conditional=conditional)
+    of_path = sizes_of(problem, estimator)
     steps, stride = time_grid(problem, steps, sampling, of_path)
     rows_in_all, device = len(tables[0]), tables[0].device
     shape = (rows_in_all, of_path.outputs, paths)
@@ -133,7 +138,7 @@ def _simulated(
     linked: dict[str, Any] = {
         "every_step": stride == 1,
         "tables": len(tables),
-        "conditional": conditional,
+        "estimator": estimator,
         "threads": threads,
     }
     if sampling == "pseudorandom":
@@ -189,7 +194,7 @@ def link(
     *,
     every_step: bool,
     tables: int = 1,
-    conditional: bool = False,
+    estimator: Estimator = "payoff",
     threads: int = 256,
 ) -> LinkedKernel:
     """A kernel for a problem, or for pairs of its contracts, linked once in a process. Raises: ConfigError.
@@ -199,9 +204,9 @@ def link(
     """
     major, minor = torch.cuda.get_device_capability(device)
     with _one_at_a_time:
-        key = (problem, precision, name, every_step, tables, conditional, threads <= _FEW_THREADS, major, minor)
+        key = (problem, precision, name, every_step, tables, estimator, threads <= _FEW_THREADS, major, minor)
         if key not in _linked:
-            which = _Which(problem, precision, every_step, tables, conditional, _MOST_THREADS)
+            which = _Which(problem, precision, every_step, tables, estimator, _MOST_THREADS)
             kernel = LinkedKernel(_cubin(which, f"sm_{major}{minor}"), name)
             with torch.cuda.device(device):
                 in_memory = kernel.raw.local_size_bytes
@@ -216,16 +221,16 @@ class _Which(NamedTuple):
     precision: Precision
     every_step: bool
     tables: int
-    conditional: bool
+    estimator: Estimator
     threads: int
 
 
 def _cubin(which: _Which, arch: str) -> str:
     """The path of the file that has both kernels of a problem."""
-    problem, precision, _, _, conditional, _ = which
-    sizes = sizes_of(problem, conditional=conditional)
+    problem, precision, _, _, estimator, _ = which
+    sizes = sizes_of(problem, estimator)
     skeleton = _defines(which, sizes) + NORMALS_SOURCE + PATHS_SOURCE
-    wrappers, source = _wrappers(problem, sizes, precision, conditional=conditional)
+    wrappers, source = _wrappers(problem, sizes, precision, estimator)
     try:
         import numba_cuda
         from numba import cuda
@@ -259,7 +264,8 @@ def _defines(which: _Which, sizes: Sizes) -> str:
         "OUTPUTS": sizes.outputs,
         "GROUP": group,
         "BLOCKS": group * normals // per_block,
-        "DATES": int(problem.product.dates > 0),
+        "DATES": int(problem.product.dates > 0 and not problem.product.continuous),
+        "BETWEEN": int(problem.product.continuous),
         "EVERY_STEP": int(which.every_step),
         "TABLES": which.tables,
         "THREADS": which.threads,
@@ -268,9 +274,10 @@ def _defines(which: _Which, sizes: Sizes) -> str:
 
 
 def _wrappers(
-    problem: Problem, sizes: Sizes, precision: Precision, *, conditional: bool
+    problem: Problem, sizes: Sizes, precision: Precision, estimator: Estimator
 ) -> tuple[str, ScalarSource]:  # fmt: skip
-    source, call = scalar_methods(problem, conditional=conditional)
+    source, names = scalar_methods(problem, estimator)
+    call = Calls(names, sizes, estimator)
 
     def values(name: str, count: int) -> str:
         return "(" + "".join(f"{name}[{i}], " for i in range(count)) + ")"
@@ -283,26 +290,29 @@ def _wrappers(
         values(name, count)
         for name, count in (("k", sizes.process), ("q", sizes.product), ("s", sizes.state), ("a", sizes.seen))
     )
-    gives = path_gives(call, sizes, state=s, seen=a, k=k, q=q, drawn=[f"e[{i}]" for i in range(sizes.extras)])
+    z, given = [f"z[{i}]" for i in range(sizes.normals)], {"state": s, "seen": a, "k": k, "q": q}
+    gives = call.gives(**given, drawn=[f"e[{i}]" for i in range(sizes.extras)])
+    product, nothing = problem.product, "    pass"
     lines = gives.lines + [f"out[{i}] = _real({value})" for i, value in enumerate(gives.values)]
     text = _WRAPPERS.format(
         real=precision.value,
         functions=FUNCTIONS,
         fields=problem.schema.names,
-        scalar=source.text,
+        scalar="\n\n".join([source.text, *call.functions]),
         columns=", ".join(f"c[{i}]" for i in range(len(problem.schema))),
         prepare="\n".join(
             (
-                stored("k", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
-                stored("q", sizes.product, f"{call['terms']}(contract)"),
-                stored("s", sizes.state, f"{call['start']}(contract)"),
-                stored("a", sizes.seen, f"{call['begin']}({q})"),
+                stored("k", sizes.process, call.coefficients),
+                stored("q", sizes.product, call.terms),
+                stored("s", sizes.state, call.start),
+                stored("a", sizes.seen, call.begin(q)),
             )
         ),
-        step=stored("s", sizes.state, f"{call['step']}({s}, {values('z', sizes.normals)}, {k})"),
-        look=stored("a", sizes.seen, f"{call['observe']}({a}, {call['spot']}({s}, {k}), date, {q})")
-        if problem.product.dates
-        else "    pass",
+        step=stored("s", sizes.state, call.step(s, z, k)),
+        look=stored("a", sizes.seen, call.look(**given)) if product.dates and not product.continuous else nothing,
+        between=stored("a", sizes.seen, call.between(z=z, before=values("b", sizes.state), **given))
+        if product.continuous
+        else nothing,
         payoff="\n".join("    " + line for line in lines),
     )
     return text, source
@@ -326,6 +336,7 @@ def _compiled_wrappers(
         "prepare": types.void(doubles, types.int32, pointer, pointer, pointer, pointer),
         "step_once": types.void(pointer, pointer, pointer),
         "look": types.void(pointer, pointer, real, pointer, pointer),
+        "between": types.void(pointer, pointer, pointer, pointer, real, pointer, pointer),
         "pays": types.void(pointer, pointer, pointer, pointer, pointer, pointer),
     }
     fast = precision is Precision.float32

@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 
 from smc.models.numerical import Precision
+from smc.problem.conditional import Estimator, estimator_of
 from smc.problem.problem import Problem
 from smc.simulation.normals import bridge_plan, expiry_last, sobol_points
 from smc.simulation.sizes import PathSizes, Sampling, sizes_of, time_grid
 from smc.simulation.walk import compiled_walk
 
-__all__ = ["simulate", "simulate_outer", "simulate_pairs"]
+__all__ = ["simulate", "simulate_pairs", "simulate_priced"]
 
 Array = npt.NDArray[np.float64]
 
@@ -51,14 +52,14 @@ def simulate_pairs(
     return payoffs[:, 0], beside[:, 0]
 
 
-def simulate_outer(
+def simulate_priced(
     problem: Problem, tables: Sequence[Array], first: int, **sizes: Unpack[PathSizes]
 ) -> list[npt.NDArray[Any]]:
-    """What outer paths give, of a problem that is conditional: payoffs, expected payoffs, and controls.
+    """What paths of a problem that is conditional give: payoffs, expected payoffs, and controls.
 
     Shapes: one or two of (n, fields) float64 -> as many of (n, 2 + controls, paths).
     """
-    return _simulated(problem, tables, first, conditional=True, **sizes)
+    return _simulated(problem, tables, first, estimator=estimator_of(problem), **sizes)
 
 
 def _simulated(
@@ -72,11 +73,11 @@ def _simulated(
     precision: Precision,
     sampling: Sampling,
     rows_at_once: int = 1,
-    conditional: bool = False,
+    estimator: Estimator = "payoff",
 ) -> list[npt.NDArray[Any]]:
-    sizes = sizes_of(problem, conditional=conditional)
+    sizes = sizes_of(problem, estimator)
     steps, stride = time_grid(problem, steps, sampling, sizes)
-    walk = compiled_walk(problem, precision, pairs=len(tables) == 2, conditional=conditional)
+    walk = compiled_walk(problem, precision, pairs=len(tables) == 2, estimator=estimator)
     width = sizes.normals * steps + sizes.extras
     lanes_at_once = _NORMALS // (width * precision.numpy.itemsize) // 16 * 16
     lanes_at_once = max(_LEAST_LANES, min(_MOST_LANES, lanes_at_once))

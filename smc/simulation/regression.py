@@ -27,7 +27,7 @@ _THREADS = 256
 
 
 def regressed_prices(outputs: Tensor) -> Tensor:
-    """What `simulate_outer` gives, to prices. A row's price does not depend on the other rows.
+    """What `simulate_priced` gives, to prices. A row's price does not depend on the other rows.
 
     Shapes: (n, 2 + controls, paths) -> (n,) float64, on the same device. Units: those of the payoffs.
     """

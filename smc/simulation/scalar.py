@@ -17,6 +17,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from smc.errors import ConfigError
+from smc.problem.conditional import Estimator
 from smc.problem.problem import Problem
 
 __all__ = ["FUNCTIONS", "ScalarSource", "scalar_methods"]
@@ -108,19 +109,26 @@ def _lines_of(statement: ast.stmt) -> list[int]:
     return [inner[min(i, len(inner) - 1)] for i in range(count)]
 
 
-def scalar_methods(problem: Problem, *, conditional: bool = False) -> tuple[ScalarSource, dict[str, str]]:
+def scalar_methods(problem: Problem, estimator: Estimator = "payoff") -> tuple[ScalarSource, dict[str, str]]:
     """The scalar methods of a problem, and the name of each one's function; a product's coefficients are `terms`.
 
-    `conditional`: those of the outer path stand in the place of the process's own.
+    `estimator`: of "outer" and "bridge" those of the outer path stand in the place of the process's own.
     """
     process, product, source = problem.process, problem.product, ScalarSource()
-    outer = "outer_" if conditional else ""
+    outer = "outer_" if estimator in ("outer", "bridge") else ""
     narrow: dict[str, object] = {f"{outer}step": process, "begin": product, "payoff": product}
-    if conditional:
+    if estimator == "outer":
         narrow |= {"given": process, "on_log_normal": product}
+    elif estimator == "bridge":
+        narrow |= {"given": process, "along": process}
+        narrow |= {name: product for name in ("begin_bridge", "observe_bridge", "on_bridge")}
     else:
         narrow["spot"] = process
-    if product.dates:
+    if estimator == "path":
+        narrow["expected_payoff"] = product
+    if product.continuous:
+        narrow |= {"variation": process, "between": product}
+    elif product.dates:
         narrow["observe"] = product
     names = {name.removeprefix(outer): source.method(owner, name, narrow=True) for name, owner in narrow.items()}
     names |= {name: source.method(process, outer + name, narrow=False) for name in ("coefficients", "start")}
@@ -184,7 +192,8 @@ class _Rewriting(ast.NodeTransformer):
         self._local = {a.arg for a in arguments} | {
             n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
         }
-        node.body = [self.visit(statement) for statement in node.body]
+        visited = [self.visit(statement) for statement in node.body]
+        node.body = [one for part in visited for one in (part if isinstance(part, list) else [part])]
         node.name, node.decorator_list, node.returns = name, [], None
         return ast.fix_missing_locations(node)
 
@@ -354,7 +363,26 @@ class _Rewriting(ast.NodeTransformer):
         parts = [self._real(part) for part in node.comparators]
         return ast.copy_location(ast.Compare(self._real(node.left), node.ops, parts), node)  # type: ignore[arg-type]
 
+    def _decided(self, node: ast.expr) -> bool | None:
+        """What a condition on settings alone says; None of any other."""
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            inner = self._decided(node.operand)
+            return None if inner is None else not inner
+        of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self
+        value = getattr(self._owner, node.attr, None) if of_self and isinstance(node, ast.Attribute) else None
+        return value if isinstance(value, bool) else None
+
+    def visit_If(self, node: ast.If) -> Any:
+        decided = self._decided(node.test)
+        if decided is None:
+            return self.generic_visit(node)
+        taken = [self.visit(statement) for statement in (node.body if decided else node.orelse)]
+        return [one for part in taken for one in (part if isinstance(part, list) else [part])]
+
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        decided = self._decided(node.test)
+        if decided is not None:
+            return self._real(node.body if decided else node.orelse)
         body, otherwise = self._real(node.body), self._real(node.orelse)
         return ast.copy_location(ast.IfExp(self.visit(node.test), body, otherwise), node)  # type: ignore[arg-type]
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, TypedDict
 
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
-from smc.problem.conditional import ConditionallyLogNormal
+from smc.problem.conditional import ConditionallyLogNormal, Estimator, ExpectedOnPath, PricedOnBridge
 from smc.problem.problem import Problem
+from smc.problem.product import Product
 
 __all__ = ["KernelSizes", "PathSizes", "Sampling", "Sizes", "sizes_of", "time_grid"]
 
@@ -49,11 +50,17 @@ class Sizes:
     state: int
     seen: int
     normals: int
-    """Normals of a step."""
+    """Normals of a step, those of the product last."""
+    draws: int = 0
+    """How many of these the product takes between dates."""
+    outer: int = 0
+    """Numbers of the state that belong to the outer path, which three others follow where there is a bridge."""
+    kept: int = 0
+    """Numbers that are kept of a bridge, behind those that the product sees of a path."""
     extras: int = 0
     """Normals that are drawn once a path, at expiry."""
     outputs: int = 1
-    """Numbers that a path gives: its payoff; of an outer path also its expected payoff, and the controls."""
+    """Numbers that a path gives: its payoff; where something is expected of it, that, and then the controls."""
 
     @property
     def arrays(self) -> tuple[tuple[str, int], tuple[str, int]]:
@@ -62,8 +69,10 @@ class Sizes:
 
 
 @lru_cache(maxsize=1024)
-def sizes_of(problem: Problem, *, conditional: bool = False) -> Sizes:
+def sizes_of(problem: Problem, estimator: Estimator = "payoff") -> Sizes:
     """Measured by calling the methods, as Python, on the contract in the middle of the domain.
+
+    `estimator`: what is expected of a path, beside its payoff.
 
     Raises: ConfigError for a method that fails, gives no numbers, or a state of another size than it was given.
     """
@@ -80,6 +89,7 @@ def sizes_of(problem: Problem, *, conditional: bool = False) -> Sizes:
             raise ConfigError(f"{where} gives {found!r}: it must give a tuple of numbers, one at least")
         return found
 
+    conditional = estimator in ("outer", "bridge")
     outer = "outer_" if conditional else ""
     normals = process.outer if conditional and isinstance(process, ConditionallyLogNormal) else process.normals
     k = numbers(process, f"{outer}coefficients", middle, middle.T / 4)
@@ -89,7 +99,7 @@ def sizes_of(problem: Problem, *, conditional: bool = False) -> Sizes:
         name = type(process).__name__
         raise ConfigError(f"{name}.{outer}step gives {len(after)} numbers, and {outer}start {len(state)}")
     if conditional:
-        return _of_outer_path(problem, numbers, (k, after), normals, middle)
+        return _of_outer_path(problem, numbers, (k, after), normals, middle, bridge=estimator == "bridge")
     spot = process.spot(after, k)
     if process.assets > 1 and (not isinstance(spot, tuple) or len(spot) != process.assets):
         raise ConfigError(f"{type(process).__name__}.spot gives {spot!r}: it must give {process.assets} prices")
@@ -99,14 +109,32 @@ def sizes_of(problem: Problem, *, conditional: bool = False) -> Sizes:
         later = numbers(product, "observe", seen, spot, 1.0, q)
         if len(later) != len(seen):
             raise ConfigError(f"{type(product).__name__}.observe gives {len(later)} numbers, and begin {len(seen)}")
-    paid = product.payoff(seen, spot, q)
-    if isinstance(paid, tuple) or not isinstance(paid, int | float) or paid != paid:
-        raise ConfigError(f"{type(product).__name__}.payoff gives {paid!r}: it must give a number")
-    return Sizes(len(k), len(q), len(state), len(seen), normals)
+    draws = product.draws if product.continuous else 0
+    if product.continuous:
+        later = numbers(product, "between", seen, spot, process.variation(state, after, k), (0.5,) * draws, 0.25, q)
+        if len(later) != len(seen):
+            raise ConfigError(f"{type(product).__name__}.between gives {len(later)} numbers, and begin {len(seen)}")
+    _check_number(product, "payoff", product.payoff(seen, spot, q))
+    if estimator == "path":
+        assert isinstance(product, ExpectedOnPath)
+        _check_number(product, "expected_payoff", product.expected_payoff(seen, spot, q))
+    outputs = 2 if estimator == "path" else 1
+    return Sizes(len(k), len(q), len(state), len(seen), normals + draws, draws, outputs=outputs)
+
+
+def _check_number(product: Product, method: str, found: Any) -> None:
+    if isinstance(found, tuple) or not isinstance(found, int | float) or found != found:
+        raise ConfigError(f"{type(product).__name__}.{method} gives {found!r}: it must give a number")
 
 
 def _of_outer_path(
-    problem: Problem, numbers: Callable[..., tuple[float, ...]], path: Sequence[Any], normals: int, middle: Any
+    problem: Problem,
+    numbers: Callable[..., tuple[float, ...]],
+    path: Sequence[Any],
+    normals: int,
+    middle: Any,
+    *,
+    bridge: bool,
 ) -> Sizes:
     process, product = problem.process, problem.product
     assert isinstance(process, ConditionallyLogNormal)
@@ -118,7 +146,21 @@ def _of_outer_path(
         raise ConfigError(f"{name}.given gives one number: it must give mean and variance, and then controls")
     q = numbers(product, "coefficients", middle)
     seen = numbers(product, "begin", q)
-    return Sizes(len(k), len(q), len(state), len(seen), normals, process.finals + 1, len(given))
+    if not bridge:
+        sizes = Sizes(len(k), len(q), len(state), len(seen), normals, extras=process.finals + 1, outputs=len(given))
+        return sizes
+    assert isinstance(product, PricedOnBridge)
+    kept = numbers(product, "begin_bridge", q)
+    later = numbers(product, "observe_bridge", kept, 0.0, 1.0, 1.0, q)
+    if len(later) != len(kept):
+        name = type(product).__name__
+        raise ConfigError(f"{name}.observe_bridge gives {len(later)} numbers, and begin_bridge {len(kept)}")
+    _check_number(product, "on_bridge", product.on_bridge(kept, 0.0, 0.0, 1.0, q))
+    numbers(process, "along", state, 1.0, k)
+    return Sizes(
+        len(k), len(q), len(state) + 3, len(seen) + len(kept), normals + 1,
+        outer=len(state), kept=len(kept), outputs=len(given),
+    )  # fmt: skip
 
 
 def time_grid(problem: Problem, steps: int, sampling: Sampling, sizes: Sizes | None = None) -> tuple[int, int]:
@@ -127,7 +169,7 @@ def time_grid(problem: Problem, steps: int, sampling: Sampling, sizes: Sizes | N
     Raises: ConfigError for steps that miss a date, or more normals than Sobol points have coordinates.
     """
     problem.check_steps(steps)
-    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0:
+    if sampling == "sobol" and problem.process.exact and problem.product.dates == 0 and not problem.product.continuous:
         steps = 1  # a bridge's increments sum to its end point, and nothing else is read
     sizes = sizes or sizes_of(problem)
     width = sizes.normals * steps + sizes.extras

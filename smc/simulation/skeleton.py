@@ -71,6 +71,8 @@ PATHS_SOURCE = r"""
 extern "C" __device__ void prepare(const double* contract, int steps, real* s, real* a, real* k, real* q);
 extern "C" __device__ void step_once(real* s, const real* z, const real* k);
 extern "C" __device__ void look(real* a, const real* s, real date, const real* k, const real* q);
+extern "C" __device__ void between(
+    real* a, const real* before, const real* s, const real* z, real share, const real* k, const real* q);
 extern "C" __device__ void pays(const real* a, const real* s, const real* e, const real* k, const real* q, real* out);
 
 struct Path {
@@ -78,11 +80,18 @@ struct Path {
     real date;
     int until;                              // steps to the next date
     const int stride;
-    __device__ Path(const double* contract, int steps, int stride) : date(0), until(stride), stride(stride) {
+    int taken;
+    const real per_step;
+    __device__ Path(const double* contract, int steps, int stride)
+        : date(0), until(stride), stride(stride), taken(0), per_step((real)1 / steps) {
         prepare(contract, steps, s, a, k, q);
     }
     __device__ void step(const real* z) {
+        real before[STATE];
+        #pragma unroll
+        for (int i = 0; i < STATE; ++i) before[i] = s[i];
         step_once(s, z, k);
+        if (BETWEEN) between(a, before, s, z, ++taken * per_step, k, q);
         if (DATES) {
             if (EVERY_STEP || --until == 0) {
                 until = stride;

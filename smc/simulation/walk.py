@@ -23,16 +23,17 @@ import numba
 
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
+from smc.problem.conditional import LEAST_VARIANCE, Estimator
 from smc.problem.problem import Problem
 from smc.simulation import elementary, lanes
 from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
 from smc.simulation.sizes import Sizes, sizes_of
 
-__all__ = ["cache_folder", "compiled_walk", "keep", "numba_error", "path_gives", "walk_source"]
+__all__ = ["Calls", "cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
 
 _one_at_a_time = threading.Lock()
 # Compiled code stays loaded as long as the process, so that to forget it would free nothing.
-_walks: dict[tuple[Problem, Precision, bool, bool], Callable[..., None]] = {}
+_walks: dict[tuple[Problem, Precision, bool, Estimator], Callable[..., None]] = {}
 
 _TEMPLATE = """# {name}, {real}. Made by smc.simulation.walk, {version}.
 import math
@@ -76,7 +77,7 @@ def {function}({tables}, first, seed, steps, stride, lanes, points, plan, weight
             for lane in range(width):
 {start}
             for at in range(steps):
-                for lane in range(width):
+{share}                for lane in range(width):
 {step}
 {look}
             for lane in range(width):
@@ -89,17 +90,17 @@ _LOOK = """                if (at + 1) % stride == 0:
 
 
 def compiled_walk(
-    problem: Problem, precision: Precision, *, pairs: bool = False, conditional: bool = False
+    problem: Problem, precision: Precision, *, pairs: bool = False, estimator: Estimator = "payoff"
 ) -> Callable[..., None]:
     """The loop for a problem, compiled once in a process; of `pairs` of contracts it takes two tables and two outputs.
 
-    `conditional`: that over outer paths.
+    `estimator`: what is expected of a path, beside its payoff.
     Raises: ConfigError saying which line cannot be compiled.
     """
     with _one_at_a_time:
-        key = (problem, precision, pairs, conditional)
+        key = (problem, precision, pairs, estimator)
         if key not in _walks:
-            text, source = walk_source(problem, precision, conditional=conditional)
+            text, source = walk_source(problem, precision, estimator)
             walk = getattr(_loaded(text), "walk_pairs" if pairs else "walk")
             _walks[key] = _typed(walk, precision, text, source, pairs=pairs)
         return _walks[key]
@@ -108,28 +109,31 @@ def compiled_walk(
 # --- the text ---------------------------------------------------------------------------------------------
 
 
-def walk_source(problem: Problem, precision: Precision, *, conditional: bool = False) -> tuple[str, ScalarSource]:
+def walk_source(
+    problem: Problem, precision: Precision, estimator: Estimator = "payoff"
+) -> tuple[str, ScalarSource]:  # fmt: skip
     """The module's text, and where its scalar functions come from."""
-    source, call = scalar_methods(problem, conditional=conditional)
-    sizes = sizes_of(problem, conditional=conditional)
+    source, names = scalar_methods(problem, estimator)
+    sizes = sizes_of(problem, estimator)
+    call = Calls(names, sizes, estimator)
     head = _TEMPLATE.format(
         name=problem.name,
         real=precision.value,
         version=_version(),
         functions=_functions(precision),
         fields=problem.schema.names,
-        scalar=source.text,
+        scalar="\n\n".join([source.text, *call.functions]),
     )
     pairs = _walk("walk_pairs", ("", "m"), problem, precision, call, sizes)
     return head + _walk("walk", ("",), problem, precision, call, sizes) + pairs, source
 
 
 def _walk(
-    function: str, tags: tuple[str, ...], problem: Problem, precision: Precision, call: Mapping[str, str], sizes: Sizes
+    function: str, tags: tuple[str, ...], problem: Problem, precision: Precision, call: Calls, sizes: Sizes
 ) -> str:  # fmt: skip
     """The loop over contracts whose numbers have these tags, "" for the first, on the same normals."""
     product, real = problem.product, precision.value
-    z = "(" + "".join(f"z[{sizes.normals} * at + {i}, lane], " for i in range(sizes.normals)) + ")"
+    z = [f"z[{sizes.normals} * at + {i}, lane]" for i in range(sizes.normals)]
     contract, start, step, observed, payoff = [], [], [], [], []
     for tag in tags:
         k, q = _tuple(f"k{tag}", sizes.process), _tuple(f"q{tag}", sizes.product)
@@ -137,19 +141,22 @@ def _walk(
         columns = ", ".join(f"table{tag}[row, {i}]" for i in range(len(problem.schema)))
         contract += [
             f"contract = _Contract({columns})",
-            *_unpacked(f"k{tag}", sizes.process, f"{call['coefficients']}(contract, contract.T / steps)"),
-            *_unpacked(f"q{tag}", sizes.product, f"{call['terms']}(contract)"),
-            *_unpacked(f"first_s{tag}", sizes.state, f"{call['start']}(contract)"),
-            *_unpacked(f"first_a{tag}", sizes.seen, f"{call['begin']}({q})"),
+            *_unpacked(f"k{tag}", sizes.process, call.coefficients),
+            *_unpacked(f"q{tag}", sizes.product, call.terms),
+            *_unpacked(f"first_s{tag}", sizes.state, call.start),
+            *_unpacked(f"first_a{tag}", sizes.seen, call.begin(q)),
         ]
         start += [f"{n}{tag}{i}[lane] = first_{n}{tag}{i}" for n, count in sizes.arrays for i in range(count)]
-        step += _stored(f"s{tag}", sizes.state, f"{call['step']}({state}, {z}, {k})")
+        if product.continuous:
+            step.append(f"_before = {state}")
+        step += _stored(f"s{tag}", sizes.state, call.step(state, z, k))
         given = {"state": state, "seen": seen, "k": k, "q": q}
-        if product.dates:
-            spot = f"{call['spot']}({state}, {k})"
-            observed += _stored(f"a{tag}", sizes.seen, f"{call['observe']}({seen}, {spot}, date, {q})")
+        if product.continuous:
+            step += _stored(f"a{tag}", sizes.seen, call.between(z=z, before="_before", **given))
+        elif product.dates:
+            observed += _stored(f"a{tag}", sizes.seen, call.look(**given))
         drawn = [f"z[{sizes.normals} * steps + {i}, lane]" for i in range(sizes.extras)]
-        found = path_gives(call, sizes, **given, drawn=drawn)
+        found = call.gives(**given, drawn=drawn)
         payoff += found.lines + [f"out{tag}[row, {i}, begin + lane] = {value}" for i, value in enumerate(found.values)]
     return _WALK.format(
         function=function,
@@ -161,6 +168,7 @@ def _walk(
         arrays=_indented([line for tag in tags for line in _arrays(sizes, real, tag)], 1),
         contract=_indented(contract, 2),
         start=_indented(start, 4),
+        share=_indented(["share = _real(at + 1) / _real(steps)\n"], 4) if product.continuous else "",
         step=_indented(step, 5),
         look=_LOOK + _indented(observed, 6) if observed else "",
         payoff=_indented(payoff, 4),
@@ -175,22 +183,120 @@ class Given:
     values: list[str]
 
 
-def path_gives(
-    call: Mapping[str, str], sizes: Sizes, *, state: str, seen: str, k: str, q: str, drawn: Sequence[str]
-) -> Given:
-    """The payoff of a path; of an outer path one of its price at expiry, its expected payoff, and the controls.
+class Calls:
+    """Text that calls the scalar functions of a problem; and the functions, in `functions`, that join them on a bridge.
 
-    `drawn` are the normals of expiry: the first draws the price, the others belong to the process.
+    Arguments are text: tuples of a path's numbers, or a list of normals.
     """
-    if not drawn:
-        return Given([], [f"{call['payoff']}({seen}, {call['spot']}({state}, {k}), {q})"])
-    finals = "(" + "".join(f"{normal}, " for normal in drawn[1:]) + ")"
-    lines = [
-        f"_given = {call['given']}({state}, {finals}, {k})",
-        f"_spot = _exp(_given[0] + math.sqrt(_given[1]) * {drawn[0]})",
-    ]
-    payoff, expected = f"{call['payoff']}({seen}, _spot, {q})", f"{call['on_log_normal']}(_given[0], _given[1], {q})"
-    return Given(lines, [payoff, expected, *(f"_given[{i}]" for i in range(2, sizes.outputs))])
+
+    def __init__(self, names: Mapping[str, str], sizes: Sizes, estimator: Estimator) -> None:
+        self._names, self._sizes, self._estimator = names, sizes, estimator
+        self._bridge = estimator == "bridge"
+        self.functions = [_bridge_functions(names, sizes)] if self._bridge else []
+        self.coefficients = f"{names['coefficients']}(contract, contract.T / steps)"
+        self.terms = f"{names['terms']}(contract)"
+        self.start = "_bridge_start(contract, steps)" if self._bridge else f"{names['start']}(contract)"
+
+    def begin(self, q: str) -> str:
+        """What is known of a path at its beginning."""
+        return f"_bridge_begin({q})" if self._bridge else f"{self._names['begin']}({q})"
+
+    def step(self, state: str, z: Sequence[str], k: str) -> str:
+        """The state one step later."""
+        own = z[: self._sizes.normals - self._sizes.draws]
+        return f"{'_bridge_step' if self._bridge else self._names['step']}({state}, {_joined(own)}, {k})"
+
+    def look(self, state: str, seen: str, k: str, q: str) -> str:
+        """What is known of a path after a date."""
+        if self._bridge:
+            return f"_bridge_look({state}, {seen}, date, {k}, {q})"
+        return f"{self._names['observe']}({seen}, {self._names['spot']}({state}, {k}), date, {q})"
+
+    def between(self, state: str, seen: str, k: str, q: str, *, z: Sequence[str], before: str) -> str:
+        """What is known of a path after a step, of a product that looks between."""
+        spot, variation = f"{self._names['spot']}({state}, {k})", f"{self._names['variation']}({before}, {state}, {k})"
+        draws = _joined(z[self._sizes.normals - self._sizes.draws :])
+        return f"{self._names['between']}({seen}, {spot}, {variation}, {draws}, share, {q})"
+
+    def gives(self, state: str, seen: str, k: str, q: str, *, drawn: Sequence[str]) -> Given:
+        """The payoff of a path; and where something is expected of it, that, and the controls.
+
+        `drawn` are the normals of expiry of an outer path: the first draws the price, the others are the process's.
+        """
+        names, controls = self._names, [f"_given[{i}]" for i in range(2, self._sizes.outputs)]
+        if self._bridge:
+            outer, own = _part("s", 0, self._sizes.outer), f"_s[{self._sizes.outer}]"
+            seen_count = self._sizes.seen - self._sizes.kept
+            lines = [
+                f"_s, _a = {state}, {seen}",
+                f"_given = {names['given']}({outer}, (), {k})",
+                f"_log_price = _given[0] + {own}",
+            ]
+            payoff = f"{names['payoff']}({_part('a', 0, seen_count)}, _exp(_log_price), {q})"
+            kept = _part("a", seen_count, self._sizes.seen)
+            expected = f"{names['on_bridge']}({kept}, _log_price, {own}, max(_given[1], {_LEAST}), {q})"
+            return Given(lines, [payoff, expected, *controls])
+        if self._estimator == "outer":
+            finals = _joined(drawn[1:])
+            lines = [
+                f"_given = {names['given']}({state}, {finals}, {k})",
+                f"_spot = _exp(_given[0] + math.sqrt(_given[1]) * {drawn[0]})",
+            ]
+            payoff = f"{names['payoff']}({seen}, _spot, {q})"
+            return Given(lines, [payoff, f"{names['on_log_normal']}(_given[0], _given[1], {q})", *controls])
+        lines = [f"_spot = {names['spot']}({state}, {k})"]
+        values = [f"{names['payoff']}({seen}, _spot, {q})"]
+        if self._estimator == "path":
+            values.append(f"{names['expected_payoff']}({seen}, _spot, {q})")
+        return Given(lines, values)
+
+
+_LEAST = f"_real({LEAST_VARIANCE})"
+
+
+def _bridge_functions(names: Mapping[str, str], sizes: Sizes) -> str:
+    """Functions of a path whose outer part is stepped, and beside it the price's own part.
+
+    The state has three numbers more than that of the outer path: the own part, its variance, and how many steps are
+    left. What is kept of the bridge stands behind what the product sees.
+    """
+    n, m, seen = sizes.outer, sizes.normals - 1, sizes.seen - sizes.kept
+    return f"""@_njit(**_FAST)
+def _bridge_start(contract, steps):
+    _s = {names["start"]}(contract)
+    return {_part("s", 0, n)} + (0.0, 0.0, float(steps))
+
+
+@_njit(**_FAST)
+def _bridge_begin(q):
+    _a, _b = {names["begin"]}(q), {names["begin_bridge"]}(q)
+    return {_part("a", 0, seen)} + {_part("b", 0, sizes.kept)}
+
+
+@_njit(**_FAST)
+def _bridge_step(_s, _z, k):
+    _after = {names["step"]}({_part("s", 0, n)}, {_part("z", 0, m)}, k)
+    left = _s[{n + 2}] - _real(1.0)
+    _law = {names["along"]}(_after, left, k)
+    own = _s[{n}] + math.sqrt(max(_law[1] - _s[{n + 1}], _real(0.0))) * _z[{m}]
+    return {_part("after", 0, n)} + (own, _law[1], left)
+
+
+@_njit(**_FAST)
+def _bridge_look(_s, _a, date, k, q):
+    _law = {names["along"]}({_part("s", 0, n)}, _s[{n + 2}], k)
+    log_price = _law[0] + _s[{n}]
+    _seen = {names["observe"]}({_part("a", 0, seen)}, _exp(log_price), date, q)
+    _kept = {names["observe_bridge"]}({_part("a", seen, sizes.seen)}, log_price, max(_law[1], {_LEAST}), date, q)
+    return {_part("seen", 0, seen)} + {_part("kept", 0, sizes.kept)}"""
+
+
+def _part(name: str, start: int, stop: int) -> str:
+    return "(" + "".join(f"_{name}[{i}], " for i in range(start, stop)) + ")"
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "(" + "".join(f"{part}, " for part in parts) + ")"
 
 
 def _tuple(name: str, count: int, index: str = "") -> str:

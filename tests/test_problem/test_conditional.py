@@ -63,7 +63,7 @@ def test_it_is_declared_by_process_and_product_and_never_assumed() -> None:
 def test_it_is_the_plain_estimators_mean_with_less_noise(problem: Problem) -> None:
     table = table_of(problem)
     plain = paths.simulate(problem, table, 0, **sizes(paths=1 << 14))
-    (outer,) = paths.simulate_outer(problem, [table], 10**6, **sizes(paths=1 << 14))
+    (outer,) = paths.simulate_priced(problem, [table], 10**6, **sizes(paths=1 << 14))
     payoffs, given, root = outer[:, 0], outer[:, 1], 128
     rare = 1e-6 * problem.product.notionals(problem.law(torch.from_numpy(table))).numpy()  # of what no path may pay
     # Payoffs over outer paths, and what is expected given them, have the mean of payoffs over whole paths.
@@ -74,7 +74,7 @@ def test_it_is_the_plain_estimators_mean_with_less_noise(problem: Problem) -> No
     # A regressed price is where the mean is, and much nearer to itself on other paths.
     prices = np.array(
         [
-            regressed_prices(torch.from_numpy(paths.simulate_outer(problem, [table], 1000 * i, **sizes())[0])).numpy()
+            regressed_prices(torch.from_numpy(paths.simulate_priced(problem, [table], 1000 * i, **sizes())[0])).numpy()
             for i in range(16)
         ]
     )
@@ -89,7 +89,7 @@ def test_it_is_the_plain_estimators_mean_with_less_noise(problem: Problem) -> No
 @pytest.mark.parametrize("process", [Heston(), Bates()], ids=lambda p: p.kind)
 def test_controls_have_no_mean_where_steps_are_fine(process: Any) -> None:
     problem = Problem(process, EuropeanPut())
-    (outer,) = paths.simulate_outer(problem, [table_of(problem)], 0, **sizes(steps=128, paths=1 << 13))
+    (outer,) = paths.simulate_priced(problem, [table_of(problem)], 0, **sizes(steps=128, paths=1 << 13))
     controls = outer[:, 2:]
     deviations = controls.std(axis=2)
     deviations[:, 3:] = 1.0  # of the number of jumps, which may be none on all of the paths
@@ -108,7 +108,7 @@ def test_estimating_the_coefficients_on_the_same_paths_has_a_bias_that_is_nothin
         [
             regressed_prices(
                 torch.from_numpy(
-                    paths.simulate_outer(
+                    paths.simulate_priced(
                         problem, [np.tile(contract, (count, 1))], count * row, **sizes(paths=1024, steps=steps)
                     )[0]
                 )
@@ -219,7 +219,7 @@ def test_a_variance_that_hardly_varies_gives_the_price_that_it_has_without() -> 
         table = np.array([[{**contract, "xi": xi, "rho": rho}[name] for name in names]])
         for precision in Precision:
             given = sizes(steps=48, paths=paths_, precision=precision)
-            (outer,) = paths.simulate_outer(problem, [table], 0, **given)
+            (outer,) = paths.simulate_priced(problem, [table], 0, **given)
             # A trapezoidal rule of 48 steps is off by a basis point of spot.
             error = max(0.02, 4 * outer[0, 1].std() / np.sqrt(paths_))
             assert abs(float(regressed_prices(torch.from_numpy(outer))[0]) - oracle.price(table)[0]) < error
@@ -274,4 +274,4 @@ class Shrinking(Heston):
 def test_a_half_that_is_wrong_is_one_clear_error(process: ConditionallyLogNormal, message: str) -> None:
     problem = Problem(process, EuropeanPut())
     with pytest.raises(ConfigError, match=message):
-        paths.simulate_outer(problem, [table_of(problem)], 0, **sizes(paths=64))
+        paths.simulate_priced(problem, [table_of(problem)], 0, **sizes(paths=64))

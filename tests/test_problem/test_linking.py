@@ -85,9 +85,9 @@ def test_cpu_and_gpu_follow_the_same_outer_paths_to_the_same_prices(
         table = table_of(problem)
         sizes: dict[str, Any] = {"seed": 5, "paths": 3001, "steps": steps, "precision": precision, "sampling": sampling}
         moved = table * 1.001
-        here = paths.simulate_outer(problem, [table, moved], 2**33 - 2, **sizes)
+        here = paths.simulate_priced(problem, [table, moved], 2**33 - 2, **sizes)
         device = [torch.from_numpy(rows).cuda() for rows in (table, moved)]
-        there = linking.simulate_outer(problem, device, first_of(2**33 - 2), **sizes)
+        there = linking.simulate_priced(problem, device, first_of(2**33 - 2), **sizes)
         tolerance = 2e-4 if precision is Precision.float32 else 1e-9
         for ours, theirs, contracts in zip(here, there, (table, moved), strict=True):
             found = theirs.cpu().numpy()

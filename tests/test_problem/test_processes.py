@@ -505,7 +505,7 @@ def test_at_expiry_every_path_pays_what_is_certain(problem: Problem) -> None:
     found = simulated(problem, table, 32, steps=4)
     np.testing.assert_allclose(found, np.repeat(paid[:, None], 32, axis=1), atol=1e-9)
     if is_conditional(problem):
-        (outer,) = paths.simulate_outer(
+        (outer,) = paths.simulate_priced(
             problem, [table], 0, seed=1, paths=32, steps=4, precision=Precision.float64, sampling="pseudorandom"
         )
         np.testing.assert_allclose(outer[:, 0], found, atol=1e-9)

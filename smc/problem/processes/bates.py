@@ -32,7 +32,7 @@ _MOST_OF_PATH, _MANY = 32, 12.0
 # What hardly counts of a kurtosis.
 _LEAST_KURTOSIS = 1e-4
 # Where the coefficients of jumps begin: behind those of Heston's step, and of Heston's outer step.
-_STEP, _PATH = 8, 11
+_STEP, _PATH = 9, 12
 
 
 def _tails(m: float) -> tuple[float, float, float, float]:
@@ -57,6 +57,7 @@ class Bates(Heston):
     """
 
     kind: ClassVar[str] = "bates"
+    continuous: ClassVar[bool] = False
     fields: ClassVar[tuple[Field, ...]] = (
         *(replace(field, strict=False) if field.name == "xi" else field for field in Heston.fields),
         *_FIELDS,
@@ -85,7 +86,7 @@ class Bates(Heston):
         mean = 1.0 + (factor - 1.0) * (tails[0] + factor * (tails[1] + factor * (tails[2] + factor * tails[3])))
         above = tuple(quantile_of_tail(tails[i]) for i in range(_MOST_JUMPS))
         drift = heston[4] - math.log(mean)
-        return (*heston[0:4], drift, *heston[5:8], c.jump_mean, c.jump_deviation * c.jump_deviation, *above)
+        return (*heston[0:4], drift, *heston[5:9], c.jump_mean, c.jump_deviation * c.jump_deviation, *above)
 
     def factor(self, c: Any) -> float:
         """What a jump multiplies the price by on average."""
@@ -139,9 +140,9 @@ class Bates(Heston):
         count = self.count(finals[0], k)
         moved = state[0] + count * k[_PATH + 3] - k[_PATH + 5]
         variance = k[6] * state[2] + count * k[_PATH + 4]
-        ratio, integral = math.exp(moved + 0.5 * variance), k[9] * state[2]
+        ratio, integral = math.exp(moved + 0.5 * variance), k[10] * state[2]
         jumps = (count - k[_PATH]) * k[_PATH + 2]
-        return k[8] + moved, variance, ratio - 1.0, integral - 1.0, ratio * integral - k[10], jumps
+        return k[9] + moved, variance, ratio - 1.0, integral - 1.0, ratio * integral - k[11], jumps
 
     # --- what is known of prices ---------------------------------------------------------------------
 

@@ -49,6 +49,7 @@ class ConstantElasticity(Process):
     """
 
     kind: ClassVar[str] = "cev"
+    continuous: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d", "beta")
@@ -102,6 +103,10 @@ class ConstantElasticity(Process):
         half = 0.5 * psi + 0.5
         drawn = half * max(-math.log(half * upper_tail(z)), 0.0)
         return max(quadratic, 0.0) if psi < _FAR else drawn
+
+    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
+        """That of the step's beginning, where the price was."""
+        return k[1] * math.exp(k[2] * math.log(max(before[0], _ABSORBED)))
 
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""

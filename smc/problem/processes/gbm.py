@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar, Literal
 
-from smc.problem.process import Process
+from smc.problem.conditional import ConditionallyLogNormal
 from smc.problem.schema import Field
 
 __all__ = ["DIVIDEND", "RATE", "SPOT", "VOLATILITY", "GeometricBrownianMotion"]
@@ -28,13 +28,15 @@ VOLATILITY = Field(
 )
 
 
-class GeometricBrownianMotion(Process):
+class GeometricBrownianMotion(ConditionallyLogNormal):
     """Log-normal prices. `scheme`: 'log' steps ln(S / X0), which is exact; 'euler' steps S / X0 and has a bias."""
 
     kind: ClassVar[str] = "gbm"
     fields: ClassVar[tuple[Field, ...]] = (SPOT, RATE, DIVIDEND, VOLATILITY)
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d")
     log_normal: ClassVar[bool] = True
+    continuous: ClassVar[bool] = True
+    outer: ClassVar[int] = 0
 
     scheme: Literal["log", "euler"] = "log"
 
@@ -72,6 +74,42 @@ class GeometricBrownianMotion(Process):
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""
         return k[2] * (state[0] if self.euler else math.exp(state[0]))
+
+    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
+        """The same in each step."""
+        return k[1] * k[1]
+
+    # --- the logarithm of the price, all of which is its own ------------------------------------------
+
+    @property
+    def conditional(self) -> bool:
+        """Prices that are stepped by Euler are not log-normal."""
+        return not self.euler
+
+    def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
+        """Of a step: drift and variance; and the mean of the logarithm of the price at expiry."""
+        drift = c.r - c.d - 0.5 * c.v * c.v
+        return drift * dt, c.v * c.v * dt, math.log(c.X0) + drift * c.T
+
+    def outer_start(self, c: Any) -> tuple[float, ...]:
+        """How many steps have been taken."""
+        return (0.0,)
+
+    def outer_step(
+        self, state: tuple[float, ...], normals: tuple[float, ...], k: tuple[float, ...]
+    ) -> tuple[float, ...]:
+        """One more."""
+        return (state[0] + 1.0,)
+
+    def given(self, state: tuple[float, ...], finals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        """The law of the price."""
+        return k[2], k[1] * state[0]
+
+    def along(self, state: tuple[float, ...], left: float, k: tuple[float, ...]) -> tuple[float, float]:
+        """Both grow with time."""
+        return k[2] - left * k[0], k[1] * state[0]
+
+    # --- what is known of prices ---------------------------------------------------------------------
 
     def growth(self, c: Any, t: Any) -> Any:
         """At the rate less the dividend yield."""

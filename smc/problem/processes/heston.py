@@ -95,6 +95,7 @@ class Heston(ConditionallyLogNormal):
 
     kind: ClassVar[str] = "heston"
     lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
+    continuous: ClassVar[bool] = True
     volatility: ClassVar[str | None] = "v0"
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     normals: ClassVar[int] = 2
@@ -126,6 +127,7 @@ class Heston(ConditionallyLogNormal):
             slope + per_xi,  # of the variance at the end
             own,
             c.X0,
+            0.5 * dt,
         )
 
     def leverage(self, c: Any) -> tuple[float, float]:
@@ -152,6 +154,10 @@ class Heston(ConditionallyLogNormal):
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""
         return k[7] * math.exp(state[0])
+
+    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
+        """The integral of the variance, by the trapezoidal rule."""
+        return k[8] * (before[1] + after[1])
 
     # --- the price given the path of the variance ----------------------------------------------------
 
@@ -185,8 +191,12 @@ class Heston(ConditionallyLogNormal):
     def given(self, state: tuple[float, ...], finals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
         """Of the price; controls are its expected value over the forward, the variance's integral, their product."""
         variance = k[6] * state[2]
-        ratio, integral = math.exp(state[0] + 0.5 * variance), k[9] * state[2]
-        return k[8] + state[0], variance, ratio - 1.0, integral - 1.0, ratio * integral - k[10]
+        ratio, integral = math.exp(state[0] + 0.5 * variance), k[10] * state[2]
+        return k[9] + state[0], variance, ratio - 1.0, integral - 1.0, ratio * integral - k[11]
+
+    def along(self, state: tuple[float, ...], left: float, k: tuple[float, ...]) -> tuple[float, float]:
+        """As above, some steps before expiry."""
+        return k[9] - left * k[4] + state[0], k[6] * state[2]
 
     # --- what is known of prices ---------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ _LEAST_EXPIRY = 1e-9
 # The power of time by which the kernel's error is weighed.
 _WEIGHED = 0.5
 # Where the coefficients of the factors begin: two for each.
-_FACTORS = 10
+_FACTORS = 11
 # What a mean of the variance is at least; and how near to infinity the price's expected value may come in one step
 # where price and variance rise together, for which the variance's own variance is bounded.
 _LEAST_MEAN, _SHARE_OF_EXPLOSION, _LEAST_LIFT = 1e-9, 0.9, 1e-9
@@ -75,6 +75,7 @@ class LiftedRoughHeston(ConditionallyLogNormal):
     """
 
     kind: ClassVar[str] = "lifted_rough_heston"
+    continuous: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     volatility: ClassVar[str | None] = "v0"
     fields: ClassVar[Any] = Heston.fields
@@ -129,6 +130,7 @@ class LiftedRoughHeston(ConditionallyLogNormal):
             c.X0,
             2.0 * late,
             _SHARE_OF_EXPLOSION / max(lift, _LEAST_LIFT),
+            0.5 * dt,
             *tuple(math.exp(-self.speeds[i] * share) for i in range(self.factors)),
             *tuple(scale * self.weights[i] * self.averaged(self.speeds[i], share) / gain for i in range(self.factors)),
         )
@@ -167,6 +169,10 @@ class LiftedRoughHeston(ConditionallyLogNormal):
         """The price."""
         return k[7] * math.exp(state[0])
 
+    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
+        """The integral of the variance, by the trapezoidal rule."""
+        return k[10] * (before[1] + after[1])
+
     # --- the price given the path of the variance ----------------------------------------------------
 
     def outer_coefficients(self, c: Any, dt: float) -> tuple[float, ...]:
@@ -193,6 +199,11 @@ class LiftedRoughHeston(ConditionallyLogNormal):
         """Of the price; the control is its expected value over the forward."""
         variance = state[2 + self.factors]
         return k[7] + state[0] - 0.5 * variance, variance, math.exp(state[0]) - 1.0
+
+    def along(self, state: tuple[float, ...], left: float, k: tuple[float, ...]) -> tuple[float, float]:
+        """As above, some steps before expiry."""
+        variance = state[2 + self.factors]
+        return k[7] - left * k[4] + state[0] - 0.5 * variance, variance
 
     # --- what is known of prices ---------------------------------------------------------------------
 
