@@ -17,6 +17,7 @@ from jobs.search import Random, Search, draws, grid, nested, search_prefix, tria
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
 from smc.numeric_fields import WholeNumber
+from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.problem import Problem, process_of, product_of
 from smc.problem.processes.gbm import GeometricBrownianMotion
@@ -136,7 +137,7 @@ def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> di
     """Settings with what a recipe says of geometric Brownian motion fitted to the process, unless some layer says it.
 
     Time steps are as many as the process needs over the domain; a recipe's own number stays where steps have no bias.
-    Where paths may jump as a contract moves, derivatives are no labels.
+    Where paths or payoffs may jump as a contract moves, derivatives are no labels.
     Settings that are wrong are left as they are: what reads them says what is wrong.
     """
     simulation = settings.get("simulation") or {}
@@ -150,7 +151,9 @@ def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> di
             steps = simulation["sim_params"]["timesteps"]
         if not any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
             settings = overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
-        smooth = problem.process.lipschitz or not problem.product.lipschitz
+        smooth = problem.process.lipschitz and (
+            problem.product.lipschitz or (is_conditional(problem) and simulation.get("conditional", True))
+        )
         if not smooth and not any("differential" in (layer.get("training") or {}) for layer in layers):
             settings = overlaid(settings, {"training": {"differential": 0.0}})
     except (ConfigError, TypeError, AttributeError, KeyError, ValueError):

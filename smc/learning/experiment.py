@@ -40,7 +40,7 @@ class Experiment(BaseModel):
     def _fits_together(self) -> Experiment:
         self._whole_domain()
         if self.training.differential > 0:
-            check_derivatives(self.simulation.problem)
+            check_derivatives(self.simulation.problem, conditional=getattr(self.simulation, "conditional", False))
         check_template(self.commit_message_template)
         return self
 

@@ -1,7 +1,7 @@
 """Training examples: contracts of the Sobol stream, what the network sees of them, and their targets.
 
 With differential labels an example is a value and a derivative: along one random direction for each contract, of
-what the network sees and of every bin of the target, the latter as the mean over the paths of each slice of the
+what the network sees and of every bin of the target, or of the price alone where the payoff may jump; the latter as the mean over the paths of each slice of the
 payoff's derivative along the path.
 
 Source: Huge and Savine, "Differential machine learning" (2020); pathwise derivatives, Glasserman, "Monte Carlo
@@ -23,6 +23,7 @@ from torch import Tensor
 from smc.errors import ConfigError
 from smc.learning.scale import View
 from smc.models.numerical import Precision
+from smc.problem.conditional import is_conditional
 from smc.problem.contracts import BoundSpec
 from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
@@ -96,7 +97,12 @@ class ExampleSource:
         if differential:
             if isinstance(engine, BlackScholes) and not engine.config.simulate_log_return:
                 raise ConfigError("differential labels need simulate_log_return=True")
-            check_derivatives(engine.problem)
+            check_derivatives(engine.problem, conditional=isinstance(engine, Simulation) and engine.conditional)
+
+    @property
+    def bins_with_slopes(self) -> int | None:
+        """Of how many bins there are derivatives: of all if None, of the price alone where a payoff may jump."""
+        return None if self.engine.problem.product.lipschitz else 1
 
     def contracts(self, start: int, count: int) -> Contracts:
         """Contracts start ... start + count - 1 of the Sobol stream."""
@@ -167,10 +173,13 @@ class ExampleSource:
         return torch.where(beyond, -direction, direction)
 
 
-def check_derivatives(problem: Problem) -> None:
-    """Raises: ConfigError where derivatives cannot be labels."""
+def check_derivatives(problem: Problem, *, conditional: bool) -> None:
+    """Raises: ConfigError where derivatives cannot be labels.
+
+    Of a payoff that may jump the price has a derivative, if it is `conditional`, an expected payoff of each path.
+    """
     product = problem.product
-    if not product.lipschitz:
+    if not product.lipschitz and not (conditional and is_conditional(problem)):
         raise ConfigError(
             f"differential labels need a payoff that moves little when a price does, and that of {product.kind} may "
             "jump: train with differential=0"
@@ -206,9 +215,12 @@ class _PathLabels:
             slopes = moved.sub_(payoffs).div_(_STEP)
             return payoff_spectrum_and_slope(payoffs, slopes, scale, d_scale, size)
         here, there = self._engine.simulate_priced(tables, first)
+        moved_price = (there.prices - here.prices) / _STEP * scale + here.prices * d_scale
+        if not self._engine.problem.product.lipschitz:  # what is derived of other bins is not looked at
+            spectrum = _with_price(payoff_spectrum(here.payoffs, scale.contiguous(), size), here.prices * scale)
+            return spectrum, _with_price(torch.zeros_like(spectrum), moved_price)
         slopes = there.payoffs.sub_(here.payoffs).div_(_STEP)
         spectrum, slope = payoff_spectrum_and_slope(here.payoffs, slopes, scale, d_scale, size)
-        moved_price = (there.prices - here.prices) / _STEP * scale + here.prices * d_scale
         return _with_price(spectrum, here.prices * scale), _with_price(slope, moved_price)
 
 

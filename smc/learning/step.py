@@ -168,7 +168,8 @@ class TrainingStep:
             return self._mean_square(error, batch.weights)
         output, slope = torch.func.jvp(self._output, (values,), (batch.inputs[:, 1],))  # type: ignore[misc]
         error = self._gain * output - self._target_gain * (batch.targets[:, 0] - self._target_mean)
-        d_error = self._gain * slope - self._target_gain * batch.targets[:, 1]
+        of = self._source.bins_with_slopes
+        d_error = (self._gain * slope - self._target_gain * batch.targets[:, 1])[:, :of]
         d_weights = self._differential * batch.weights
         return self._mean_square(error, batch.weights) + self._mean_square(d_error, d_weights)
 

@@ -58,11 +58,7 @@ class Law:
     @property
     def covariances(self) -> Tensor:
         """Covariances of the logarithms of the prices at expiry. Shapes: -> (n, assets, assets)."""
-        known = self.process.covariances(self.c, self.c.T)
-        if known is not None:
-            covariances: Tensor = known
-            return covariances
-        return torch.diag_embed(self.deviation.square()[:, None].expand(-1, self.process.assets))
+        return self.covariances_at(self.c.T)
 
     @property
     def growth(self) -> Tensor:
@@ -96,6 +92,14 @@ class Law:
         share = by_row.T.new_tensor(range(1, dates + 1)) / dates
         times = by_row.T * share
         return self.spot[:, None] * self._growth(by_row, times).exp(), self._deviation(by_row, times).square()
+
+    def covariances_at(self, t: Tensor) -> Tensor:
+        """Covariances of the logarithms of the prices after t years. Shapes: (n,) -> (n, assets, assets)."""
+        known = self.process.covariances(self.c, t)
+        if known is not None:
+            covariances: Tensor = known
+            return covariances
+        return torch.diag_embed(self._deviation(self.c, t).square()[:, None].expand(-1, self.process.assets))
 
     def paths(self, dates: int) -> Tensor:
         """Expected prices of each asset on equally spaced dates. Shapes: -> (n, dates, assets)."""

@@ -13,7 +13,7 @@ FAR = 100.0
 
 
 def chance_within(mean: float, deviation: float, low: float, high: float) -> float:
-    """The probability that a normal number of these moments, deviation > 0, lies between the bounds; 0 if they cross."""
+    """The probability that a normal number, deviation > 0, lies between the bounds; 0 if they cross."""
     return max(upper_tail((low - mean) / deviation) - upper_tail((high - mean) / deviation), 0.0)
 
 

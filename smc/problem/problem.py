@@ -17,12 +17,14 @@ from smc.problem.law import Law
 from smc.problem.process import Process
 from smc.problem.processes.bates import Bates
 from smc.problem.processes.cev import ConstantElasticity
-from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM, SeveralAssets
+from smc.problem.processes.correlated_gbm import CorrelatedGBM, OneFactorGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
 from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
+from smc.problem.products.asset_or_nothing import AssetOrNothingCall, AssetOrNothingPut
+from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.barrier import (
     DownAndInCall,
     DownAndInPut,
@@ -34,10 +36,25 @@ from smc.problem.products.barrier import (
     UpAndOutPut,
 )
 from smc.problem.products.basket import BasketCall, BasketPut
-from smc.problem.products.cash_or_nothing import CashOrNothingCall
+from smc.problem.products.cash_or_nothing import CashOrNothingCall, CashOrNothingPut
+from smc.problem.products.cliquet import Cliquet
 from smc.problem.products.digital import DigitalPut
+from smc.problem.products.double_barrier import DoubleKnockOutCall, DoubleKnockOutPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.problem.products.extremes import BestOfCall, BestOfPut, WorstOfCall, WorstOfPut
+from smc.problem.products.floating_asian import (
+    ArithmeticAsianFloatingCall,
+    ArithmeticAsianFloatingPut,
+    GeometricAsianFloatingCall,
+    GeometricAsianFloatingPut,
+)
+from smc.problem.products.forward_start import ForwardStartCall, ForwardStartPut
+from smc.problem.products.geometric_asian import GeometricAsianCall, GeometricAsianPut
+from smc.problem.products.lookback import FloatingLookbackCall, FloatingLookbackPut, LookbackCall, LookbackPut
+from smc.problem.products.spread import SpreadCall, SpreadPut
+from smc.problem.products.straddle import Straddle
 from smc.problem.products.terminal import TerminalPrice
+from smc.problem.products.worst_of_autocallable import WorstOfAutocallable
 from smc.problem.schema import EXPIRY, Schema
 
 if TYPE_CHECKING:
@@ -184,8 +201,7 @@ def product_of(settings: Mapping[str, Any]) -> Product:
 def known_fields() -> tuple[str, ...]:
     """The names of the fields of every process and product that is known."""
     kinds: list[type[Process] | type[Product]] = [*_PROCESSES.values(), *_PRODUCTS.values()]
-    # Of a kind whose fields follow from how many assets it has, those of as many as there may be.
-    fields = (kind.largest().fields if issubclass(kind, SeveralAssets) else kind.fields for kind in kinds)
+    fields = ((kind.largest() or kind).fields for kind in kinds)
     return tuple(dict.fromkeys([*(field.name for some in fields for field in some), EXPIRY.name]))
 
 
@@ -222,20 +238,47 @@ for _kind in (
     LiftedRoughHeston,
     ArithmeticAsianCall,
     ArithmeticAsianPut,
+    ArithmeticAsianFloatingCall,
+    ArithmeticAsianFloatingPut,
+    GeometricAsianCall,
+    GeometricAsianPut,
+    GeometricAsianFloatingCall,
+    GeometricAsianFloatingPut,
+    AssetOrNothingCall,
+    AssetOrNothingPut,
+    Autocallable,
     BasketCall,
     BasketPut,
+    BestOfCall,
+    BestOfPut,
     CashOrNothingCall,
+    CashOrNothingPut,
+    Cliquet,
     DigitalPut,
+    DoubleKnockOutCall,
+    DoubleKnockOutPut,
     DownAndInCall,
     DownAndInPut,
     DownAndOutCall,
     DownAndOutPut,
     EuropeanCall,
     EuropeanPut,
+    FloatingLookbackCall,
+    FloatingLookbackPut,
+    ForwardStartCall,
+    ForwardStartPut,
+    LookbackCall,
+    LookbackPut,
+    SpreadCall,
+    SpreadPut,
+    Straddle,
     TerminalPrice,
     UpAndInCall,
     UpAndInPut,
     UpAndOutCall,
     UpAndOutPut,
+    WorstOfAutocallable,
+    WorstOfCall,
+    WorstOfPut,
 ):
     register(_kind)

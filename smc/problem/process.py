@@ -45,6 +45,11 @@ class Process(BaseModel, ABC):
     log_normal: ClassVar[bool] = False
     """Whether the logarithm of the price at expiry is normal."""
 
+    @classmethod
+    def largest(cls) -> Process | None:
+        """The one whose fields have the names of all others, of a kind whose fields a setting decides; else None."""
+        return None
+
     @property
     def title(self) -> str:
         """Its kind, as people write it."""

@@ -68,6 +68,11 @@ class Product(BaseModel, ABC):
         """Whether it looks at prices between dates: then `between` is called at each step, and `observe` never."""
         return False
 
+    @classmethod
+    def largest(cls) -> Product | None:
+        """The one whose fields have the names of all others, of a kind whose fields a setting decides; else None."""
+        return None
+
     @property
     def title(self) -> str:
         """Its kind, as people write it."""

@@ -121,7 +121,7 @@ def scalar_methods(problem: Problem, estimator: Estimator = "payoff") -> tuple[S
         narrow |= {"given": process, "on_log_normal": product}
     elif estimator == "bridge":
         narrow |= {"given": process, "along": process}
-        narrow |= {name: product for name in ("begin_bridge", "observe_bridge", "on_bridge")}
+        narrow |= dict.fromkeys(("begin_bridge", "observe_bridge", "on_bridge"), product)
     else:
         narrow["spot"] = process
     if estimator == "path":

@@ -147,8 +147,7 @@ def _of_outer_path(
     q = numbers(product, "coefficients", middle)
     seen = numbers(product, "begin", q)
     if not bridge:
-        sizes = Sizes(len(k), len(q), len(state), len(seen), normals, extras=process.finals + 1, outputs=len(given))
-        return sizes
+        return Sizes(len(k), len(q), len(state), len(seen), normals, extras=process.finals + 1, outputs=len(given))
     assert isinstance(product, PricedOnBridge)
     kept = numbers(product, "begin_bridge", q)
     later = numbers(product, "observe_bridge", kept, 0.0, 1.0, 1.0, q)

@@ -1,17 +1,21 @@
-"""Payoffs under geometric Brownian motion that are known to a dozen digits: digitals, discrete barriers, averages.
+"""Payoffs under geometric Brownian motion that are known to a dozen digits, in closed form or by recursion.
 
-Nothing here is shared with the engine. Digitals have a closed form. Barriers and averages that are looked at on dates
-are recursions from date to date, each an integral against a Gaussian: the first and the last step are in closed form,
-those between by Gauss-Legendre quadrature on panels of a step's own width, which is exact to rounding for what is
-smooth on that scale. A contract takes milliseconds with 50 dates and seconds with 365.
+Nothing here is shared with the engine. What is looked at on dates is a recursion from date to date, each an integral
+against a Gaussian: the first and the last step are in closed form, those between by Gauss-Legendre quadrature on panels
+of a step's own width, which is exact to rounding for what is smooth on that scale. A contract takes milliseconds with
+50 dates and seconds with 365.
 
 Sources: barriers, Broadie and Yamamoto, "A double-exponential fast Gauss transform algorithm for pricing discrete
-path-dependent options" (2005); averages, Carverhill and Clewlow, "Flexible convolution" (1990), Benhamou (2002).
+path-dependent options" (2005); averages, Carverhill and Clewlow, "Flexible convolution" (1990), Benhamou (2002), those
+that are a strike, Henderson and Wojakowski, "On the equivalence of floating- and fixed-strike Asian options" (2002);
+the highest of prices on dates, Lindley, "The theory of queues with a single server" (1952), as Spitzer's identity.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +23,28 @@ from scipy.special import ndtr
 
 from smc.errors import ConfigError
 from smc.problem.contracts import ContractsLike, contract_array
+from smc.problem.oracles import closed_forms
+from smc.problem.oracles.closed_forms import black
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
-from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
-from smc.problem.products.cash_or_nothing import CashOrNothingCall
-from smc.problem.products.digital import DigitalPut
+from smc.problem.products.autocallable import Autocallable
+from smc.problem.products.barrier import BARRIERS
+from smc.problem.products.double_barrier import DoubleKnockOutCall, DoubleKnockOutPut
+from smc.problem.products.floating_asian import ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut
+from smc.problem.products.lookback import LOOKBACKS
+from smc.problem.product import Product
 
-__all__ = ["price", "two_valued_levels", "two_valued_tail"]
+__all__ = ["RECURSIONS", "price", "two_valued_levels", "two_valued_tail"]
 
 Array = npt.NDArray[np.float64]
 
 # Nodes in a panel, whose width is that of so many standard deviations of a step; and how far out panels reach.
 _NODES, _WIDTH, _REACH = 10, 2.0, 9.0
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(_NODES)
+# Dates by which the integral of the price is approximated, each twice as many; what is left falls as their fourth,
+# eighth ... power.
+_ROMBERG = (8, 16, 32, 64, 128)
 
 
 def price(problem: Problem, contracts: ContractsLike) -> Array:
@@ -42,25 +54,12 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
     """
     if isinstance(problem.process, GeometricBrownianMotion):
         table, product = contract_array(contracts, problem.schema), problem.product
-        if type(product) is DigitalPut:
-            return _digital_put(table)
-        if type(product) is CashOrNothingCall:
-            discount = np.exp(-table[:, 3] * table[:, 2])
-            return np.asarray(product.cash * (discount - _digital_put(table)))
-        if type(product) in (ArithmeticAsianPut, ArithmeticAsianCall):
-            return np.array(
-                [
-                    _average(*map(float, row), dates=product.dates, call=type(product) is ArithmeticAsianCall)
-                    for row in table
-                ]
-            )
-        if type(product) in (UpAndOutCall, DownAndOutCall):
-            return np.array(
-                [
-                    _barrier_call(*map(float, row), dates=product.dates, up=type(product) is UpAndOutCall)
-                    for row in table
-                ]
-            )
+        if (known := closed_forms.price(problem, table)) is not None:
+            return known
+        recursion = next((of for kind, of in RECURSIONS if type(product) is kind), None)
+        if recursion is not None:
+            rows = (problem.schema.row(*row) for row in table.tolist())
+            return np.array([math.exp(-c.r * c.T) * recursion(product, c) for c in rows])
     raise ConfigError(f"there is no formula here for {problem.name}")
 
 
@@ -78,13 +77,7 @@ def two_valued_tail(prices: Array, most: Array, u: float) -> Array:
     return np.asarray(np.minimum(prices / (1 - u), most))
 
 
-def _digital_put(table: Array) -> Array:
-    X0, K, T, r, d, v = table.T
-    w = v * np.sqrt(T)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = (np.log(K / X0) - (r - d - v * v / 2) * T) / w
-    certain = np.where(X0 * np.exp((r - d) * T) < K, np.inf, -np.inf)
-    return np.asarray(np.exp(-r * T) * ndtr(np.where(w > 0, distance, certain)))
+# --- quadrature -------------------------------------------------------------------------------------------
 
 
 def _panels(low: float, high: float, deviation: float) -> tuple[Array, Array]:
@@ -100,58 +93,139 @@ def _density(z: Array, deviation: float) -> Array:
     return np.exp(-0.5 * np.square(z / deviation)) / (deviation * math.sqrt(2 * math.pi))
 
 
-def _barrier_call(
-    X0: float, K: float, H: float, T: float, r: float, d: float, v: float, *, dates: int, up: bool
-) -> float:  # fmt: skip
-    if T <= 0 or v <= 0:
-        path = X0 * np.exp((r - d) * T * np.arange(1, dates + 1) / dates)
-        alive = bool(((path < H * X0) if up else (path > H * X0)).all())
-        return math.exp(-r * T) * max(path[-1] - K, 0.0) * alive
-    dt, barrier = T / dates, math.log(H)  # of ln(S / X0)
-    s, drift = v * math.sqrt(dt), (r - d - 0.5 * v * v) * dt
+def _step_of(c: Any, dates: int) -> tuple[float, float]:
+    """Drift and deviation of the logarithm of the price from date to date."""
+    dt = c.T / dates
+    return (c.r - c.d - 0.5 * c.v * c.v) * dt, c.v * math.sqrt(dt)
+
+
+def _certain(product: Product, c: Any) -> float | None:
+    """What a price that is certain pays, not discounted; None of one that is not."""
+    if c.T > 0 and c.v > 0:
+        return None
+    q = product.coefficients(c)
+    seen, price = product.begin(q), c.X0
+    for date in range(1, product.dates + 1):
+        price = c.X0 * math.exp((c.r - c.d) * c.T * date / product.dates)
+        seen = product.observe(seen, price, float(date), q)
+    return product.payoff(seen, price, q) * math.exp(c.r * c.T)
+
+
+# --- barriers ---------------------------------------------------------------------------------------------
+
+
+def _within(x: Array, drift: float, s: float, low: float, high: float) -> tuple[Array, Array]:
+    """Expected exp(y) and the chance of y in a corridor, y being x one step later. Shapes: (m,) -> two of (m,)."""
+    low, high = min(low, high), high
+    a, b = (low - x - drift) / s, (high - x - drift) / s
+    return np.exp(x + drift + s * s / 2) * (ndtr(b - s) - ndtr(a - s)), ndtr(b) - ndtr(a)
+
+
+def _in_corridor(product: Any, c: Any, low: float, high: float, payoff: str, rebate: float) -> float:
+    """What is paid where the price stays in a corridor on all dates, and a rebate on the date on which it does not.
+
+    Of payoffs, 'option' or 'one'. Not discounted, but rebates are worth more for coming earlier.
+    """
+    drift, s = _step_of(c, product.dates)
+    grown = math.exp(c.r * c.T / product.dates)
+    sign, at = (1.0 if product.option == "call" else -1.0), math.log(c.K / c.X0)
 
     def last(x: Array) -> Array:
-        """The call's value one step before expiry, undiscounted: a call spread of asset and cash digitals."""
-        low, high = math.log(K / X0), np.inf
-        low, high = (low, barrier) if up else (max(low, barrier), high)
-        if low >= high:
-            return np.zeros_like(x)
-        a, b = (low - x - drift) / s, (high - x - drift) / s
-        cash = ndtr(-a) - ndtr(-b)
-        asset = ndtr(s - a) - ndtr(s - b)
-        return np.asarray(X0 * np.exp(x + drift + s * s / 2) * asset - K * cash)
+        """One step before expiry."""
+        chance = _within(x, drift, s, low, high)[1]
+        if payoff == "one":
+            return chance
+        bottom, top = (max(low, at), high) if sign > 0 else (low, min(high, at))
+        value = rebate * (1 - chance)
+        if bottom < top:
+            asset, cash = _within(x, drift, s, bottom, top)
+            value = value + sign * (c.X0 * asset - c.K * cash)
+        return np.asarray(value)
 
-    if dates == 1:
-        return float(math.exp(-r * T) * last(np.zeros(1))[0])
-    reach = _REACH * v * math.sqrt(T) + abs(drift) * dates
-    nodes, weights = _panels(-reach, barrier, s) if up else _panels(barrier, reach, s)
+    if product.dates == 1:
+        return float(last(np.zeros(1))[0])
+    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * product.dates
+    nodes, weights = _panels(max(low, -reach), min(high, reach), s)
     step = _density(nodes[None, :] - nodes[:, None] - drift, s) * weights
-    value = last(nodes)
-    for _ in range(dates - 2):
-        value = step @ value
+    leaves = 1 - _within(nodes, drift, s, low, high)[1]
+    value, worth = last(nodes), rebate
+    for _ in range(product.dates - 2):
+        worth *= grown
+        value = step @ value + worth * leaves
     first = _density(nodes - drift, s) * weights
-    return float(math.exp(-r * T) * (first @ value))
+    leaving = 1 - _within(np.zeros(1), drift, s, low, high)[1]
+    return float(first @ value + worth * grown * leaving[0])
 
 
-def _average(X0: float, K: float, T: float, r: float, d: float, v: float, *, dates: int, call: bool) -> float:
-    """The sum of the prices is S_1 (1 + e^R_2 (1 + e^R_3 (...))); its brackets have densities, the innermost first."""
-    sign, discount = (1.0 if call else -1.0), math.exp(-r * T)
-    if T <= 0 or v <= 0:
-        mean = float(np.mean(X0 * np.exp((r - d) * T * np.arange(1, dates + 1) / dates)))
-        return discount * max(sign * (mean - K), 0.0)
-    dt = T / dates
-    s, drift = v * math.sqrt(dt), (r - d - 0.5 * v * v) * dt
+def _barrier(product: Any, c: Any) -> float:
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    low, high = (-math.inf, math.log(c.H)) if product.up else (math.log(c.H), math.inf)
+    if product.out:
+        return _in_corridor(product, c, low, high, "option", product.rebate)
+    sign = 1.0 if product.option == "call" else -1.0
+    whole = float(black(c.X0 * math.exp((c.r - c.d) * c.T), c.K, c.v * math.sqrt(c.T), sign))
+    value = max(whole - _in_corridor(product, c, low, high, "option", 0.0), 0.0)
+    if product.rebate:
+        value += product.rebate * _in_corridor(product, c, low, high, "one", 0.0)
+    return value
+
+
+def _double_barrier(product: Any, c: Any) -> float:
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    return _in_corridor(product, c, math.log(c.L), math.log(c.H), "option", 0.0)
+
+
+# --- averages ---------------------------------------------------------------------------------------------
+
+
+def _asian(product: Any, c: Any) -> float:
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    if product.over == "time":
+        return _romberg(lambda dates: _time_average(product.sign, c, dates))
+    sign = product.sign
+    return _average(c.X0, c.K - product.first * c.X0, c, product.dates, product.each, 1.0, sign)
+
+
+def _time_average(sign: float, c: Any, dates: int) -> float:
+    """By the trapezoidal rule."""
+    return _average(c.X0, c.K - 0.5 * c.X0 / dates, c, dates, 1.0 / dates, 0.5, sign)
+
+
+def _romberg(of: Callable[[int], float]) -> float:
+    """The limit for many dates of what has an error in even powers of their distance."""
+    row = [of(dates) for dates in _ROMBERG]
+    power = 4.0
+    while len(row) > 1:
+        row = [fine + (fine - coarse) / (power - 1) for coarse, fine in zip(row, row[1:], strict=False)]
+        power *= 4
+    return row[0]
+
+
+def _average(X0: float, K: float, c: Any, dates: int, each: float, last: float, sign: float) -> float:
+    """An option on the weighted sum of the prices, `each` for a date, and `last` times that for the last one.
+
+    The sum of the prices is S_1 (1 + e^R_2 (1 + e^R_3 (...))); its brackets have densities, the innermost first.
+    """
+    drift, s = _step_of(c, dates)
+    if K <= 0:
+        times = (c.r - c.d) * c.T * np.arange(1, dates + 1) / dates
+        weights = np.append(np.ones(dates - 1), last)
+        return (X0 * each * float(weights @ np.exp(times)) - K) if sign > 0 else 0.0
 
     def payoff(y: Array) -> Array:
-        """Given what the first price is multiplied by, e^y / dates, the option is Black's."""
-        forward = X0 / dates * np.exp(y + drift + s * s / 2)
-        d1 = np.log(forward / K) / s + s / 2
-        return np.asarray(sign * (forward * ndtr(sign * d1) - K * ndtr(sign * (d1 - s))))
+        """Given what the first price is multiplied by, e^y each, the option is Black's."""
+        return black(X0 * each * np.exp(y + drift + s * s / 2), K, np.full_like(y, s), sign)
 
     if dates == 1:
-        return float(discount * payoff(np.zeros(1))[0])
+        return float(payoff(np.full(1, math.log(last)))[0])
     # L_k = R_k + ln(1 + e^L_(k+1)), from the last date to the second.
-    mean, deviation = drift, s
+    mean, deviation = drift + math.log(last), s
     nodes, weights = _panels(mean - _REACH * deviation, mean + _REACH * deviation, s)
     density = _density(nodes - mean, s)
     for _ in range(dates - 2):
@@ -161,4 +235,113 @@ def _average(X0: float, K: float, T: float, r: float, d: float, v: float, *, dat
         later, later_weights = _panels(mean - _REACH * deviation, mean + (_REACH + 2) * deviation, s)
         density = _density(later[:, None] - shifted[None, :] - drift, s) @ (weights * density)
         nodes, weights = later, later_weights
-    return float(discount * ((weights * density) @ payoff(np.logaddexp(0.0, nodes))))
+    return float((weights * density) @ payoff(np.logaddexp(0.0, nodes)))
+
+
+def _floating_asian(product: Any, c: Any) -> float:
+    """With the last price as the unit of account, prices over it are those of a path backwards, r and d exchanged."""
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    back, sign = c._replace(r=c.d, d=c.r, X0=1.0), -product.sign
+    forward = c.X0 * math.exp((c.r - c.d) * c.T)
+    if product.over == "time":
+        return forward * _romberg(lambda dates: _time_average(sign, back._replace(K=1.0), dates))
+    n, each = product.dates, product.each
+    # Backwards the last date comes first, at a ratio of 1, and today's price, if it counts, comes last.
+    left = n if product.with_today else n - 1
+    if left == 0:
+        return max(-sign * (1 - each), 0.0) * forward
+    return forward * _average(1.0, 1.0 - each, back._replace(T=c.T * left / n), left, each, 1.0, sign)
+
+
+# --- extremes ---------------------------------------------------------------------------------------------
+
+
+def _lookback(product: Any, c: Any) -> float:
+    """The highest of n sums of steps has the law of a queue: W_(i+1) = max(0, W_i + step). The lowest is a mirror."""
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    way, (drift, s) = product.way, _step_of(c, product.dates)
+    drift, extreme, forward = way * drift, c.M * c.X0, c.X0 * math.exp((c.r - c.d) * c.T)
+    level = extreme
+    if not product.floating:
+        level = max(extreme, c.K) if product.highest else min(extreme, c.K)
+
+    def beyond(x: Array) -> Array:
+        """How far the extreme will be beyond the level, one step before expiry."""
+        mean = c.X0 * np.exp(way * (x + drift) + s * s / 2)
+        return black(mean, level, np.full_like(x, s), way)
+
+    atom, nodes, weights = 1.0, np.zeros(0), np.zeros(0)
+    density = np.zeros(0)
+    if product.dates > 1:
+        reach = _REACH * s * math.sqrt(product.dates) + abs(drift) * product.dates
+        nodes, weights = _panels(0.0, reach, s)
+        atom, density = float(ndtr(-drift / s)), _density(nodes - drift, s)
+        step = _density(nodes[:, None] - nodes[None, :] - drift, s) * weights
+        ends = ndtr(-(nodes + drift) / s) * weights
+        for _ in range(product.dates - 2):
+            atom, density = (
+                atom * float(ndtr(-drift / s)) + float(ends @ density),
+                atom * _density(nodes - drift, s) + step @ density,
+            )
+    expected = atom * float(beyond(np.zeros(1))[0]) + float((weights * density) @ beyond(nodes))
+    if product.floating:
+        return float(way * (extreme - forward) + expected)
+    return float(max(way * (extreme - c.K), 0.0) + expected)
+
+
+# --- autocallable notes -----------------------------------------------------------------------------------
+
+
+def _autocallable(product: Any, c: Any) -> float:
+    """What a note is worth after each date is linear in the coupons that it has not paid.
+
+    Values are carried back on two intervals, below the level of coupons and from there to that of redemption, on each
+    of which they are smooth.
+    """
+    certain = _certain(product, c)
+    if certain is not None:
+        return certain
+    n, (drift, s) = product.dates, _step_of(c, product.dates)
+    call, coupon_at, low = (math.log(level * c.K / c.X0) for level in (c.call_level, c.coupon_level, c.protection))
+    coupon, discount = c.coupon, math.exp(-c.r * c.T / n)
+    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * n
+    middle = min(coupon_at, call)
+    parts = [_panels(min(-reach, middle - s), middle, s)]
+    if coupon_at < call:
+        parts.append(_panels(middle, call, s))
+    nodes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+    unpaid_there = nodes < middle
+
+    def carried(x: Array, value: Array | None, unpaid: Array | None) -> tuple[Array, Array]:
+        """The value at x one date before, and what each coupon adds that has not been paid."""
+        paid = coupon * ndtr((x + drift - coupon_at) / s)
+        now, missed = paid + ndtr((x + drift - call) / s), paid.copy()
+        if value is None or unpaid is None:  # expiry
+            asset, chance = _within(x, drift, s, -math.inf, min(low, call))
+            alive = ndtr((call - x - drift) / s)
+            now = now + alive - chance + asset * c.X0 / c.K
+        else:
+            step = _density(nodes[None, :] - x[:, None] - drift, s) * weights
+            now = now + step @ (value + np.where(unpaid_there, unpaid, 0.0))
+            missed = missed + step @ np.where(unpaid_there, unpaid, 0.0)
+        return discount * now, discount * missed if product.memory else 0 * missed
+
+    value, unpaid = None, None
+    for _ in range(n - 1):
+        value, unpaid = carried(nodes, value, unpaid)
+    return float(product.nominal * carried(np.zeros(1), value, unpaid)[0][0] * math.exp(c.r * c.T))
+
+
+RECURSIONS: tuple[tuple[type, Callable[[Any, Any], float]], ...] = (
+    *((kind, _barrier) for kind in BARRIERS),
+    *((kind, _double_barrier) for kind in (DoubleKnockOutCall, DoubleKnockOutPut)),
+    *((kind, _asian) for kind in (ArithmeticAsianPut, ArithmeticAsianCall)),
+    *((kind, _floating_asian) for kind in (ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut)),
+    *((kind, _lookback) for kind in LOOKBACKS),
+    (Autocallable, _autocallable),
+)
+"""Expected payoffs, not discounted, of products and one contract each."""

@@ -19,11 +19,12 @@ from smc.problem.anchors import barrier_option, barrier_survival
 from smc.problem.conditional import LEAST_VARIANCE, ExpectedOnPath, PricedOnBridge
 from smc.problem.law import Law
 from smc.problem.log_normal import FAR, chance_within, option_within
-from smc.problem.product import Bounds, Product
+from smc.problem.product import Bounds
 from smc.problem.products.european import STRIKE
 from smc.problem.schema import Field
 
 __all__ = [
+    "BARRIERS",
     "BarrierOption",
     "DownAndInCall",
     "DownAndInPut",
@@ -271,3 +272,9 @@ class DownAndInPut(DownAndOutPut):
 
     kind: ClassVar[str] = "down_and_in_put"
     out: ClassVar[bool] = False
+
+
+BARRIERS = (
+    UpAndOutCall, UpAndOutPut, DownAndOutCall, DownAndOutPut, UpAndInCall, UpAndInPut, DownAndInCall, DownAndInPut
+)  # fmt: skip
+"""All eight."""

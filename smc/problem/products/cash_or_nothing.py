@@ -16,7 +16,7 @@ from smc.problem.normal import lower_tail
 from smc.problem.product import Bounds
 from smc.problem.products.digital import DigitalPut
 
-__all__ = ["CashOrNothingCall"]
+__all__ = ["CashOrNothingCall", "CashOrNothingPut"]
 
 
 class CashOrNothingCall(DigitalPut):
@@ -52,3 +52,23 @@ class CashOrNothingCall(DigitalPut):
     def notionals(self, law: Law) -> Tensor:
         """The amount."""
         return 0 * law.spot + self.cash
+
+
+class CashOrNothingPut(CashOrNothingCall):
+    """Pays `cash` if S_T < K."""
+
+    kind: ClassVar[str] = "cash_or_nothing_put"
+    option: ClassVar[Literal["put", "call"] | None] = "put"
+
+    def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
+        """The discounted payoff."""
+        return self.cash * k[1] if spot < k[0] else 0.0
+
+    def on_log_normal(self, mean: float, variance: float, k: tuple[float, ...]) -> float:
+        """The probability that it pays, times the amount, discounted."""
+        deviation = math.sqrt(max(variance, LEAST_VARIANCE))
+        return self.cash * k[1] * lower_tail((math.log(k[0]) - mean) / deviation)
+
+    def anchor(self, law: Law) -> Tensor:
+        """A rounded step."""
+        return 1 - super().anchor(law)
