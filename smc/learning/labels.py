@@ -1,8 +1,8 @@
 """Training examples: contracts of the Sobol stream, what the network sees of them, and their targets.
 
 With differential labels an example is a value and a derivative: along one random direction for each contract, of
-what the network sees and of every bin of the target, or of the price alone where the payoff may jump; the latter as the mean over the paths of each slice of the
-payoff's derivative along the path.
+what the network sees and of every bin of the target, the latter as the mean over the paths of each slice of the
+payoff's derivative along the path. Where a payoff may jump the price alone has a derivative, if it is an expected one.
 
 Source: Huge and Savine, "Differential machine learning" (2020); pathwise derivatives, Glasserman, "Monte Carlo
 Methods in Financial Engineering" (2003), section 7.2. A slice's bounds move with the contract, but so that it keeps

@@ -19,8 +19,9 @@ class TrainingConfig(BaseModel):
 
     `fresh_per_batch`: how many contracts of a batch are newly simulated; the rest come from the replay
     buffer. None means all of them on a GPU, and an eighth (at least 4) on a CPU.
-    `differential`: weight in the loss of the derivatives' error, 0 for none. Derivatives of every bin, or of
-    the price alone where the payoff may jump, along one random direction for each contract, help where labels are noisy and for Greeks; a step costs about three.
+    `differential`: weight in the loss of the derivatives' error, 0 for none. Derivatives of every bin, or of the price
+    alone where the payoff may jump, along one random direction for each contract, help where labels are noisy and for
+    Greeks; a step costs about three.
     `optimizer`: SOAP by default (`smc.learning.soap`), or Adam, three times cheaper a step and ten times less accurate
     after it.
     `schedule`: 'cosine' warms up over the first `warmup` steps and decays to zero at the last one.

@@ -295,8 +295,7 @@ def double_barrier_option(
     total = torch.zeros_like(spot)
     for count in (-2, -1, 0, 1, 2):
         shift = 2 * count * width
-        # exp(drift (y0' - y0)) is what a reflected start counts.
-        total = total + torch.exp((drift * -shift).clamp(max=_MOST_WEIGHT)) * part(shift)
+        total = total + torch.exp((drift * shift).clamp(max=_MOST_WEIGHT)) * part(shift)
         image = 2 * above - shift
         total = total - torch.exp((drift * image).clamp(max=_MOST_WEIGHT)) * part(image)
     return total.clamp(min=0)

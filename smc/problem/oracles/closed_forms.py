@@ -14,6 +14,7 @@ import numpy.typing as npt
 from scipy.special import ndtr
 
 from smc.problem.problem import Problem
+from smc.problem.product import Product
 from smc.problem.products.asset_or_nothing import AssetOrNothingCall, AssetOrNothingPut
 from smc.problem.products.barrier import BARRIERS, BarrierOption
 from smc.problem.products.cash_or_nothing import CashOrNothingCall, CashOrNothingPut
@@ -25,7 +26,7 @@ from smc.problem.products.geometric_asian import GeometricAsianCall, GeometricAs
 from smc.problem.products.lookback import LOOKBACKS, LookbackOption
 from smc.problem.products.straddle import Straddle
 
-__all__ = ["FORMULAS", "black", "price"]
+__all__ = ["FORMULAS", "black", "has_formula", "price"]
 
 Array = npt.NDArray[np.float64]
 
@@ -38,12 +39,20 @@ _LEAST_RATE = 1e-7
 def price(problem: Problem, table: Array) -> Array | None:
     """Present values; None of a product that has no formula. Shapes: (n, fields) -> (n,). Units: currency."""
     product = problem.product
-    formula = next((of for kind, of in FORMULAS if type(product) is kind), None)
-    if formula is None or (isinstance(product, BarrierOption | LookbackOption | DoubleKnockOutCall) and not product.continuous):
+    if not has_formula(product):
         return None
+    formula = next(of for kind, of in FORMULAS if type(product) is kind)
     c = problem.schema.row(*table.T)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         return np.asarray(np.exp(-c.r * c.T) * formula(product, c) + 0.0)
+
+
+def has_formula(product: Product) -> bool:
+    """Whether there is a closed form; of what may be looked at on dates, only where it is looked at all the time."""
+    known = any(type(product) is kind for kind, _ in FORMULAS)
+    return known and (
+        product.continuous or not isinstance(product, BarrierOption | LookbackOption | DoubleKnockOutCall)
+    )
 
 
 def black(forward: Any, strike: Any, deviation: Any, sign: float) -> Array:
@@ -212,8 +221,7 @@ def _corridor(product: Any, c: Any) -> Array:
     for count in range(-_IMAGES, _IMAGES + 1):
         for shift, counts in ((2 * count * width, 1.0), (2 * high - 2 * count * width, -1.0)):
             asset, cash = _within(mean + shift, w, bottom, top)
-            drift = -shift if counts > 0 else shift
-            weight = np.exp(mean / w**2 * drift)
+            weight = np.exp(mean / w**2 * shift)
             total = total + np.where(weight > 0, counts * weight * sign * (c.X0 * asset - c.K * cash), 0.0)
     return np.maximum(total, 0.0)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,13 @@ from smc.problem.oracles import closed_forms
 from smc.problem.oracles.closed_forms import black
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
+from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.barrier import BARRIERS
 from smc.problem.products.double_barrier import DoubleKnockOutCall, DoubleKnockOutPut
 from smc.problem.products.floating_asian import ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut
 from smc.problem.products.lookback import LOOKBACKS
-from smc.problem.product import Product
 
 __all__ = ["RECURSIONS", "price", "two_valued_levels", "two_valued_tail"]
 
@@ -187,14 +188,14 @@ def _asian(product: Any, c: Any) -> float:
     if certain is not None:
         return certain
     if product.over == "time":
-        return _romberg(lambda dates: _time_average(product.sign, c, dates))
+        return _romberg(lambda dates: _time_average(product.sign, c, c.K, dates))
     sign = product.sign
     return _average(c.X0, c.K - product.first * c.X0, c, product.dates, product.each, 1.0, sign)
 
 
-def _time_average(sign: float, c: Any, dates: int) -> float:
+def _time_average(sign: float, c: Any, strike: float, dates: int) -> float:
     """By the trapezoidal rule."""
-    return _average(c.X0, c.K - 0.5 * c.X0 / dates, c, dates, 1.0 / dates, 0.5, sign)
+    return _average(c.X0, strike - 0.5 * c.X0 / dates, c, dates, 1.0 / dates, 0.5, sign)
 
 
 def _romberg(of: Callable[[int], float]) -> float:
@@ -202,7 +203,7 @@ def _romberg(of: Callable[[int], float]) -> float:
     row = [of(dates) for dates in _ROMBERG]
     power = 4.0
     while len(row) > 1:
-        row = [fine + (fine - coarse) / (power - 1) for coarse, fine in zip(row, row[1:], strict=False)]
+        row = [fine + (fine - coarse) / (power - 1) for coarse, fine in pairwise(row)]
         power *= 4
     return row[0]
 
@@ -246,7 +247,7 @@ def _floating_asian(product: Any, c: Any) -> float:
     back, sign = c._replace(r=c.d, d=c.r, X0=1.0), -product.sign
     forward = c.X0 * math.exp((c.r - c.d) * c.T)
     if product.over == "time":
-        return forward * _romberg(lambda dates: _time_average(sign, back._replace(K=1.0), dates))
+        return forward * _romberg(lambda dates: _time_average(sign, back, 1.0, dates))
     n, each = product.dates, product.each
     # Backwards the last date comes first, at a ratio of 1, and today's price, if it counts, comes last.
     left = n if product.with_today else n - 1

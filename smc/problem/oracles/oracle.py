@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smc.problem.oracles import basket, black_scholes, cev, heston, log_normal
+from smc.problem.oracles import basket, black_scholes, cev, closed_forms, heston, log_normal, rainbow
 from smc.problem.oracles.black_scholes import Greeks, OptionKind
 from smc.problem.problem import Problem
 from smc.problem.process import Process
@@ -21,12 +21,14 @@ from smc.problem.processes.correlated_gbm import SeveralAssets
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
 from smc.problem.product import Product
-from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
-from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
+from smc.problem.products.asset_or_nothing import AssetOrNothingCall, AssetOrNothingPut
 from smc.problem.products.basket import BasketCall, BasketPut
-from smc.problem.products.cash_or_nothing import CashOrNothingCall
+from smc.problem.products.cash_or_nothing import CashOrNothingCall, CashOrNothingPut
 from smc.problem.products.digital import DigitalPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.problem.products.extremes import BestOfCall, BestOfPut, WorstOfCall, WorstOfPut
+from smc.problem.products.spread import SpreadCall, SpreadPut
+from smc.problem.products.straddle import Straddle
 
 __all__ = ["Oracle", "greeks_by_differences", "oracle_of"]
 
@@ -61,8 +63,11 @@ def oracle_of(problem: Problem) -> Oracle | None:
     for processes, products, make in _ORACLES:
         if type(problem.process) in processes and type(problem.product) in products:
             return make(problem)
-    if isinstance(problem.process, SeveralAssets) and type(problem.product) in (BasketPut, BasketCall):
-        return _of_basket(problem)
+    if isinstance(problem.process, SeveralAssets):
+        if type(problem.product) in (BasketPut, BasketCall):
+            return _of_basket(problem)
+        if type(problem.product) in _OF_TWO and problem.process.assets == 2:
+            return _of_two(problem)
     return None
 
 
@@ -111,14 +116,18 @@ def _chi_square(problem: Problem) -> Oracle:
     return Oracle("closed form", (own,), price, greeks, implied_volatility=_implied(problem))
 
 
-def _recursion(problem: Problem) -> Oracle:
+def _log_normal(problem: Problem) -> Oracle:
+    """A formula or a recursion under geometric Brownian motion."""
     price = partial(log_normal.price, problem)
     greeks = partial(greeks_by_differences, problem, price)
-    return Oracle("recursion from date to date", (problem.product.option,), price, greeks, dear=True)
+    dear = not closed_forms.has_formula(problem.product)
+    about = "recursion from date to date" if dear else "closed form"
+    return Oracle(about, (problem.product.option,), price, greeks, dear=dear)
 
 
 def _two_valued(problem: Problem) -> Oracle:
-    product, price = problem.product, partial(log_normal.price, problem)
+    by_price = _log_normal(problem) if isinstance(problem.process, GeometricBrownianMotion) else _of_terminal(problem)
+    product, price = problem.product, by_price.price
     amount = product.cash if isinstance(product, CashOrNothingCall) else 1.0
 
     def most(table: Array) -> Array:
@@ -131,8 +140,43 @@ def _two_valued(problem: Problem) -> Oracle:
     def tail(table: Array, u: float, of: Any) -> Array:
         return log_normal.two_valued_tail(price(table), most(table), u)
 
+    return Oracle(by_price.about, (product.option,), price, by_price.greeks, levels, tail)
+
+
+def _of_terminal(problem: Problem) -> Oracle:
+    """Straddles and digitals from prices and deltas of European options.
+
+    Prices scale with the spot: a call is X0 delta less K times the probability of exercise.
+    """
+    product, option = problem.product, problem.product.option or "call"
+
+    def price(table: Array) -> Array:
+        c = problem.schema.row(*table.T)
+        if isinstance(product, Straddle):
+            return heston.price(c, "call") + heston.price(c, "put")
+        asset = np.abs(c.X0 * heston.delta(c, option))
+        if isinstance(product, AssetOrNothingCall):
+            return asset
+        amount = product.cash if isinstance(product, CashOrNothingCall) else 1.0
+        less = asset - heston.price(c, option) if option == "call" else asset + heston.price(c, option)
+        return np.asarray(amount * np.maximum(less / c.K, 0.0))
+
     greeks = partial(greeks_by_differences, problem, price)
-    return Oracle("closed form", (product.option,), price, greeks, levels, tail)
+    return Oracle("Fourier inversion", (product.option,), price, greeks, dear=True)
+
+
+def _of_two(problem: Problem) -> Oracle:
+    product, own = problem.product, _option(problem)
+
+    def price(table: Array) -> Array:
+        law = problem.law(torch.from_numpy(table))
+        given = law.forwards.numpy(), law.covariances.numpy(), law.c.K.numpy()
+        sign = 1.0 if own == "call" else -1.0
+        if isinstance(product, BestOfCall):
+            return np.asarray(law.discount.numpy() * rainbow.best_or_worst(*given, best=product.best, sign=sign))
+        return np.asarray(law.discount.numpy() * rainbow.spread(*given, sign=sign))
+
+    return Oracle("closed form" if isinstance(product, BestOfCall) else "quadrature", (own,), price)
 
 
 def _of_basket(problem: Problem) -> Oracle:
@@ -150,13 +194,17 @@ def _of_basket(problem: Problem) -> Oracle:
 
 
 _EUROPEAN: tuple[type[Product], ...] = (EuropeanPut, EuropeanCall)
-_ON_DATES: tuple[type[Product], ...] = (ArithmeticAsianPut, ArithmeticAsianCall, UpAndOutCall, DownAndOutCall)
+_CASH: tuple[type[Product], ...] = (DigitalPut, CashOrNothingCall, CashOrNothingPut)
+_AT_EXPIRY: tuple[type[Product], ...] = (Straddle, AssetOrNothingCall, AssetOrNothingPut)
+_OF_TWO: tuple[type[Product], ...] = (SpreadCall, SpreadPut, BestOfCall, BestOfPut, WorstOfCall, WorstOfPut)
 
 _ORACLES: tuple[tuple[tuple[type[Process], ...], tuple[type[Product], ...], Callable[[Problem], Oracle]], ...] = (
     ((GeometricBrownianMotion,), _EUROPEAN, _black_scholes),
-    ((GeometricBrownianMotion,), (DigitalPut, CashOrNothingCall), _two_valued),
-    ((GeometricBrownianMotion,), _ON_DATES, _recursion),
+    ((GeometricBrownianMotion, Heston, Bates), _CASH, _two_valued),
+    ((GeometricBrownianMotion,), tuple(kind for kind, _ in closed_forms.FORMULAS), _log_normal),
+    ((GeometricBrownianMotion,), tuple(kind for kind, _ in log_normal.RECURSIONS), _log_normal),
     ((Heston, Bates), _EUROPEAN, _fourier),
+    ((Heston, Bates), _AT_EXPIRY, _of_terminal),
     ((ConstantElasticity,), _EUROPEAN, _chi_square),
 )
 
