@@ -2,14 +2,15 @@
 
 .venv/bin/python -m benchmarks.learning [--seconds 60] [--seeds 1] [--process heston] [--kinds KIND ...] [--json FILE]
 
-Batches are counted as in `benchmarks.accuracy`. Payoffs that jump have no derivatives as labels. Beside the errors
-stands what must hold: no NaN, no bound broken, levels in order.
+Batches are counted as in `benchmarks.accuracy`. Beside the errors stands what must hold: no NaN, no bound broken, levels
+in order.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ import torch
 from benchmarks.accuracy import trained
 from benchmarks.reporting import Report, run
 from jobs.recipes import overlaid
+from jobs.train import setting
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import Measure, evaluate
-from smc.problem.problem import product_of
 from smc.problem.sobol_sampler import SobolSampler
 
 KINDS = (
@@ -33,8 +34,9 @@ def measure(report: Report, options: argparse.Namespace) -> None:
     """Train each kind and print what came of it."""
     torch.set_num_threads(options.threads)
     for kind in options.kinds:
-        training = {} if product_of({"kind": kind}).lipschitz else {"training": {"differential": 0.0}}
-        given = overlaid({"simulation": {"process": {"kind": options.process}, "product": {"kind": kind}}}, training)
+        given: dict[str, Any] = {"simulation": {"process": {"kind": options.process}, "product": {"kind": kind}}}
+        for text in options.set:
+            given = overlaid(given, setting(text))
         for seed in range(options.seeds):
             pricer, batches, took = trained(given, options.seconds, seed, options.recipe)
             schema = pricer.problem.schema
@@ -88,5 +90,6 @@ if __name__ == "__main__":
         ("--recipe", {"default": "default"}),
         ("--process", {"default": "gbm"}),
         ("--kinds", {"nargs": "+", "default": list(KINDS)}),
+        ("--set", {"action": "append", "default": [], "metavar": "KEY=VALUE", "help": "laid over the recipe"}),
         ("--threads", {"type": int, "default": 2}),
     )

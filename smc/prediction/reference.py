@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 
 from smc.models.numerical import Precision
-from smc.problem.conditional import ConditionallyLogNormal, is_conditional
+from smc.problem.conditional import estimator_of
 from smc.problem.oracles.oracle import Oracle, oracle_of
 from smc.problem.problem import Problem
 from smc.simulation.config import SimulationParams
 from smc.simulation.engine import Simulation
 from smc.simulation.levels import quantile_levels
+from smc.simulation.sizes import sizes_of
 
 __all__ = ["Known", "Reference", "reference_of"]
 
@@ -109,22 +110,19 @@ class Reference:
 
     def _steps(self) -> int:
         dates = self.problem.product.dates
-        if self.problem.process.exact:
+        if self.problem.process.exact and not self.problem.product.continuous:
             return max(1, dates)
         return dates * -(-_STEPS // dates) if dates else _STEPS
 
     def _paths(self, contracts: int) -> int:
-        process = self.problem.process
-        normals = process.normals
-        if isinstance(process, ConditionallyLogNormal) and is_conditional(self.problem):
-            normals = process.outer
+        normals = sizes_of(self.problem, estimator_of(self.problem)).normals
         most = self._path_steps // (contracts * self._steps() * normals)
         return max(_LEAST_PATHS, min(_MOST_PATHS, 1 << (most.bit_length() - 1)))
 
     def _samples(self, contracts: Array, paths: int, size: int) -> Array:
         """Levels by independent samples, or prices where one is wanted. Shapes: (n, fields) -> (n, samples, size).
 
-        Of a problem that is conditional, paths are outer paths, and prices have a fraction of the noise.
+        Of a problem that is conditional, prices are expected payoffs, which have a fraction of the noise.
         """
         params = SimulationParams(
             timesteps=self._steps(),

@@ -249,7 +249,7 @@ def test_the_number_of_jumps_is_poissons_to_the_last_that_is_told_apart() -> Non
     for intensity in (0.0, 0.02, 1.0, 20.0):
         contract = one(problem, **{**JUMPS, "intensity": intensity, "K": 100.0})[0]
         k = process.coefficients(problem.schema.row(*contract), 0.05)
-        above = norm.sf(np.array(k[10:14]))
+        above = norm.sf(np.array(k[11:15]))
         np.testing.assert_allclose(above, poisson.sf(np.arange(4), intensity * 0.05), atol=1e-14)
     outer = process.outer_coefficients(problem.schema.row(*one(problem, **{**JUMPS, "K": 1.0})[0]), 0.05)
     chances = poisson.cdf(np.arange(4), 0.3)
