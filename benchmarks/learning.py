@@ -2,8 +2,8 @@
 
 .venv/bin/python -m benchmarks.learning [--seconds 60] [--seeds 1] [--process heston] [--kinds KIND ...] [--json FILE]
 
-Batches are counted as in `benchmarks.accuracy`. Beside the errors stands what must hold: no NaN, no bound broken, levels
-in order.
+Batches are counted as in `benchmarks.accuracy`. Beside the errors stands what must hold: no NaN, no bound broken,
+levels in order.
 """
 
 from __future__ import annotations

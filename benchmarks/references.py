@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from benchmarks.reporting import Report, run
+from smc.learning.exercise import with_policy
 from smc.models.numerical import Precision
+from smc.prediction.duality import upper_bound
 from smc.problem.oracles import heston as heston_oracle
 from smc.problem.oracles.oracle import oracle_of
-from smc.problem.problem import Problem
+from smc.problem.problem import Problem, product_of
 from smc.problem.process import Process
 from smc.problem.processes.bates import Bates
 from smc.problem.processes.cev import ConstantElasticity
@@ -32,9 +34,13 @@ from smc.problem.processes.heston import Heston
 from smc.problem.processes.rough_heston import LiftedRoughHeston
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
-from smc.problem.products.barrier import DownAndOutCall
+from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.basket import BasketCall, BasketPut
+from smc.problem.products.bermudan import BermudanMaxCall, BermudanOption, BermudanPut
 from smc.problem.products.european import EuropeanCall, EuropeanPut
+from smc.problem.products.extremes import BestOfCall
+from smc.problem.products.geometric_asian import GeometricAsianCall, GeometricAsianPut
+from smc.problem.products.spread import SpreadCall, SpreadPut
 from smc.problem.products.terminal import TerminalPrice
 from smc.simulation.config import SimulationParams
 from smc.simulation.engine import Simulation
@@ -46,6 +52,15 @@ SHARE = 1e-3
 GREEKS = {"delta": "delta", "dprice_dv0": "vega"}
 PATHS = {"cpu": 10_000_000, "cuda": 1_000_000_000}
 AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+
+
+# Dates on which something is looked at that is looked at all the time, or averaged over time.
+ALWAYS = 512
+# A policy of exercise is learned for contracts whose numbers are within this share of the row's; of a number that is 0,
+# up to so much.
+AROUND, AROUND_NOTHING = 0.15, 0.05
+# Paths of an upper bound, and inner paths of each.
+DUAL = 4096, 512
 
 
 class NotComputed(Exception):
@@ -88,6 +103,15 @@ class Params:
             return otherwise
         (value,) = self._numbers(name, 1)
         return value
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def count(self, name: str) -> int:
+        """How many numbers a parameter gives."""
+        text = self._left[name]
+        times, _, _ = text.rpartition("x")
+        return int(times) if times else text.count(",") + 1
 
     def each(self, name: str, count: int) -> list[float]:
         """One number for each asset: all of them, `4x100`, or one for all."""
@@ -167,12 +191,16 @@ def of_cev(params: Params) -> Given:
 
 
 def of_several(params: Params) -> Given:
-    """Equal correlations, as partial ones: rho / (1 + m rho), given m assets."""
-    count = int(params.number("assets"))
+    """Equal correlations, as partial ones: rho / (1 + m rho), given m assets. S, or S1, S2, ...; and the like."""
+    count = int(params.number("assets", 0)) or (params.count("S") if params.has("S") else 2)
     process, rho = CorrelatedGBM(n_assets=count), params.number("rho")
     contract = {"r": params.number("r"), "T": params.number("T")}
     for names, theirs in ((process.spots, "S"), (process.dividends, "q"), (process.volatilities, "sigma")):
-        contract |= dict(zip(names, params.each(theirs, count), strict=True))
+        if params.has(theirs):
+            values = params.each(theirs, count)
+        else:
+            values = [params.number(f"{theirs}{i}") for i in range(1, count + 1)]
+        contract |= dict(zip(names, values, strict=True))
     given = [rho / (1 + m * rho) for i in range(count) for m in range(i)]
     return process, contract | dict(zip(process.rhos, given, strict=True))
 
@@ -199,18 +227,84 @@ def terminal(kind: str, params: Params, contract: dict[str, float]) -> Product:
 
 
 def asian(kind: str, params: Params, contract: dict[str, float]) -> Product:
-    contract["K"], dates = params.number("K"), int(params.number("fixings"))
-    each = contract["T"] / dates
-    if abs(params.number("first", each) - each) > 1e-9:
-        raise NotComputed("an average whose first date is today: dates here are equally spaced and end at expiry")
-    return ArithmeticAsianCall(dates=dates) if "_call" in kind else ArithmeticAsianPut(dates=dates)
+    contract["K"], call = params.number("K"), "_call" in kind
+    if "_geom" in kind:
+        average = GeometricAsianCall if call else GeometricAsianPut
+    else:
+        average = ArithmeticAsianCall if call else ArithmeticAsianPut
+    if "_cont_" in kind:
+        return average(over="time", dates=ALWAYS)
+    dates, each = int(params.number("fixings")), contract["T"] / params.number("fixings")
+    first = params.number("first", each)
+    if first == 0:
+        return average(over="today and dates", dates=dates - 1)
+    if abs(first - each) > 1e-9:
+        raise NotComputed("an average whose dates are not equally spaced")
+    return average(dates=dates)
 
 
-def down_and_out(kind: str, params: Params, contract: dict[str, float]) -> Product:
+def barrier(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    """Kinds like barrier_up_out_call_cont."""
+    _, way, what, option, watched = kind.split("_")
     contract |= {"K": params.number("K"), "H": params.number("H") / contract["X0"]}
-    if params.number("rebate", 0.0):
-        raise NotComputed("a rebate is not paid yet")
-    return DownAndOutCall(dates=int(params.number("monitorings")))
+    settings: dict[str, Any] = {"kind": f"{way}_and_{what}_{option}", "rebate": params.number("rebate", 0.0)}
+    return product_of(settings | watching(watched, params))
+
+
+def double_barrier(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract |= {
+        "K": params.number("K"),
+        "L": params.number("L") / contract["X0"],
+        "H": params.number("U") / contract["X0"],
+    }
+    option, watched = kind.split("_")[-2:]
+    return product_of({"kind": f"double_knock_out_{option}"} | watching(watched, params))
+
+
+def lookback(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    """Kinds like lookback_float_call_cont."""
+    _, strike, option, watched = kind.split("_")
+    highest = (strike == "fixed") == (option == "call")
+    contract["M"] = params.number("max" if highest else "min") / contract["X0"]
+    if strike == "fixed":
+        contract["K"] = params.number("K")
+    name = f"{'' if strike == 'fixed' else 'floating_'}lookback_{option}"
+    return product_of({"kind": name} | watching(watched, params))
+
+
+def watching(watched: str, params: Params) -> dict[str, Any]:
+    if watched == "cont":
+        return {"monitoring": "continuous", "dates": ALWAYS}
+    return {"dates": int(params.number("monitorings"))}
+
+
+def spread(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"] = params.number("K")
+    return SpreadCall() if kind.endswith("call") else SpreadPut()
+
+
+def of_the_best(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"] = params.number("K")
+    return BestOfCall(n_assets=sum(name.startswith("X") for name in contract))
+
+
+def bermudan(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    contract["K"], dates = params.number("K"), int(params.number("exercises"))
+    if "_max_call" in kind:
+        return BermudanMaxCall(dates=dates, n_assets=sum(name.startswith("X") for name in contract))
+    return BermudanPut(dates=dates)
+
+
+def note(kind: str, params: Params, contract: dict[str, float]) -> Product:
+    """Coupons that are paid with the call, for all dates so far: `coupon=8*k memory` on a nominal of 100."""
+    nominal, (coupon, memory) = params.number("notional"), params.text("coupon").split("*k ")
+    spot, terms = contract["X0"], params.text("redemption")
+    level, low = params.number("call_level") / spot, params.number("knock_in_at_T")
+    if memory != "memory" or terms != f"{nominal:g} if S_T>={low:g} else S_T" or nominal != spot:
+        raise NotComputed("a note on other terms")
+    contract |= {"K": spot, "call_level": level, "coupon_level": level}
+    contract |= {"protection": low / spot, "coupon": float(coupon) / nominal}
+    return Autocallable(dates=int(contract["T"]), nominal=nominal) if params.text("obs") else Autocallable()
 
 
 def average_basket(kind: str, params: Params, contract: dict[str, float]) -> Product:
@@ -220,28 +314,38 @@ def average_basket(kind: str, params: Params, contract: dict[str, float]) -> Pro
 
 
 PRODUCTS: Mapping[str, Callable[[str, Params, dict[str, float]], Product]] = {
-    "european_call": european, "european_put": european, "terminal_spot": terminal,
-    "asian_arith_disc_call": asian, "asian_arith_disc_put": asian,
-    "asian_arith_fixed_call": asian, "asian_arith_fixed_put": asian,
-    "barrier_down_out_call_disc": down_and_out,
-    "basket_call_average": average_basket, "basket_put_average": average_basket,
+    "european_call": european, "european_put": european, "terminal_spot": terminal, "asian_": asian,
+    "barrier_": barrier, "double_barrier_": double_barrier, "lookback_": lookback, "autocallable": note,
+    "basket_": average_basket, "spread_": spread, "max_call_": of_the_best, "bermudan_": bermudan,
 }  # fmt: skip
+"""By what a product's name begins with."""
 # How often an average is taken, which its dates say too.
-OFTEN = ("_monthly", "_weekly", "_daily")
+OFTEN = ("_monthly", "_weekly", "_daily", "_annual", "_50_per_year")
 
 
 def row_of(line: Mapping[str, str]) -> Row:
     kind = line["product"]
     for often in OFTEN:
         kind = kind.removesuffix(often)
-    for what, name, known in (("process", line["process"], PROCESSES), ("product", kind, PRODUCTS)):
-        if name not in known:
-            raise NotComputed(f"there is no {what} {name} yet")
+    make = next((make for begins, make in PRODUCTS.items() if kind.startswith(begins)), None)
+    if line["process"] not in PROCESSES:
+        raise NotComputed(f"there is no process {line['process']}")
+    if make is None:
+        raise NotComputed(f"there is no product {kind}")
     params = Params(line["params"])
     process, contract = PROCESSES[line["process"]](params)
-    product = PRODUCTS[kind](kind, params, contract)
+    product = make(kind, params, contract)
     params.check_all_read()
-    return Row(Problem(process, product), contract, line["quantity"])
+    problem = Problem(process, product)
+    if isinstance(product, BermudanOption):
+        problem = with_policy(problem, {name: around(value) for name, value in contract.items()})
+    return Row(problem, contract, line["quantity"])
+
+
+def around(value: float) -> dict[str, float]:
+    """The bounds of a domain about a contract's number, for which a policy is learned."""
+    reach = AROUND * abs(value) or AROUND_NOTHING
+    return {"lower": value - (reach if value else 0.0), "upper": value + reach}
 
 
 def steps_of(row: Row, least: int) -> int:
@@ -338,11 +442,27 @@ def compared(line: Mapping[str, str], paths: int, least: int, device: str) -> di
     mean, error = simulated(row, paths, steps, device, int(line["id"]))
     allowed = 3 * math.hypot(error, digits) + (0.0 if row.problem.process.exact else BIAS * spot)
     known = exact(row)
+    if isinstance(row.problem.product, BermudanOption):
+        return found_between(row, value, digits, mean, error, steps, known)
     # Floating point ends at some 1e-13 of the spot, whatever is printed behind it.
     right = None if known is None else abs(known - value) <= max(digits, 1e-12 * spot)
     return {
         "value": value, "simulated": mean, "error": error, "steps": steps,
         "simulation_holds": abs(mean - value) <= allowed, "oracle": known, "oracle_holds": right,
+    }  # fmt: skip
+
+
+def found_between(
+    row: Row, value: float, digits: float, mean: float, error: float, steps: int, known: float | None
+) -> dict[str, Any]:
+    """Of what is exercised early the simulation is a lower bound, and duality gives an upper one."""
+    upper = upper_bound(row.problem, row.table, paths=DUAL[0], inner=DUAL[1])
+    top, apart = float(upper.price[0]), float(upper.standard_error[0])
+    holds = mean - 3 * math.hypot(error, digits) <= value <= top + 3 * math.hypot(apart, digits)
+    right = None if known is None else abs(known - value) <= max(digits, 1e-12 * row.spot)
+    return {
+        "value": value, "simulated": mean, "error": error, "steps": steps, "simulation_holds": holds, "oracle": known,
+        "oracle_holds": right, "upper": top, "upper_error": apart,
     }  # fmt: skip
 
 
@@ -355,6 +475,12 @@ def told(found: Mapping[str, Any]) -> str:
     if known is not None:
         oracle = f"oracle {known:.13g} {'holds' if found['oracle_holds'] else 'IS OFF'} ({known - value:+.0e})"
     away = (found["simulated"] - value) / found["error"]
+    if "upper" in found:
+        return (
+            f"{name:<64} {value:<14.10g} between {found['simulated']:.7g} +- {found['error']:.1g} and "
+            f"{found['upper']:.7g} +- {found['upper_error']:.1g} {'holds' if found['simulation_holds'] else 'IS OFF'}; "
+            f"{oracle}"
+        )
     return (
         f"{name:<64} {value:<14.10g} {found['simulated']:.7g} +- {found['error']:.1g} by {found['steps']} steps "
         f"{'holds' if found['simulation_holds'] else 'IS OFF'} ({away:+.1f} s.e.); {oracle}"

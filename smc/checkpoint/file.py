@@ -34,7 +34,7 @@ from smc.learning.plan import TrainingPlan
 from smc.learning.scale import Scaling, input_count
 from smc.problem.contracts import BoundSpec
 from smc.problem.problem import Problem, process_of, product_of
-from smc.simulation.config import CONFIG_TAGS, SimulationConfig, SimulationParams
+from smc.simulation.config import CONFIG_TAGS, ProblemConfig, SimulationConfig, SimulationParams
 
 __all__ = [
     "CheckpointMetadata",
@@ -334,12 +334,15 @@ def first_difference(
 
 
 def _check_same(metadata: CheckpointMetadata, template: GbmCVNNPricerConfig) -> None:
-    if template.cfg.problem != metadata.simulation.problem:
+    trained = metadata.simulation
+    if isinstance(template.cfg, ProblemConfig):
+        trained = template.cfg.compared_with(trained)
+    if template.cfg.problem != trained.problem:
         raise ConfigError(
             f"config_template.cfg is about {template.cfg.problem}, the checkpoint was trained on "
             f"{metadata.simulation.problem}"
         )
-    ours, theirs = (config.model_dump(mode="json") for config in (template.cfg, metadata.simulation))
+    ours, theirs = (config.model_dump(mode="json") for config in (template.cfg, trained))
     if (found := first_difference(ours, theirs, {"sim_params.skip"})) is not None:
         name, value, other = found
         raise ConfigError(f"config_template.cfg.{name} is {value!r}, the checkpoint was trained with {other!r}")

@@ -11,7 +11,7 @@ from smc.learning.network import CVNNConfig, build_cvnn
 from smc.learning.plan import TrainingConfig
 from smc.numeric_fields import RealNumber, WholeNumber
 from smc.problem.contracts import BoundSpec, resolve_domain
-from smc.simulation.config import SimulationConfig
+from smc.simulation.config import ProblemConfig, SimulationConfig
 from smc.storage.commits import DEFAULT_MESSAGE, check_template
 
 __all__ = ["Experiment"]
@@ -70,7 +70,7 @@ class Experiment(BaseModel):
             "training": self.training.model_dump(),
         }
         theirs = {
-            "simulation": trained.simulation.model_dump(),
+            "simulation": _as_compared(self.simulation, trained.simulation).model_dump(),
             "domain": {name: bound.model_dump() for name, bound in trained.domain.items()},
             "network": trained.network.model_dump() if trained.network is not None else ours["network"],
             "training": trained.plan.config.model_dump() if trained.plan is not None else ours["training"],
@@ -87,3 +87,7 @@ class Experiment(BaseModel):
         if state.plan is None:
             return self.training.num_batches
         return max(0, state.plan.end - state.global_step)
+
+
+def _as_compared(ours: SimulationConfig, theirs: SimulationConfig) -> SimulationConfig:
+    return ours.compared_with(theirs) if isinstance(ours, ProblemConfig) else theirs

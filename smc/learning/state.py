@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.learning.exercise import with_policy
 from smc.learning.labels import Examples, ExampleSource
 from smc.learning.modules import unwrapped
 from smc.learning.network import check_model
@@ -20,6 +21,7 @@ from smc.learning.replay import ReplayBuffer
 from smc.learning.scale import Scaling, View, input_count
 from smc.learning.step import Position, TrainingStep
 from smc.problem.contracts import question_units, resolve_domain
+from smc.simulation.config import BlackScholesConfig, ProblemConfig
 from smc.simulation.engine import engine_of
 from smc.simulation.levels import bin_weights
 
@@ -40,10 +42,10 @@ class TrainingState:
     """
 
     def __init__(self, config: GbmCVNNPricerConfig) -> None:
-        self._cfg = config.cfg
         self.params = config.cfg.sim_params
-        self.problem = config.cfg.problem
-        self.domain = resolve_domain(config.domain_bounds, self.problem.schema)
+        self.domain = resolve_domain(config.domain_bounds, config.cfg.problem.schema)
+        self._cfg = self._ready(config.cfg)
+        self.problem = self._cfg.problem
         question_units(self.domain, self.problem.schema)
         View(self.problem, self.domain).check()
         self.model = config.cvnn
@@ -51,7 +53,7 @@ class TrainingState:
         self.device = check_model(self.model, self.params.bins, self.params.dtype.torch, inputs)
         self.probe = torch.zeros(2, inputs, dtype=self.params.dtype.torch, device=self.device)
         self.position = Position(config.global_step, config.sobol_skip, self.params.skip)
-        self._engine = engine_of(config.cfg, self.device)
+        self._engine = engine_of(self._cfg, self.device)
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
         self._resumed_from = config.resumed_from
@@ -69,6 +71,13 @@ class TrainingState:
         weights = bin_weights(self.params.network_size)
         weights[0] *= _PRICE_WEIGHT
         self._weights = weights.to(self.device, self.params.dtype.torch)
+
+    def _ready(self, cfg: BlackScholesConfig | ProblemConfig) -> BlackScholesConfig | ProblemConfig:
+        """With a policy of exercise, where one is needed and there is none."""
+        if not isinstance(cfg, ProblemConfig):
+            return cfg
+        problem = with_policy(cfg.problem, self.domain, seed=self.params.mc_seed)
+        return cfg if problem is cfg.problem else cfg.with_product(problem.product)
 
     # --- as a configuration ---------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ __all__ = [
     "note_on_dates",
     "smooth_digital",
     "smooth_intrinsic",
+    "smooth_maximum",
 ]
 
 # Of the Bachelier at-the-money shape: softplus(1.7 x) / 1.7 follows E max(x + Z, 0) within 0.02.
@@ -362,3 +363,8 @@ def bivariate_normal(x: Tensor, y: Tensor, correlation: Tensor) -> Tensor:
         exponent = (x.square() + y.square() - 2 * x * y * sine) / (2 * (1 - sine.square()))
         total = total + weight * angle / (2 * torch.pi) * torch.exp(-exponent)
     return total.clamp(0, 1)
+
+
+def smooth_maximum(one: Tensor, other: Tensor, width: float) -> Tensor:
+    """The larger of two, its kink rounded over this width. Shapes: (n,) each -> (n,)."""
+    return one + functional.softplus((other - one) / width) * width

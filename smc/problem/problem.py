@@ -36,6 +36,7 @@ from smc.problem.products.barrier import (
     UpAndOutPut,
 )
 from smc.problem.products.basket import BasketCall, BasketPut
+from smc.problem.products.bermudan import BermudanCall, BermudanMaxCall, BermudanPut
 from smc.problem.products.cash_or_nothing import CashOrNothingCall, CashOrNothingPut
 from smc.problem.products.cliquet import Cliquet
 from smc.problem.products.digital import DigitalPut
@@ -249,6 +250,9 @@ for _kind in (
     Autocallable,
     BasketCall,
     BasketPut,
+    BermudanCall,
+    BermudanMaxCall,
+    BermudanPut,
     BestOfCall,
     BestOfPut,
     CashOrNothingCall,

@@ -84,6 +84,13 @@ class Process(BaseModel, ABC):
         """The quadratic variation of the logarithm of the price over a step, of the states at its ends; no units."""
         raise NotImplementedError
 
+    def restarted(self, c: Any, prices: Any) -> Any:
+        """A contract's fields that differ once its prices are these; None if prices alone do not say how it goes on.
+
+        Shapes: columns of (n,), prices (n, assets) -> a mapping of names to (n,).
+        """
+        return None
+
     # --- for a whole table of contracts, in torch -----------------------------------------------------
 
     def growth(self, c: Any, t: Any) -> Any:

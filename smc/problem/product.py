@@ -68,6 +68,13 @@ class Product(BaseModel, ABC):
         """Whether it looks at prices between dates: then `between` is called at each step, and `observe` never."""
         return False
 
+    def check_ready(self) -> None:
+        """Raises: ConfigError for what has to be learned before anything can be simulated."""
+
+    def as_asked(self) -> Product:
+        """The product without what was learned of it, as somebody asks for it."""
+        return self
+
     @classmethod
     def largest(cls) -> Product | None:
         """The one whose fields have the names of all others, of a kind whose fields a setting decides; else None."""

@@ -133,6 +133,18 @@ class ProblemConfig(BaseModel):
         """Both together."""
         return Problem(self.process, self.product)
 
+    def with_product(self, product: Product) -> ProblemConfig:
+        """The same of another product."""
+        return ProblemConfig(
+            process=self.process, product=product, sim_params=self.sim_params, conditional=self.conditional
+        )
+
+    def compared_with(self, other: SimulationConfig) -> SimulationConfig:
+        """The other one, without what was learned of its product if this one asks for it without."""
+        if isinstance(other, ProblemConfig) and self.product == self.product.as_asked():
+            return other.with_product(other.product.as_asked())
+        return other
+
 
 def _which(settings: Any) -> str:
     if isinstance(settings, Mapping):

@@ -81,6 +81,7 @@ class Simulation:
         conditional: bool = False,
     ) -> None:
         problem.check_steps(params.timesteps)
+        problem.product.check_ready()
         self.conditional = conditional and is_conditional(problem)
         self.problem, self.params, self.device = problem, params, require_device(device)
         self.sampling: Sampling = "sobol" if self.device.type == "cpu" else "pseudorandom"

@@ -16,6 +16,8 @@ import textwrap
 from types import FunctionType, ModuleType
 from typing import Any
 
+from pydantic import BaseModel
+
 from smc.errors import ConfigError
 from smc.problem.conditional import Estimator
 from smc.problem.problem import Problem
@@ -240,33 +242,37 @@ class _Rewriting(ast.NodeTransformer):
             return self._called(node, ast.Name(name, ast.Load()))
         return self._called(node, self.visit(callee))
 
+    def _setting(self, node: ast.AST) -> Any:
+        """What stands for a value that is known beforehand: a constant, a setting, or one of a tuple; else None."""
+        if isinstance(node, ast.Constant):
+            return node.value
+        if isinstance(node, ast.Name):
+            if node.id == self._self:
+                return self._owner
+            return None if node.id in self._local else self._known.get(node.id)
+        if isinstance(node, ast.Attribute):
+            holder = self._setting(node.value) if self._self is not None else None
+            return getattr(holder, node.attr, None) if isinstance(holder, BaseModel) else None
+        if isinstance(node, ast.Subscript):
+            several, number = self._setting(node.value), self._whole_number(node.slice)
+            fits = isinstance(several, tuple) and number is not None and -len(several) <= number < len(several)
+            return several[number] if fits else None
+        return None
+
     def _whole_number(self, node: ast.AST) -> int | None:
         """The value of arithmetic on whole numbers that are known beforehand; None if it is anything else."""
         value: object = None
-        if isinstance(node, ast.Constant):
-            value = node.value
-        elif isinstance(node, ast.Name) and node.id not in self._local:
-            value = self._known.get(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
-            value = getattr(self._owner, node.attr, None)
-        elif isinstance(node, ast.BinOp) and type(node.op) in _WHOLE:
+        if isinstance(node, ast.BinOp) and type(node.op) in _WHOLE:
             left, right = self._whole_number(node.left), self._whole_number(node.right)
             if left is not None and right is not None:
                 value = _WHOLE[type(node.op)](left, right)
+        elif not isinstance(node, ast.BinOp):
+            value = self._setting(node)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def _text(self, node: ast.expr) -> str | None:
         """The text that is known beforehand; None if it is anything else."""
-        value: object = None
-        if isinstance(node, ast.Constant):
-            value = node.value
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self:
-            value = getattr(self._owner, node.attr, None)
-        elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute):
-            holder, number = node.value, self._whole_number(node.slice)
-            of_self = isinstance(holder.value, ast.Name) and holder.value.id == self._self
-            names = getattr(self._owner, holder.attr, None) if of_self else None
-            value = names[number] if isinstance(names, tuple) and number is not None else None
+        value = self._setting(node)
         return value if isinstance(value, str) else None
 
     def _unrolled(self, node: ast.GeneratorExp) -> list[ast.expr]:
@@ -368,8 +374,7 @@ class _Rewriting(ast.NodeTransformer):
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             inner = self._decided(node.operand)
             return None if inner is None else not inner
-        of_self = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self._self
-        value = getattr(self._owner, node.attr, None) if of_self and isinstance(node, ast.Attribute) else None
+        value = self._setting(node)
         return value if isinstance(value, bool) else None
 
     def visit_If(self, node: ast.If) -> Any:
@@ -387,6 +392,9 @@ class _Rewriting(ast.NodeTransformer):
         return ast.copy_location(ast.IfExp(self.visit(node.test), body, otherwise), node)  # type: ignore[arg-type]
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        value = self._setting(node)
+        if isinstance(value, int | float):
+            return self._constant(node, value)
         node.value = self.visit(node.value)
         number = self._whole_number(node.slice)
         if number is not None:  # of a tuple whose elements differ in kind, only a number written out is an index

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from smc.errors import ConfigError
@@ -32,6 +33,7 @@ from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.barrier import BARRIERS
+from smc.problem.products.bermudan import BermudanCall, BermudanPut
 from smc.problem.products.double_barrier import DoubleKnockOutCall, DoubleKnockOutPut
 from smc.problem.products.floating_asian import ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut
 from smc.problem.products.lookback import LOOKBACKS
@@ -337,6 +339,46 @@ def _autocallable(product: Any, c: Any) -> float:
     return float(product.nominal * carried(np.zeros(1), value, unpaid)[0][0] * math.exp(c.r * c.T))
 
 
+# --- early exercise ---------------------------------------------------------------------------------------
+
+
+def _bermudan(product: Any, c: Any) -> float:
+    """Exercised below a boundary, of a put, or above it, of a call; on each date it is found by its root.
+
+    Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature.
+    """
+    n, sign = product.dates, (1.0 if product.option == "call" else -1.0)
+    if c.T <= 0 or c.v <= 0:
+        times = np.arange(1, n + 1) / n * c.T
+        paid = np.exp(-c.r * times) * np.maximum(sign * (c.X0 * np.exp((c.r - c.d) * times) - c.K), 0.0)
+        return float(paid.max() * math.exp(c.r * c.T))
+    (drift, s), discount = _step_of(c, n), math.exp(-c.r * c.T / n)
+    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * n
+    at = math.log(c.K / c.X0)
+    boundary, nodes, weighted = at, np.zeros(0), np.zeros(0)
+
+    def waiting(x: Array) -> Array:
+        """What is worth waiting for at x, a date before that of the boundary."""
+        low, high = (boundary, math.inf) if sign > 0 else (-math.inf, boundary)
+        asset, chance = _within(x, drift, s, low, high)
+        later = _density(nodes[None, :] - x[:, None] - drift, s) @ weighted
+        return np.asarray(discount * (sign * (c.X0 * asset - c.K * chance) + later))
+
+    for _ in range(n - 1):
+
+        def gain(x: float) -> float:
+            return float(sign * (c.X0 * math.exp(x) - c.K) - waiting(np.array([x]))[0])
+
+        far = at + sign * (reach + abs(at))
+        now = brentq(gain, at, far, xtol=1e-14) if gain(far) > 0 else sign * math.inf
+        low, high = min(-reach, at - s), max(reach, at + s)
+        low, high = (low, min(now, high)) if sign > 0 else (max(now, low), high)
+        new, weights = _panels(low, high, s)
+        # Both at once: what is waited for is still that of the later date.
+        boundary, nodes, weighted = now, new, weights * waiting(new)
+    return float(waiting(np.zeros(1))[0] * math.exp(c.r * c.T))
+
+
 RECURSIONS: tuple[tuple[type, Callable[[Any, Any], float]], ...] = (
     *((kind, _barrier) for kind in BARRIERS),
     *((kind, _double_barrier) for kind in (DoubleKnockOutCall, DoubleKnockOutPut)),
@@ -344,5 +386,6 @@ RECURSIONS: tuple[tuple[type, Callable[[Any, Any], float]], ...] = (
     *((kind, _floating_asian) for kind in (ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut)),
     *((kind, _lookback) for kind in LOOKBACKS),
     (Autocallable, _autocallable),
+    *((kind, _bermudan) for kind in (BermudanPut, BermudanCall)),
 )
 """Expected payoffs, not discounted, of products and one contract each."""

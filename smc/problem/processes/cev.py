@@ -112,6 +112,10 @@ class ConstantElasticity(Process):
         """The price."""
         return k[4] * state[0]
 
+    def restarted(self, c: Any, prices: Any) -> Any:
+        """From another spot, at which the volatility is another."""
+        return {"X0": prices[:, 0], "v": c.v * (prices[:, 0] / c.X0) ** (c.beta - 1)}
+
     def growth(self, c: Any, t: Any) -> Any:
         """At the rate less the dividend yield."""
         return (c.r - c.d) * t

@@ -98,6 +98,10 @@ class SeveralAssets(Process):
         """All but the spots, whose ratios are features."""
         return tuple(field.name for field in self.fields[self.n_assets :])
 
+    def restarted(self, c: Any, prices: Any) -> Any:
+        """From other spots."""
+        return dict(zip(self.spots, prices.T, strict=True))
+
     # --- scalar methods ------------------------------------------------------------------------------
 
     @abstractmethod

@@ -109,6 +109,10 @@ class GeometricBrownianMotion(ConditionallyLogNormal):
         """Both grow with time."""
         return k[2] - left * k[0], k[1] * state[0]
 
+    def restarted(self, c: Any, prices: Any) -> Any:
+        """From another spot."""
+        return {"X0": prices[:, 0]}
+
     # --- what is known of prices ---------------------------------------------------------------------
 
     def growth(self, c: Any, t: Any) -> Any:
