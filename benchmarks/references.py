@@ -234,7 +234,8 @@ def asian(kind: str, params: Params, contract: dict[str, float]) -> Product:
         average = ArithmeticAsianCall if call else ArithmeticAsianPut
     if "_cont_" in kind:
         return average(over="time", dates=ALWAYS)
-    dates, each = int(params.number("fixings")), contract["T"] / params.number("fixings")
+    dates = int(params.number("fixings"))
+    each = contract["T"] / dates
     first = params.number("first", each)
     if first == 0:
         return average(over="today and dates", dates=dates - 1)
@@ -304,7 +305,10 @@ def note(kind: str, params: Params, contract: dict[str, float]) -> Product:
         raise NotComputed("a note on other terms")
     contract |= {"K": spot, "call_level": level, "coupon_level": level}
     contract |= {"protection": low / spot, "coupon": float(coupon) / nominal}
-    return Autocallable(dates=int(contract["T"]), nominal=nominal) if params.text("obs") else Autocallable()
+    dates, years = params.text("obs"), round(contract["T"])
+    if dates not in (f"1..{years}", ",".join(str(year) for year in range(1, years + 1))):
+        raise NotComputed(f"dates at {dates}")
+    return Autocallable(dates=years, nominal=nominal)
 
 
 def average_basket(kind: str, params: Params, contract: dict[str, float]) -> Product:
@@ -437,7 +441,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
 def compared(line: Mapping[str, str], paths: int, least: int, device: str) -> dict[str, Any]:
     """One row: the value of the file, the simulated one and the oracle's, and whether each holds."""
     row = row_of(line)
-    value, digits = float(line["value"]), float(line["uncertainty"].split()[0])
+    value, digits = float(line["value"]), max(float(line["uncertainty"].split()[0]), last_place(line["value"]))
     steps, spot = steps_of(row, least), row.spot
     mean, error = simulated(row, paths, steps, device, int(line["id"]))
     allowed = 3 * math.hypot(error, digits) + (0.0 if row.problem.process.exact else BIAS * spot)
@@ -450,6 +454,12 @@ def compared(line: Mapping[str, str], paths: int, least: int, device: str) -> di
         "value": value, "simulated": mean, "error": error, "steps": steps,
         "simulation_holds": abs(mean - value) <= allowed, "oracle": known, "oracle_holds": right,
     }  # fmt: skip
+
+
+def last_place(text: str) -> float:
+    """Half of the last digit that is printed."""
+    mantissa, _, power = text.lower().partition("e")
+    return 0.5 * 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
 
 
 def found_between(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smc.errors import ConfigError
 from smc.prediction.distribution import PayoffDistribution
+from smc.prediction.duality import has_upper_bound, upper_bound
 from smc.prediction.predictor import Kind
 from smc.prediction.reference import Known, reference_of
 from smc.problem.contracts import BoundSpec, ContractsLike
@@ -28,6 +29,8 @@ Array = npt.NDArray[np.float64]
 # Below this, in units of spot for a volatility of 1.00, a price hardly depends on volatility and implies none.
 _LEAST_VEGA = 0.02
 _TAIL = 0.975
+# Contracts whose upper bound is simulated.
+_BOUNDED = 16
 # The sample on which trials of a search are compared.
 _OBJECTIVE_CONTRACTS = 2048
 _OBJECTIVE_SEED = 20_261_124
@@ -132,7 +135,7 @@ class Measure:
 
 QUANTITIES: Final = (
     "price", "implied volatility", "delta", "gamma", "vega", "theta", "rho",
-    "W2, put", "CVaR97.5, put", "W2, call", "CVaR97.5, call", "W2", "CVaR97.5",
+    "gap to the upper bound", "W2, put", "CVaR97.5, put", "W2, call", "CVaR97.5, call", "W2", "CVaR97.5",
 )  # fmt: skip
 """What is measured, by name; of distributions those of a put, of a call, or of a product that is neither."""
 
@@ -189,6 +192,11 @@ def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
         greeks, known = pricer.predict_greeks(few), oracle.greeks(few)
         for name, ours, theirs in zip(known._fields, greeks, known, strict=True):
             yield Measure(name, "", _padded(ours - theirs, len(contracts)), float(np.abs(theirs).mean()), oracle.about)
+    if has_upper_bound(problem):
+        bound = upper_bound(problem, contracts[:_BOUNDED])
+        apart = (bound.price - learnt[:_BOUNDED]) * basis[:_BOUNDED]
+        noise = _root_mean_square(bound.standard_error * basis[:_BOUNDED])
+        yield Measure("gap to the upper bound", unit, _padded(apart, len(contracts)), None, "duality", noise)
     yield from _of_distributions(pricer, contracts, basis, unit)
 
 
