@@ -61,6 +61,9 @@ class Product(BaseModel, ABC):
     draws: ClassVar[int] = 0
     """Normals that `between` takes at each step, where the product looks at prices all the time."""
 
+    recent: ClassVar[tuple[str, ...]] = ()
+    """Settings that earlier versions did not know: a checkpoint names them where they are not the default."""
+
     dates: int = 0
 
     @property

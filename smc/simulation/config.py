@@ -121,7 +121,11 @@ class ProblemConfig(BaseModel):
 
     @field_serializer("process", "product")
     def _settings(self, part: Process | Product) -> dict[str, Any]:
-        return {"kind": part.kind, **part.model_dump(mode="json")}
+        settings = part.model_dump(mode="json")
+        for name in getattr(part, "recent", ()):
+            if getattr(part, name) == type(part).model_fields[name].default:
+                del settings[name]
+        return {"kind": part.kind, **settings}
 
     @model_validator(mode="after")
     def _fits_together(self) -> ProblemConfig:

@@ -32,6 +32,7 @@ from smc.problem.process import Process
 from smc.problem.processes.gbm import RATE, SPOT, GeometricBrownianMotion
 from smc.problem.product import Product
 from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
+from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.barrier import DownAndOutCall, UpAndOutCall
 from smc.problem.products.cash_or_nothing import CashOrNothingCall
 from smc.problem.products.digital import DigitalPut
@@ -134,14 +135,39 @@ def test_equal_payoffs_stand_in_the_order_of_their_slopes() -> None:
         torch.testing.assert_close(moved, torch.tensor([[0.0, 3.0, -4.0, 0.0]], dtype=dtype))
 
 
-@pytest.mark.parametrize("product", [DigitalPut(), UpAndOutCall(dates=4)], ids=kind_of)
-def test_derivatives_of_a_payoff_that_jumps_are_refused_by_name(product: Product) -> None:
+def test_derivatives_of_a_payoff_that_jumps_are_refused_by_name_and_left_out_by_recipes() -> None:
+    product = DigitalPut()
     with pytest.raises(ConfigError, match=f"that of {product.kind} may jump: train with differential=0"):
         pricer_of(product).train(small_training(1, differential=0.3))
     settings = {"simulation": {"product": {"kind": product.kind}}}
     with pytest.raises(ConfigError, match=f"that of {product.kind} may jump"):
-        make_experiment("jumps", settings)
-    make_experiment("even", settings, {"training": {"differential": 0}})
+        make_experiment("jumps", settings, {"training": {"differential": 0.3}})
+    assert make_experiment("even", settings).training.differential == 0
+
+
+@pytest.mark.parametrize("product", [UpAndOutCall(dates=4), Autocallable(dates=2)], ids=kind_of)
+def test_of_a_payoff_that_jumps_the_expected_one_has_a_derivative(product: Product) -> None:
+    settings = {"simulation": {"product": {"kind": product.kind, "dates": product.dates}}}
+    assert make_experiment("smooth", settings).training.differential > 0
+    with pytest.raises(ConfigError, match=f"that of {product.kind} may jump"):
+        make_experiment("plain", settings, {"simulation": {"conditional": False}, "training": {"differential": 0.3}})
+    assert make_experiment("plain", settings, {"simulation": {"conditional": False}}).training.differential == 0
+    problem = Problem(GeometricBrownianMotion(), product)
+    params = small_simulation(batches_per_mc_run=256, timesteps=4)
+    source = ExampleSource(Simulation(problem, params, conditional=True), resolve_domain({}, problem.schema),
+                           differential=True)  # fmt: skip
+    contracts = source.contracts(0, 32)
+    examples = source.simulate(contracts, torch.tensor(0))
+    assert source.bins_with_slopes == 1
+    assert bool((examples.targets[:, 1, 1:] == 0).all())
+    # The label's derivative is that of the price, along the direction in which the contract is moved.
+    step, view, oracle = 2.0**-9, source.view, oracle_of(problem)
+    assert oracle is not None
+    scaled = [(torch.from_numpy(oracle.price(t.numpy())) / view.unit(t) - view.anchor(t)) for t in
+              (contracts.moved, 2 * contracts.table - contracts.moved)]  # fmt: skip
+    slopes = ((scaled[0] - scaled[1]) / (2 * step)).numpy()
+    found = examples.targets[:, 1, 0, 0].numpy()
+    assert np.sqrt(np.square(found - slopes).mean()) < 0.15 * np.sqrt(np.square(slopes).mean()) + 0.02
 
 
 # --- what the network sees ----------------------------------------------------------------------------
@@ -556,7 +582,7 @@ def test_a_cash_or_nothing_call_is_the_rest_of_a_digital_put() -> None:
     assert (np.abs(found.price - 10 * (discount - put)) <= 4 * found.standard_error + 1e-4).all()
     oracle = oracle_of(problem)
     assert oracle is not None
-    np.testing.assert_allclose(oracle.price(contracts), 10 * (discount - put), rtol=1e-12)
+    np.testing.assert_allclose(oracle.price(contracts), 10 * (discount - put), rtol=1e-12, atol=1e-14)
 
 
 def test_two_contracts_of_state_are_not_mixed_up() -> None:

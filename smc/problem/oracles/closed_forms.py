@@ -66,7 +66,7 @@ def _chances(distance: Any, deviation: Any, sign: float) -> tuple[Array, Array]:
 
     `distance` is the logarithm of forward over strike. Shapes: (n,) each -> two of (n,).
     """
-    certain = np.where(distance > 0, np.inf, np.where(distance < 0, -np.inf, 0.0))
+    certain = sign * np.where(sign * distance > 0, np.inf, -np.inf)  # at the strike itself nothing is paid
     d1 = np.where(deviation > 0, distance / deviation + deviation / 2, certain)
     d2 = np.where(deviation > 0, distance / deviation - deviation / 2, certain)
     return ndtr(sign * d1), ndtr(sign * d2)

@@ -26,6 +26,8 @@ class Averaging(Product):
     rule takes on the dates: its error falls with the square of their number.
     """
 
+    recent: ClassVar[tuple[str, ...]] = ("over",)
+
     dates: WholeNumber = Setting(default=16, ge=1)
     over: Literal["dates", "today and dates", "time"] = "dates"
 

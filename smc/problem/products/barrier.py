@@ -56,6 +56,7 @@ class BarrierOption(PricedOnBridge, ExpectedOnPath):
     still: ClassVar[tuple[str, ...]] = ("K",)
     ratios: ClassVar[tuple[str, ...]] = ("H",)
     draws: ClassVar[int] = 2
+    recent: ClassVar[tuple[str, ...]] = ("monitoring", "rebate")
     up: ClassVar[bool] = True
     out: ClassVar[bool] = True
 
