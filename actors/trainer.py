@@ -18,6 +18,7 @@ from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.learning.experiment import Experiment
 from smc.learning.pricer import GbmCVNNPricer, Progress, StepReport, TrainingResult
 from smc.prediction.evaluation import objective_value
+from smc.prediction.soundness import Evaluated, evaluated
 from smc.problem.problem import register
 from smc.reporting.training_tensorboard import TensorBoardLogger, folder_name
 from smc.storage.chain import ModelVersion
@@ -118,6 +119,11 @@ class TrainerActor:
         """A quantity's RMSE against the closed form, as the pricer is; None before training begins."""
         pricer = self._pricer
         return None if pricer is None else await asyncio.to_thread(lambda: objective_value(pricer, objective))
+
+    async def evaluate(self, contracts: int) -> Evaluated | None:
+        """Every quantity against the problem's reference on a fresh sample, and what must hold; None as above."""
+        pricer = self._pricer
+        return None if pricer is None else await asyncio.to_thread(lambda: evaluated(pricer, contracts))
 
     async def snapshot(self) -> list[Any] | None:
         """The state between two steps as a checkpoint file: a list holding its object ref.

@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.accuracy import trained
@@ -21,13 +20,13 @@ from jobs.recipes import overlaid
 from jobs.train import setting
 from smc.learning.pricer import GbmCVNNPricer
 from smc.prediction.evaluation import Measure, evaluate
+from smc.prediction.soundness import soundness
 from smc.problem.sobol_sampler import SobolSampler
 
 KINDS = (
     "european_put", "european_call", "digital_put", "arithmetic_asian_put", "up_and_out_call", "down_and_out_call",
 )  # fmt: skip
 CONTRACTS = 2048
-SOUND = 20_000
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
@@ -46,7 +45,7 @@ def measure(report: Report, options: argparse.Namespace) -> None:
                 unit = "of its mean" if statistic == "relative" else f"{found.unit}, {found.compared}"
                 report.add(f"{title}{found.name} {statistic}", value, unit)
             report.add(f"{title}training, {batches} batches", took, "s")
-            soundness(report, title, pricer)
+            sound(report, title, pricer)
 
 
 def shown(measures: dict[str, Measure]) -> Iterator[tuple[Measure, str, float]]:
@@ -59,26 +58,13 @@ def shown(measures: dict[str, Measure]) -> Iterator[tuple[Measure, str, float]]:
             yield found, "relative", found.relative
 
 
-def soundness(report: Report, title: str, pricer: GbmCVNNPricer) -> None:
+def sound(report: Report, title: str, pricer: GbmCVNNPricer) -> None:
     """What must hold for any contract, over many random ones, those of the domain's corners among them."""
-    names = pricer.problem.schema.names
-    bounds = np.array([[pricer.domain[name].lower, pricer.domain[name].upper] for name in names])
-    corners = np.array(np.meshgrid(*bounds)).reshape(len(names), -1).T
-    inside = np.random.default_rng(1).uniform(bounds[:, 0], bounds[:, 1], (SOUND - len(corners), len(names)))
-    contracts = np.concatenate([corners, inside])
-    law = pricer.problem.law(torch.from_numpy(contracts))
-    limits, basis = pricer.problem.product.bounds(law), 1e4 / pricer.problem.product.notionals(law).numpy()
-    price, levels = np.asarray(pricer.predict_price(contracts)), pricer.predict_distribution(contracts).host_levels
-    slopes = pricer.predict_sensitivities(contracts)
-    wrong = np.isnan(price).sum() + np.isnan(levels).sum() + sum(int(np.isnan(slope).sum()) for slope in slopes)
-    beyond = np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis
-    above = (levels.max(axis=1) - limits.payoff.numpy()) * basis
-    report.add(f"{title}NaN over {SOUND:,} contracts", float(wrong), "", at_most=0)
-    report.add(f"{title}price beyond a bound", max(0.0, float(beyond.max())), "bp", at_most=1e-6)
-    report.add(f"{title}level beyond a bound", max(0.0, float(above.max()), float(-levels.min())), "bp", at_most=1e-6)
-    report.add(
-        f"{title}a level below the one before it", max(0.0, float(-np.diff(levels, axis=1).min())), "", at_most=0
-    )
+    found = soundness(pricer)
+    report.add(f"{title}NaN over {found.contracts:,} contracts", float(found.wrong), "", at_most=0)
+    report.add(f"{title}price beyond a bound", found.price_beyond, "bp", at_most=1e-6)
+    report.add(f"{title}level beyond a bound", found.level_beyond, "bp", at_most=1e-6)
+    report.add(f"{title}a level below the one before it", found.disorder, "", at_most=0)
 
 
 if __name__ == "__main__":

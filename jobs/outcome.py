@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from smc.errors import ConfigError
 from smc.learning.experiment import Experiment
 from smc.learning.pricer import TrainingResult
+from smc.prediction.soundness import Evaluated
 from smc.storage import ModelVersion
 from smc.storage.commits import CommitOutcome
 
@@ -25,7 +26,8 @@ class ExperimentOutcome:
     """How one experiment ended: with a result, with nothing left to do (None), or with an error.
 
     `version`: its newest, where this job trained it and the trainer was lost before it could tell; `restarts`: how
-    often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured.
+    often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured; `evaluated`: what it
+    was compared with, if that was asked.
     """
 
     experiment: Experiment
@@ -35,6 +37,7 @@ class ExperimentOutcome:
     restarts: int = 0
     pruned: bool = False
     value: float | None = None
+    evaluated: Evaluated | None = None
 
     @property
     def stopped(self) -> bool:

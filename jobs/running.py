@@ -46,13 +46,19 @@ class RunOptions:
 
     `extend` trains finished ones further; `tensorboard` is an absolute folder that the training nodes share; `restarts`
     is how often an experiment is resumed when its trainer is lost; `measure` names a quantity of
-    `smc.prediction.evaluation`.
+    `smc.prediction.evaluation`; `evaluate` compares every quantity on so many contracts, if any.
     """
 
     extend: bool = False
     tensorboard: Path | None = None
     restarts: int = 3
     measure: str | None = None
+    evaluate: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether what was trained is asked for something."""
+        return self.measure is not None or self.evaluate > 0
 
 
 class Runner:
@@ -164,7 +170,7 @@ class Runner:
         if ours is not None and ours.pruned:
             return replace(told, pruned=True)
         extends = self._extends(found, newest)
-        if newest is not None and newest.is_finished and not extends and self._options.measure is None:
+        if newest is not None and newest.is_finished and not extends and not self._options.asks:
             if ours is None:
                 await self._check_settings(experiment, newest)
             return told
@@ -216,10 +222,14 @@ class Runner:
                     pruned = True
                     await plain(trainer.stop.remote(math.inf, pruned=True))
             result = await training
-            value = None
-            if self._options.measure is not None and not (result and result.stopped):
+            value, found_ = None, None
+            whole = not (result and result.stopped)
+            if self._options.measure is not None and whole:
                 value = await plain(trainer.measure.remote(self._options.measure))
-            return ExperimentOutcome(experiment, result, pruned=pruned and bool(result and result.stopped), value=value)
+            if self._options.evaluate and whole:
+                found_ = await plain(trainer.evaluate.remote(self._options.evaluate))
+            given_up = pruned and not whole
+            return ExperimentOutcome(experiment, result, pruned=given_up, value=value, evaluated=found_)
         finally:
             self._trainers.discard(trainer)
             # An error's traceback would keep the actor, and its place in the cluster, as long as the outcome lives.

@@ -192,7 +192,10 @@ def options_of(arguments: argparse.Namespace) -> RunOptions:
         raise ConfigError(f"--restarts must be at least 0, got {arguments.restarts}")
     if arguments.concurrency is not None and arguments.concurrency < 1:
         raise ConfigError(f"--concurrency must be at least 1, got {arguments.concurrency}")
-    return RunOptions(arguments.extend, arguments.tensorboard, arguments.restarts)
+    evaluate = getattr(arguments, "evaluate", 0)
+    if evaluate and evaluate < 64:
+        raise ConfigError(f"--evaluate must be at least 64 contracts, or 0, got {evaluate}")
+    return RunOptions(arguments.extend, arguments.tensorboard, arguments.restarts, evaluate=evaluate)
 
 
 def absolute(path: str) -> Path:
@@ -205,6 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="the sweep, a YAML file")
     parser.add_argument("--ledger", help="bucket or s3://bucket/prefix (default: the file's)")
+    parser.add_argument(
+        "--evaluate", type=int, default=0, metavar="N", help="compare each with its oracle on N contracts, as a table"
+    )
     add_options(parser)
     options = parser.parse_args(arguments)
 
@@ -231,11 +237,42 @@ def report(outcomes: Sequence[ExperimentOutcome]) -> int:
     """Print how each experiment ended; -> 0, or 2 if one could not be carried out or was stopped."""
     for outcome in outcomes:
         say(outcome.line)
+    for row in errors(outcomes):
+        say(row)
     failed = sum(outcome.failed for outcome in outcomes)
     stopped = sum(outcome.stopped and not outcome.failed for outcome in outcomes)
     rest = "".join(f", {count} {what}" for what, count in (("failed", failed), ("stopped", stopped)) if count)
     print(f"{len(outcomes) - failed - stopped} of {len(outcomes)} experiments done{rest}")
     return 2 if failed or stopped else 0
+
+
+# What is told of each experiment that was evaluated: a measure, and how.
+_TOLD = (
+    ("price", "rmse"), ("price", "maximum"), ("W2", "rmse"), ("CVaR97.5", "rmse"), ("delta", "relative"),
+    ("vega", "relative"), ("gap to the upper bound", "rmse"),
+)  # fmt: skip
+
+
+def errors(outcomes: Sequence[ExperimentOutcome]) -> list[str]:
+    """A table of what was evaluated, a line each; empty if nothing was."""
+    rows = [("experiment", *(name if how != "maximum" else "at most" for name, how in _TOLD), "unit", "compared with",
+             "sound")]  # fmt: skip
+    for outcome in outcomes:
+        if (found := outcome.evaluated) is None:
+            continue
+        cells = []
+        for name, how in _TOLD:
+            measure = next((m for key, m in found.measures.items() if key.partition(",")[0] == name), None)
+            value = None if measure is None else getattr(measure, how)
+            percent = how == "relative"
+            cells.append("" if value is None else f"{100 * value:.3g} %" if percent else f"{value:.3g}")
+        price = found.measures["price"]
+        sound = "yes" if found.soundness.holds else f"NO: {found.soundness}"
+        rows.append((outcome.experiment.name, *cells, price.unit, price.compared, sound))
+    if len(rows) == 1:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,10 @@ class Predicts(Protocol):
 
     def predict_distribution(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> PayoffDistribution:
         """Distributions of the discounted payoff. Shapes: -> levels (n, N)."""
+        ...
+
+    def predict_sensitivities(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> Any:
+        """Derivatives of the price by every field. Shapes: -> (n,) each."""
         ...
 
     def predict_greeks(self, contracts: ContractsLike | Tensor, kind: Kind = "learnt") -> Greeks:
