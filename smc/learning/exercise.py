@@ -83,35 +83,69 @@ def prices_on_dates(
     return found
 
 
-def waiting(product: BermudanOption, table: Tensor, names: tuple[str, ...], prices: Tensor, left: Tensor) -> Tensor:
-    """How much more the policy takes waiting to be worth than exercise, in currency.
+def waiting(problem: Problem, table: Tensor, prices: Tensor, dates: int) -> Tensor:
+    """How much more the policy takes waiting to be worth than exercise, in currency, with so many dates to come.
 
-    Shapes: table (n, fields), prices (n, ..., assets), left (...) the share of dates to come -> (n, ...).
+    Shapes: table (n, fields), prices (n, ..., assets) -> (n, ...).
     """
-    policy, strike = product.known, table[:, names.index("K")]
-    numbers = _numbers(policy, table, names)
-    scale = torch.exp(_quadratic(numbers) @ torch.tensor(policy.scale, dtype=torch.float64)).float()
+    product = problem.product
+    assert isinstance(product, BermudanOption)
+    policy, seen = product.known, _seen(problem, product, product.known, table)
     shape = (len(table), *([1] * (prices.dim() - 2)))
-    ratios = product.logs_seen(prices, strike.float().view(shape).expand(prices.shape[:-1]))
-    ratios = ratios / scale.view(*shape, 1)
+    left = torch.full(prices.shape[:-1], float(dates))
+    certain, ratios = _looked_at(product, seen, prices, left)
     u, p = policy.units, product.seen_count
-    of_fields = numbers.float() @ torch.tensor(policy.of_fields).view(u, -1).T + torch.tensor(policy.biases)
+    of_fields = seen.numbers @ torch.tensor(policy.of_fields).view(u, -1).T + torch.tensor(policy.biases)
     hidden = of_fields.view(*shape, u) + ratios @ torch.tensor(policy.of_ratios).view(u, p).T
-    hidden = hidden + left[..., None] * torch.tensor(policy.of_time)
+    hidden = hidden + (left / product.dates)[..., None] * torch.tensor(policy.of_time)
     output = torch.tensor(policy.output)
-    told = nn.functional.softsign(hidden) @ output[:-1] + output[-1]
-    return told * (scale * strike.float()).view(shape)
+    told = certain + nn.functional.softsign(hidden) @ output[:-1] + output[-1]
+    return told * (seen.scale * seen.strike).view(shape)
+
+
+class _Seen(NamedTuple):
+    """What a policy reads of contracts. Shapes: numbers (n, f), else (n,); rate and growth of a date."""
+
+    numbers: Tensor
+    scale: Tensor
+    strike: Tensor
+    rate: Tensor
+    growth: Tensor
+
+
+def _seen(problem: Problem, product: BermudanOption, policy: Policy, table: Tensor) -> _Seen:
+    names = problem.schema.names
+    numbers = _numbers(policy, table, names)
+    terms, law = _quadratic(numbers), problem.law(table)
+    scale, growth = (terms @ torch.tensor(of, dtype=torch.float64) for of in (policy.scale, policy.growth))
+    rate, date = -law.discount.log() / product.dates, law.c.T / product.dates
+    found = numbers, scale.exp(), table[:, names.index("K")], rate, growth * date
+    return _Seen(*(values.float() for values in found))
+
+
+def _looked_at(product: BermudanOption, seen: _Seen, prices: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """What waiting is certain to be worth more, over K times the scale; and the ratios of prices, over the scale.
+
+    Shapes: prices (n, ..., assets), left (n, ...) dates to come -> (n, ...), (n, ..., p).
+    """
+    shape = (-1, *([1] * (prices.dim() - 2)))
+    scale, strike, rate, growth = (of.view(shape) for of in (seen.scale, seen.strike, seen.rate, seen.growth))
+    certain = product.certain(prices, strike, rate, growth, left) / scale
+    return certain, product.logs_seen(prices, strike.expand(prices.shape[:-1])) / scale[..., None]
 
 
 class _Sample(NamedTuple):
-    """Shapes: numbers (n, fields), ratios (n, dates, p), paid (n, dates) over the unit, discounts (n,), left (dates,).
+    """Shapes, of n paths: numbers (n, f), ratios (n, dates, p), paid and certain (n, dates), hedge (n, dates - 1).
 
-    n is the number of paths.
+    `discounts` (n,) are those of a date, `left` (dates,) is the share of dates to come; what is paid is over K times
+    the scale. `hedge` is what holding about a delta of the asset from date to date gains: its expected value is 0.
     """
 
     numbers: Tensor
     ratios: Tensor
     paid: Tensor
+    certain: Tensor
+    hedge: Tensor
     discounts: Tensor
     left: Tensor
 
@@ -133,7 +167,6 @@ class _Waiting(nn.Module):
 
 
 def _learned(problem: Problem, product: BermudanOption, domain: Mapping[str, BoundSpec], seed: int) -> Policy:
-    names = problem.schema.names
     table = torch.from_numpy(SobolSampler(domain, seed=seed, schema=problem.schema).sample(_CONTRACTS))
     policy = _blank(problem, domain, table)
     sample = _sample(problem, product, policy, table, domain, seed)
@@ -142,17 +175,16 @@ def _learned(problem: Problem, product: BermudanOption, domain: Mapping[str, Bou
     exercised[:, -1] = True
     for round_ in range(_ROUNDS):
         value = _followed(sample, exercised)
-        _regress(network, sample, value - sample.paid[:, :-1], seed + round_)
+        _regress(network, sample, value - sample.paid[:, :-1] - sample.certain[:, :-1], seed + round_)
         with torch.no_grad():
             waits = torch.stack(
                 [network(sample.ratios[:, i], left.expand(len(sample.numbers), 1), sample.numbers)
                  for i, left in enumerate(sample.left[:-1])],
                 dim=1,
             )  # fmt: skip
-        exercised[:, :-1] = (sample.paid[:, :-1] > 0) & (waits <= 0)
+        exercised[:, :-1] = (sample.paid[:, :-1] > 0) & (sample.certain[:, :-1] + waits <= 0)
         logger.info("Exercise of %s, round %d: %.5f of the unit", problem.name, round_ + 1, float(
             (_followed(sample, exercised, whole=True) * sample.discounts).mean()))  # fmt: skip
-    assert names
     return policy.model_copy(update=_weights(network))
 
 
@@ -167,12 +199,12 @@ def _blank(problem: Problem, domain: Mapping[str, BoundSpec], table: Tensor) -> 
     policy = Policy(
         fields=tuple(field.name for field in fields), logarithms=logarithms,
         centres=tuple(float(c.mean()) for c in taken), spreads=tuple(float(c.std()) for c in taken),
-        scale=(), of_ratios=(), of_time=(), of_fields=(), biases=(), output=(),
+        scale=(), growth=(), of_ratios=(), of_time=(), of_fields=(), biases=(), output=(),
     )  # fmt: skip
-    deviation = problem.product.width(problem.law(table))
-    terms = _quadratic(_numbers(policy, table, names))
-    scale = torch.linalg.lstsq(terms, deviation.log()[:, None]).solution[:, 0]
-    return policy.model_copy(update={"scale": tuple(scale.tolist())})
+    law, terms = problem.law(table), _quadratic(_numbers(policy, table, names))
+    known = torch.stack([problem.product.width(law).log(), law.growth / law.c.T], dim=1)
+    scale, growth = torch.linalg.lstsq(terms, known).solution.T.tolist()
+    return policy.model_copy(update={"scale": tuple(scale), "growth": tuple(growth)})
 
 
 def _numbers(policy: Policy, table: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -189,35 +221,49 @@ def _quadratic(numbers: Tensor) -> Tensor:
 def _sample(
     problem: Problem, product: BermudanOption, policy: Policy, table: Tensor, domain: Mapping[str, BoundSpec], seed: int
 ) -> _Sample:
-    names, dates = problem.schema.names, product.dates
+    dates = product.dates
     steps = dates if problem.process.exact else problem.default_steps(domain)
     prices = prices_on_dates(problem, table, _PATHS, seed=seed, steps=steps)
-    numbers = _numbers(policy, table, names)
-    scale = torch.exp(_quadratic(numbers) @ torch.tensor(policy.scale, dtype=torch.float64))
-    strike = table[:, names.index("K")]
-    law = problem.law(table)
-    ratios = product.logs_seen(prices, strike.float()[:, None, None].expand(prices.shape[:-1]))
-    ratios = ratios / scale.float()[:, None, None, None]
-    paid = (product.sign * (product.underlyings(prices) - strike.float()[:, None, None])).clamp(min=0)
-    paid = paid / (scale * strike).float()[:, None, None]
-    repeated = numbers.float().repeat_interleave(_PATHS, dim=0)
-    discounts = (law.discount ** (1 / dates)).float().repeat_interleave(_PATHS)
-    left = 1 - torch.arange(1, dates + 1) / dates
-    return _Sample(repeated, ratios.flatten(0, 1), paid.flatten(0, 1), discounts, left)
+    seen = _seen(problem, product, policy, table)
+    to_come = torch.arange(dates - 1, -1, -1.0)
+    certain, ratios = _looked_at(product, seen, prices, to_come.expand(prices.shape[:-1]))
+    strike, unit = seen.strike[:, None, None], (seen.scale * seen.strike)[:, None, None]
+    paid = (product.sign * (product.underlyings(prices) - strike)).clamp(min=0) / unit
+    numbers, discounts = (of.repeat_interleave(_PATHS, dim=0) for of in (seen.numbers, torch.exp(-seen.rate)))
+    hedge = _hedge(problem, product, seen, table, prices) / unit
+    ratios, paid, certain, hedge = (of.flatten(0, 1) for of in (ratios, paid, certain, hedge))
+    return _Sample(numbers, ratios, paid, certain, hedge, discounts, to_come / dates)
+
+
+def _hedge(problem: Problem, product: BermudanOption, seen: _Seen, table: Tensor, prices: Tensor) -> Tensor:
+    """What a holding of the dearest asset gains from each date to the next, discounted to the first of the two.
+
+    Shapes: prices (n, paths, dates, assets) -> (n, paths, dates - 1).
+    """
+    dates = product.dates
+    expected = problem.law(table).paths(dates).float()
+    grown = (expected[:, 1:] / expected[:, :-1])[:, None].expand(-1, prices.shape[1], -1, -1)
+    before, dearest = prices[:, :, :-1], prices[:, :, :-1].argmax(dim=-1, keepdim=True)
+    gains = (prices[:, :, 1:] - grown * before).gather(-1, dearest)[..., 0]
+    shares = torch.arange(dates - 1, 0, -1.0) / dates
+    away = torch.log(product.underlyings(before) / seen.strike[:, None, None]) / seen.scale[:, None, None]
+    delta = product.sign * torch.special.ndtr(product.sign * away / shares.sqrt())
+    return torch.exp(-seen.rate)[:, None, None] * delta * gains
 
 
 def _followed(sample: _Sample, exercised: Tensor, *, whole: bool = False) -> Tensor:
-    """What is paid after each date under the policy, discounted to it; or of the whole path, to the first date.
+    """What is paid after each date under the policy, less the hedge, discounted to it; or of the whole, to the first.
 
     Shapes: exercised (n, dates) -> (n, dates - 1), or (n,).
     """
     dates = sample.paid.shape[1]
-    value = sample.paid[:, -1]
-    after = [value * sample.discounts]
+    value, after = sample.paid[:, -1], []
     for date in range(dates - 2, -1, -1):
-        value = torch.where(exercised[:, date], sample.paid[:, date], value * sample.discounts)
-        after.append(value * sample.discounts)
-    return value if whole else torch.stack(after[:-1][::-1], dim=1)
+        after.append(value * sample.discounts - sample.hedge[:, date])
+        value = torch.where(exercised[:, date], sample.paid[:, date], after[-1])
+    if whole:
+        return value
+    return torch.stack(after[::-1], dim=1) if after else sample.paid[:, :0]
 
 
 def _regress(network: _Waiting, sample: _Sample, target: Tensor, seed: int) -> None:

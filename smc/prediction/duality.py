@@ -72,15 +72,14 @@ def _of_one(
         many = prices_on_dates(
             one_date, start, inner, seed=seed + 1, first=date * paths, steps=steps, sampling="sobol"
         )[:, :, 0]  # fmt: skip
-        left = 1 - date / dates
+        left = dates - date
 
-        def value(prices: Tensor, left: float = left) -> Tensor:
+        def value(prices: Tensor, left: int = left) -> Tensor:
             """What the option is worth on this date, as the policy sees it. Shapes: (paths, ..., assets) -> (...)."""
             pays = (product.sign * (product.underlyings(prices) - strike)).clamp(min=0)
             if left <= 0:
                 return pays
-            worth = waiting(product, table, names, prices, torch.full(prices.shape[:-1], left))
-            return pays + worth.clamp(min=0)
+            return pays + waiting(problem, table, prices, left).clamp(min=0)
 
         now = outer[:, date - 1]
         grown = discount**date

@@ -1,6 +1,7 @@
 """When to exercise: a policy over a whole domain of contracts, as numbers that a product holds and a path reads.
 
-A policy says how much more it is worth to wait than to exercise. It is a small network of a few ratios of prices on a
+A policy says how much more it is worth to wait than to exercise: at least what is certain to be had by waiting, for a
+date or to the end, and more by a small network of a few ratios of prices on a
 date, of the dates that are left, and of the contract's own numbers: one layer of hidden units z / (1 + |z|). A policy
 need not be the best one: applied to paths that it was not learned on it gives a price that is at most the option's.
 """
@@ -21,8 +22,8 @@ class Policy(BaseModel):
 
     `fields` are numbers of the contract, by their logarithm where `logarithms` says so, less `centres` and over
     `spreads`. Ratios of prices enter as logarithms over exp(scale), a quadratic function of these: about their
-    deviation. Shapes, of f fields, u hidden units and p ratios: scale (1 + 2 f,), of_ratios (u p,), of_time (u,),
-    of_fields (u f,), biases (u,), output (u + 1,).
+    deviation; `growth` is one of the yearly growth of what is exercised. Shapes, of f fields, u hidden units and p
+    ratios: scale and growth (1 + 2 f,), of_ratios (u p,), of_time (u,), of_fields (u f,), biases (u,), output (u + 1,).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +33,7 @@ class Policy(BaseModel):
     centres: Numbers
     spreads: Numbers
     scale: Numbers
+    growth: Numbers
     of_ratios: Numbers
     of_time: Numbers
     of_fields: Numbers

@@ -27,7 +27,7 @@ from smc.problem.schema import Field
 __all__ = ["BermudanCall", "BermudanMaxCall", "BermudanOption", "BermudanPut"]
 
 # Where the hidden units begin among the coefficients, and how wide the kink between two guesses is, in deviations.
-_UNITS, _SOFTNESS = 4, 0.1
+_UNITS, _SOFTNESS = 6, 0.1
 
 
 class BermudanOption(Product):
@@ -42,7 +42,7 @@ class BermudanOption(Product):
     still: ClassVar[tuple[str, ...]] = ("K",)
     seen_count: ClassVar[int] = 1
 
-    dates: WholeNumber = Setting(default=10, ge=1)
+    dates: WholeNumber = Setting(default=8, ge=1)
     policy: Policy | None = None
 
     @property
@@ -82,7 +82,10 @@ class BermudanOption(Product):
         return self.known.units
 
     def coefficients(self, c: Any) -> tuple[float, ...]:
-        """Strike, its logarithm, a date's discount, one over the scale of ratios, and a term for each hidden unit."""
+        """Strike, its logarithm, one over the scale of ratios, and the discount, rate and growth of a date.
+
+        After them a term for each hidden unit.
+        """
         numbers = tuple(
             (
                 (
@@ -99,11 +102,17 @@ class BermudanOption(Product):
             numbers[i] * (self.known.scale[1 + i] + numbers[i] * self.known.scale[1 + self.read + i])
             for i in range(self.read)
         )
+        growth = self.known.growth[0] + sum(
+            numbers[i] * (self.known.growth[1 + i] + numbers[i] * self.known.growth[1 + self.read + i])
+            for i in range(self.read)
+        )
         return (
             c.K,
             math.log(c.K),
-            math.exp(-c.r * c.T / self.dates),
             math.exp(-scale),
+            math.exp(-c.r * c.T / self.dates),
+            c.r * c.T / self.dates,
+            growth * c.T / self.dates,
             *tuple(
                 self.known.biases[u]
                 + sum(self.known.of_fields[u * self.read + i] * numbers[i] for i in range(self.read))
@@ -111,17 +120,25 @@ class BermudanOption(Product):
             ),
         )
 
-    def waiting(self, ratios: tuple[float, ...], left: float, k: tuple[float, ...]) -> float:
-        """How much more it is worth to wait than to exercise, as the policy sees it, in units of K times the scale."""
+    def waiting(self, price: float, ratios: tuple[float, ...], left: float, k: tuple[float, ...]) -> float:
+        """How much more it is worth to wait than to exercise, as the policy sees it, in units of K times the scale.
+
+        `left` are the dates to come.
+        """
+        certain = max(self.forward(price, 1.0, k), self.forward(price, left, k), 0.0)
+        more = certain - max(self.sign * (price - k[0]), 0.0)
         hidden = tuple(
             k[_UNITS + u]
-            + self.known.of_time[u] * left
+            + self.known.of_time[u] * (left / self.dates)
             + sum(self.known.of_ratios[u * self.seen_count + i] * ratios[i] for i in range(self.seen_count))
             for u in range(self.units)
         )
-        return self.known.output[self.units] + sum(
-            self.known.output[u] * hidden[u] / (1.0 + abs(hidden[u])) for u in range(self.units)
-        )
+        told = sum(self.known.output[u] * hidden[u] / (1.0 + abs(hidden[u])) for u in range(self.units))
+        return more * k[2] / k[0] + self.known.output[self.units] + told
+
+    def forward(self, price: float, dates: float, k: tuple[float, ...]) -> float:
+        """What exercise is expected to be worth after so many dates if it is certain, discounted to now."""
+        return self.sign * (price * math.exp(dates * (k[5] - k[4])) - k[0] * math.exp(-dates * k[4]))
 
     def underlying(self, spot: Any) -> float:
         """What is compared with the strike."""
@@ -129,7 +146,7 @@ class BermudanOption(Product):
 
     def seen_prices(self, spot: Any, k: tuple[float, ...]) -> tuple[float, ...]:
         """What the policy sees of prices: logarithms of ratios to the strike, over their scale."""
-        return ((math.log(spot) - k[1]) * k[3],)
+        return ((math.log(spot) - k[1]) * k[2],)
 
     def begin(self, k: tuple[float, ...]) -> tuple[float, ...]:
         """1 until it is exercised; what was paid, and the discount factor."""
@@ -139,9 +156,9 @@ class BermudanOption(Product):
         self, seen: tuple[float, ...], spot: Any, date: float, k: tuple[float, ...]
     ) -> tuple[float, ...]:  # fmt: skip
         """Exercised where it pays and waiting is worth no more, or time is up."""
-        discount = seen[2] * k[2]
-        pays = max(self.sign * (self.underlying(spot) - k[0]), 0.0)
-        waiting = self.waiting(self.seen_prices(spot, k), 1.0 - date / self.dates, k)
+        discount, price = seen[2] * k[3], self.underlying(spot)
+        pays = max(self.sign * (price - k[0]), 0.0)
+        waiting = self.waiting(price, self.seen_prices(spot, k), self.dates - date, k)
         exercised = seen[0] if pays > 0.0 and (waiting <= 0.0 or date >= self.dates) else 0.0
         return seen[0] - exercised, seen[1] + exercised * discount * pays, discount
 
@@ -158,6 +175,19 @@ class BermudanOption(Product):
     def logs_seen(self, prices: Tensor, strike: Tensor) -> Tensor:
         """Logarithms of what `seen_prices` sees, not scaled. Shapes: (..., assets), (...) -> (..., seen_count)."""
         return torch.log(prices / strike[..., None])
+
+    def certain(self, prices: Tensor, strike: Tensor, rate: Tensor, growth: Tensor, dates: Tensor) -> Tensor:
+        """What waiting is certain to be worth more than exercise, as in `waiting`, over the strike.
+
+        Shapes: prices (..., assets), rate and growth of a date, and `dates` to come (...) -> (...).
+        """
+        u = self.underlyings(prices) / strike
+
+        def forward(n: Tensor) -> Tensor:
+            return self.sign * (u * torch.exp(n * (growth - rate)) - torch.exp(-n * rate))
+
+        worth = torch.maximum(forward(torch.ones_like(dates)), forward(dates)).clamp(min=0)
+        return worth - (self.sign * (u - 1)).clamp(min=0)
 
     # --- what is known of prices ---------------------------------------------------------------------
 
@@ -235,8 +265,8 @@ class BermudanMaxCall(BermudanOption):
             second = max(second, min(best, spot[i]))
             best = max(best, spot[i])
         mean = sum(spot[i] for i in range(self.n_assets)) / self.n_assets
-        highest = (math.log(best) - k[1]) * k[3]
-        return highest, (math.log(second) - k[1]) * k[3], (math.log(mean) - k[1]) * k[3]
+        highest = (math.log(best) - k[1]) * k[2]
+        return highest, (math.log(second) - k[1]) * k[2], (math.log(mean) - k[1]) * k[2]
 
     def underlyings(self, prices: Tensor) -> Tensor:
         """The highest price."""
