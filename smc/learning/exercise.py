@@ -11,7 +11,7 @@ programming and Markov processes" (1960).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +35,8 @@ logger = logging.getLogger("smc.training")
 # Contracts, paths of each, hidden units, rounds, and what a round's regression takes.
 _CONTRACTS, _PATHS, _UNITS, _ROUNDS = 4096, 32, 32, 7
 _STEPS, _BATCH, _RATE = 500, 8192, 0.01
+# Of what contracts are standardised by, behind the point.
+_DIGITS = 9
 # Where exercise does not pay what waiting is worth matters less.
 _OUT_OF_THE_MONEY = 0.1
 
@@ -198,13 +200,18 @@ def _blank(problem: Problem, domain: Mapping[str, BoundSpec], table: Tensor) -> 
     taken = [c.log() if logarithm else c for c, logarithm in zip(columns, logarithms, strict=True)]
     policy = Policy(
         fields=tuple(field.name for field in fields), logarithms=logarithms,
-        centres=tuple(float(c.mean()) for c in taken), spreads=tuple(float(c.std()) for c in taken),
+        centres=_rounded(float(c.mean()) for c in taken), spreads=_rounded(float(c.std()) for c in taken),
         scale=(), growth=(), of_ratios=(), of_time=(), of_fields=(), biases=(), output=(),
     )  # fmt: skip
     law, terms = problem.law(table), _quadratic(_numbers(policy, table, names))
     known = torch.stack([problem.product.width(law).log(), law.growth / law.c.T], dim=1)
     scale, growth = torch.linalg.lstsq(terms, known).solution.T.tolist()
-    return policy.model_copy(update={"scale": tuple(scale), "growth": tuple(growth)})
+    return policy.model_copy(update={"scale": _rounded(scale), "growth": _rounded(growth)})
+
+
+def _rounded(values: Iterable[float]) -> tuple[float, ...]:
+    """To what is told apart of them: the last digits of a sum depend on where its terms lie in memory."""
+    return tuple(round(float(value), _DIGITS) for value in values)
 
 
 def _numbers(policy: Policy, table: Tensor, names: tuple[str, ...]) -> Tensor:

@@ -11,16 +11,14 @@ import ast
 import copy
 import inspect
 import math
-import operator
 import textwrap
 from types import FunctionType, ModuleType
 from typing import Any
 
-from pydantic import BaseModel
-
 from smc.errors import ConfigError
 from smc.problem.conditional import Estimator
 from smc.problem.problem import Problem
+from smc.simulation.known import KnownBeforehand
 
 __all__ = ["FUNCTIONS", "ScalarSource", "scalar_methods"]
 
@@ -140,8 +138,6 @@ def scalar_methods(problem: Problem, estimator: Estimator = "payoff") -> tuple[S
 
 # What may be taken of `... for i in range(n)`.
 _OF_MANY = ("tuple", "sum", "min", "max")
-# Arithmetic on whole numbers.
-_WHOLE = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
 
 class _Numbered(ast.NodeTransformer):
@@ -165,7 +161,7 @@ def _combined(how: str, elements: list[ast.expr]) -> ast.expr:
     return ast.Call(ast.Name(how, ast.Load()), elements, [])
 
 
-class _Rewriting(ast.NodeTransformer):
+class _Rewriting(KnownBeforehand, ast.NodeTransformer):
     """One function's tree, rewritten."""
 
     def __init__(
@@ -176,9 +172,8 @@ class _Rewriting(ast.NodeTransformer):
         narrow: bool,
         where: tuple[str, str, int],
     ) -> None:
-        self._source, self._known, self._owner, self._narrow, self._where = source, known, owner, narrow, where
-        self._self: str | None = None
-        self._local: set[str] = set()
+        super().__init__(known, owner)
+        self._source, self._narrow, self._where = source, narrow, where
 
     def function(self, node: ast.FunctionDef, name: str) -> ast.FunctionDef:
         node = copy.deepcopy(node)
@@ -226,7 +221,7 @@ class _Rewriting(ast.NodeTransformer):
             if isinstance(many, ast.GeneratorExp):
                 return self.visit(ast.copy_location(_combined(callee.id, self._unrolled(many)), node))
         if isinstance(callee, ast.Name) and callee.id == "getattr" and len(node.args) == 2:
-            name = self._text(node.args[1])
+            name = self.text(node.args[1])
             if name is None:
                 raise self._error(node, "the name must be known beforehand: a setting, or one of a tuple of names")
             return ast.copy_location(ast.Attribute(self.visit(node.args[0]), name, ast.Load()), node)
@@ -242,39 +237,6 @@ class _Rewriting(ast.NodeTransformer):
             return self._called(node, ast.Name(name, ast.Load()))
         return self._called(node, self.visit(callee))
 
-    def _setting(self, node: ast.AST) -> Any:
-        """What stands for a value that is known beforehand: a constant, a setting, or one of a tuple; else None."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            if node.id == self._self:
-                return self._owner
-            return None if node.id in self._local else self._known.get(node.id)
-        if isinstance(node, ast.Attribute):
-            holder = self._setting(node.value) if self._self is not None else None
-            return getattr(holder, node.attr, None) if isinstance(holder, BaseModel) else None
-        if isinstance(node, ast.Subscript):
-            several, number = self._setting(node.value), self._whole_number(node.slice)
-            fits = isinstance(several, tuple) and number is not None and -len(several) <= number < len(several)
-            return several[number] if fits else None
-        return None
-
-    def _whole_number(self, node: ast.AST) -> int | None:
-        """The value of arithmetic on whole numbers that are known beforehand; None if it is anything else."""
-        value: object = None
-        if isinstance(node, ast.BinOp) and type(node.op) in _WHOLE:
-            left, right = self._whole_number(node.left), self._whole_number(node.right)
-            if left is not None and right is not None:
-                value = _WHOLE[type(node.op)](left, right)
-        elif not isinstance(node, ast.BinOp):
-            value = self._setting(node)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-    def _text(self, node: ast.expr) -> str | None:
-        """The text that is known beforehand; None if it is anything else."""
-        value = self._setting(node)
-        return value if isinstance(value, str) else None
-
     def _unrolled(self, node: ast.GeneratorExp) -> list[ast.expr]:
         """The elements of `... for i in range(n)`, where n is known beforehand, each with its own i."""
         loop, inner = node.generators[0], node.generators[1:]
@@ -282,7 +244,7 @@ class _Rewriting(ast.NodeTransformer):
         if loop.ifs or not counted or not isinstance(loop.target, ast.Name):
             raise self._error(node, "a tuple, sum, min or max of many is taken over ranges, without conditions")
         assert isinstance(loop.iter, ast.Call)
-        bounds = [self._whole_number(bound) for bound in loop.iter.args]
+        bounds = [self.whole_number(bound) for bound in loop.iter.args]
         if None in bounds:
             raise self._error(node, "the range must be known beforehand: of numbers and settings")
         numbers = range(*bounds)  # type: ignore[arg-type]
@@ -334,7 +296,7 @@ class _Rewriting(ast.NodeTransformer):
         return ast.copy_location(ast.Call(callee, arguments, []), node)  # type: ignore[arg-type]
 
     def _counted(self, node: ast.expr) -> ast.AST:
-        number = self._whole_number(node)
+        number = self.whole_number(node)
         return self.visit(node) if number is None else ast.copy_location(ast.Constant(number), node)
 
     def _constant(self, node: ast.AST, value: Any) -> ast.AST:
@@ -369,34 +331,26 @@ class _Rewriting(ast.NodeTransformer):
         parts = [self._real(part) for part in node.comparators]
         return ast.copy_location(ast.Compare(self._real(node.left), node.ops, parts), node)  # type: ignore[arg-type]
 
-    def _decided(self, node: ast.expr) -> bool | None:
-        """What a condition on settings alone says; None of any other."""
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-            inner = self._decided(node.operand)
-            return None if inner is None else not inner
-        value = self._setting(node)
-        return value if isinstance(value, bool) else None
-
     def visit_If(self, node: ast.If) -> Any:
-        decided = self._decided(node.test)
+        decided = self.decided(node.test)
         if decided is None:
             return self.generic_visit(node)
         taken = [self.visit(statement) for statement in (node.body if decided else node.orelse)]
         return [one for part in taken for one in (part if isinstance(part, list) else [part])]
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
-        decided = self._decided(node.test)
+        decided = self.decided(node.test)
         if decided is not None:
             return self._real(node.body if decided else node.orelse)
         body, otherwise = self._real(node.body), self._real(node.orelse)
         return ast.copy_location(ast.IfExp(self.visit(node.test), body, otherwise), node)  # type: ignore[arg-type]
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
-        value = self._setting(node)
+        value = self.setting(node)
         if isinstance(value, int | float):
             return self._constant(node, value)
         node.value = self.visit(node.value)
-        number = self._whole_number(node.slice)
+        number = self.whole_number(node.slice)
         if number is not None:  # of a tuple whose elements differ in kind, only a number written out is an index
             node.slice = ast.Constant(number)
         return node
