@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from smc.errors import ConfigError
 from smc.problem.contracts import ContractsLike, contract_array
-from smc.problem.oracles import closed_forms
+from smc.problem.oracles import closed_forms, structured
 from smc.problem.oracles.closed_forms import black
+from smc.problem.oracles.quadrature import REACH, certain, normal_density, panels, step_of, within
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.product import Product
@@ -34,20 +34,20 @@ from smc.problem.products.asian import ArithmeticAsianCall, ArithmeticAsianPut
 from smc.problem.products.autocallable import Autocallable
 from smc.problem.products.barrier import BARRIERS
 from smc.problem.products.bermudan import BermudanCall, BermudanPut
+from smc.problem.products.cliquet import Cliquet
 from smc.problem.products.double_barrier import DoubleKnockOutCall, DoubleKnockOutPut
 from smc.problem.products.floating_asian import ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut
 from smc.problem.products.lookback import LOOKBACKS
 
-__all__ = ["RECURSIONS", "price", "two_valued_levels", "two_valued_tail"]
+__all__ = ["RECURSIONS", "is_slow", "price", "two_valued_levels", "two_valued_tail"]
 
 Array = npt.NDArray[np.float64]
 
-# Nodes in a panel, whose width is that of so many standard deviations of a step; and how far out panels reach.
-_NODES, _WIDTH, _REACH = 10, 2.0, 9.0
-_ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(_NODES)
 # Dates by which the integral of the price is approximated, each twice as many; what is left falls as their fourth,
 # eighth ... power.
 _ROMBERG = (8, 16, 32, 64, 128)
+# Dates from which on a recursion takes its time.
+_MANY_DATES = 128
 
 
 def price(problem: Problem, contracts: ContractsLike) -> Array:
@@ -66,6 +66,12 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
     raise ConfigError(f"there is no formula here for {problem.name}")
 
 
+def is_slow(product: Product) -> bool:
+    """Whether a contract takes a tenth of a second or more."""
+    over_time = getattr(product, "over", "") == "time" and not closed_forms.has_formula(product)
+    return over_time or isinstance(product, Cliquet) or product.dates > _MANY_DATES
+
+
 def two_valued_levels(prices: Array, most: Array, size: int) -> Array:
     """Means over equal slices of the quantile function of what pays nothing or `most`.
 
@@ -80,48 +86,7 @@ def two_valued_tail(prices: Array, most: Array, u: float) -> Array:
     return np.asarray(np.minimum(prices / (1 - u), most))
 
 
-# --- quadrature -------------------------------------------------------------------------------------------
-
-
-def _panels(low: float, high: float, deviation: float) -> tuple[Array, Array]:
-    """Nodes and weights on [low, high], in panels of so many deviations. Shapes: -> two of (m,)."""
-    count = max(1, math.ceil((high - low) / (_WIDTH * deviation)))
-    edges = np.linspace(low, high, count + 1)
-    half = np.diff(edges)[:, None] / 2
-    nodes = (edges[:-1, None] + half) + half * _ABSCISSAE
-    return nodes.ravel(), (half * _WEIGHTS).ravel()
-
-
-def _density(z: Array, deviation: float) -> Array:
-    return np.exp(-0.5 * np.square(z / deviation)) / (deviation * math.sqrt(2 * math.pi))
-
-
-def _step_of(c: Any, dates: int) -> tuple[float, float]:
-    """Drift and deviation of the logarithm of the price from date to date."""
-    dt = c.T / dates
-    return (c.r - c.d - 0.5 * c.v * c.v) * dt, c.v * math.sqrt(dt)
-
-
-def _certain(product: Product, c: Any) -> float | None:
-    """What a price that is certain pays, not discounted; None of one that is not."""
-    if c.T > 0 and c.v > 0:
-        return None
-    q = product.coefficients(c)
-    seen, price = product.begin(q), c.X0
-    for date in range(1, product.dates + 1):
-        price = c.X0 * math.exp((c.r - c.d) * c.T * date / product.dates)
-        seen = product.observe(seen, price, float(date), q)
-    return product.payoff(seen, price, q) * math.exp(c.r * c.T)
-
-
 # --- barriers ---------------------------------------------------------------------------------------------
-
-
-def _within(x: Array, drift: float, s: float, low: float, high: float) -> tuple[Array, Array]:
-    """Expected exp(y) and the chance of y in a corridor, y being x one step later. Shapes: (m,) -> two of (m,)."""
-    low, high = min(low, high), high
-    a, b = (low - x - drift) / s, (high - x - drift) / s
-    return np.exp(x + drift + s * s / 2) * (ndtr(b - s) - ndtr(a - s)), ndtr(b) - ndtr(a)
 
 
 def _in_corridor(product: Any, c: Any, low: float, high: float, payoff: str, rebate: float) -> float:
@@ -129,41 +94,40 @@ def _in_corridor(product: Any, c: Any, low: float, high: float, payoff: str, reb
 
     Of payoffs, 'option' or 'one'. Not discounted, but rebates are worth more for coming earlier.
     """
-    drift, s = _step_of(c, product.dates)
+    drift, s = step_of(c, product.dates)
     grown = math.exp(c.r * c.T / product.dates)
     sign, at = (1.0 if product.option == "call" else -1.0), math.log(c.K / c.X0)
 
     def last(x: Array) -> Array:
         """One step before expiry."""
-        chance = _within(x, drift, s, low, high)[1]
+        chance = within(x, drift, s, low, high)[1]
         if payoff == "one":
             return chance
         bottom, top = (max(low, at), high) if sign > 0 else (low, min(high, at))
         value = rebate * (1 - chance)
         if bottom < top:
-            asset, cash = _within(x, drift, s, bottom, top)
+            asset, cash = within(x, drift, s, bottom, top)
             value = value + sign * (c.X0 * asset - c.K * cash)
         return np.asarray(value)
 
     if product.dates == 1:
         return float(last(np.zeros(1))[0])
-    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * product.dates
-    nodes, weights = _panels(max(low, -reach), min(high, reach), s)
-    step = _density(nodes[None, :] - nodes[:, None] - drift, s) * weights
-    leaves = 1 - _within(nodes, drift, s, low, high)[1]
+    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * product.dates
+    nodes, weights = panels(max(low, -reach), min(high, reach), s)
+    step = normal_density(nodes[None, :] - nodes[:, None] - drift, s) * weights
+    leaves = 1 - within(nodes, drift, s, low, high)[1]
     value, worth = last(nodes), rebate
     for _ in range(product.dates - 2):
         worth *= grown
         value = step @ value + worth * leaves
-    first = _density(nodes - drift, s) * weights
-    leaving = 1 - _within(np.zeros(1), drift, s, low, high)[1]
+    first = normal_density(nodes - drift, s) * weights
+    leaving = 1 - within(np.zeros(1), drift, s, low, high)[1]
     return float(first @ value + worth * grown * leaving[0])
 
 
 def _barrier(product: Any, c: Any) -> float:
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
+    if (known := certain(product, c)) is not None:
+        return known
     low, high = (-math.inf, math.log(c.H)) if product.up else (math.log(c.H), math.inf)
     if product.out:
         return _in_corridor(product, c, low, high, "option", product.rebate)
@@ -176,9 +140,8 @@ def _barrier(product: Any, c: Any) -> float:
 
 
 def _double_barrier(product: Any, c: Any) -> float:
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
+    if (known := certain(product, c)) is not None:
+        return known
     return _in_corridor(product, c, math.log(c.L), math.log(c.H), "option", 0.0)
 
 
@@ -186,9 +149,8 @@ def _double_barrier(product: Any, c: Any) -> float:
 
 
 def _asian(product: Any, c: Any) -> float:
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
+    if (known := certain(product, c)) is not None:
+        return known
     if product.over == "time":
         return _romberg(lambda dates: _time_average(product.sign, c, c.K, dates))
     sign = product.sign
@@ -215,7 +177,7 @@ def _average(X0: float, K: float, c: Any, dates: int, each: float, last: float, 
 
     The sum of the prices is S_1 (1 + e^R_2 (1 + e^R_3 (...))); its brackets have densities, the innermost first.
     """
-    drift, s = _step_of(c, dates)
+    drift, s = step_of(c, dates)
     if K <= 0:
         times = (c.r - c.d) * c.T * np.arange(1, dates + 1) / dates
         weights = np.append(np.ones(dates - 1), last)
@@ -229,23 +191,22 @@ def _average(X0: float, K: float, c: Any, dates: int, each: float, last: float, 
         return float(payoff(np.full(1, math.log(last)))[0])
     # L_k = R_k + ln(1 + e^L_(k+1)), from the last date to the second.
     mean, deviation = drift + math.log(last), s
-    nodes, weights = _panels(mean - _REACH * deviation, mean + _REACH * deviation, s)
-    density = _density(nodes - mean, s)
+    nodes, weights = panels(mean - REACH * deviation, mean + REACH * deviation, s)
+    density = normal_density(nodes - mean, s)
     for _ in range(dates - 2):
         shifted, share = np.logaddexp(0.0, nodes), math.exp(mean - np.logaddexp(0.0, mean))
         mean, deviation = drift + float(np.logaddexp(0.0, mean)), math.hypot(s, share * deviation)
         # The logarithm of a sum leans to the right: its mean lies a little above that of its parts.
-        later, later_weights = _panels(mean - _REACH * deviation, mean + (_REACH + 2) * deviation, s)
-        density = _density(later[:, None] - shifted[None, :] - drift, s) @ (weights * density)
+        later, later_weights = panels(mean - REACH * deviation, mean + (REACH + 2) * deviation, s)
+        density = normal_density(later[:, None] - shifted[None, :] - drift, s) @ (weights * density)
         nodes, weights = later, later_weights
     return float((weights * density) @ payoff(np.logaddexp(0.0, nodes)))
 
 
 def _floating_asian(product: Any, c: Any) -> float:
     """With the last price as the unit of account, prices over it are those of a path backwards, r and d exchanged."""
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
+    if (known := certain(product, c)) is not None:
+        return known
     back, sign = c._replace(r=c.d, d=c.r, X0=1.0), -product.sign
     forward = c.X0 * math.exp((c.r - c.d) * c.T)
     if product.over == "time":
@@ -263,10 +224,9 @@ def _floating_asian(product: Any, c: Any) -> float:
 
 def _lookback(product: Any, c: Any) -> float:
     """The highest of n sums of steps has the law of a queue: W_(i+1) = max(0, W_i + step). The lowest is a mirror."""
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
-    way, (drift, s) = product.way, _step_of(c, product.dates)
+    if (known := certain(product, c)) is not None:
+        return known
+    way, (drift, s) = product.way, step_of(c, product.dates)
     drift, extreme, forward = way * drift, c.M * c.X0, c.X0 * math.exp((c.r - c.d) * c.T)
     level = extreme
     if not product.floating:
@@ -280,103 +240,20 @@ def _lookback(product: Any, c: Any) -> float:
     atom, nodes, weights = 1.0, np.zeros(0), np.zeros(0)
     density = np.zeros(0)
     if product.dates > 1:
-        reach = _REACH * s * math.sqrt(product.dates) + abs(drift) * product.dates
-        nodes, weights = _panels(0.0, reach, s)
-        atom, density = float(ndtr(-drift / s)), _density(nodes - drift, s)
-        step = _density(nodes[:, None] - nodes[None, :] - drift, s) * weights
+        reach = REACH * s * math.sqrt(product.dates) + abs(drift) * product.dates
+        nodes, weights = panels(0.0, reach, s)
+        atom, density = float(ndtr(-drift / s)), normal_density(nodes - drift, s)
+        step = normal_density(nodes[:, None] - nodes[None, :] - drift, s) * weights
         ends = ndtr(-(nodes + drift) / s) * weights
         for _ in range(product.dates - 2):
             atom, density = (
                 atom * float(ndtr(-drift / s)) + float(ends @ density),
-                atom * _density(nodes - drift, s) + step @ density,
+                atom * normal_density(nodes - drift, s) + step @ density,
             )
     expected = atom * float(beyond(np.zeros(1))[0]) + float((weights * density) @ beyond(nodes))
     if product.floating:
         return float(way * (extreme - forward) + expected)
     return float(max(way * (extreme - c.K), 0.0) + expected)
-
-
-# --- autocallable notes -----------------------------------------------------------------------------------
-
-
-def _autocallable(product: Any, c: Any) -> float:
-    """What a note is worth after each date is linear in the coupons that it has not paid.
-
-    Values are carried back on two intervals, below the level of coupons and from there to that of redemption, on each
-    of which they are smooth.
-    """
-    certain = _certain(product, c)
-    if certain is not None:
-        return certain
-    n, (drift, s) = product.dates, _step_of(c, product.dates)
-    call, coupon_at, low = (math.log(level * c.K / c.X0) for level in (c.call_level, c.coupon_level, c.protection))
-    coupon, discount = c.coupon, math.exp(-c.r * c.T / n)
-    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * n
-    middle = min(coupon_at, call)
-    parts = [_panels(min(-reach, middle - s), middle, s)]
-    if coupon_at < call:
-        parts.append(_panels(middle, call, s))
-    nodes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-    unpaid_there = nodes < middle
-
-    def carried(x: Array, value: Array | None, unpaid: Array | None) -> tuple[Array, Array]:
-        """The value at x one date before, and what each coupon adds that has not been paid."""
-        paid = coupon * ndtr((x + drift - coupon_at) / s)
-        now, missed = paid + ndtr((x + drift - call) / s), paid.copy()
-        if value is None or unpaid is None:  # expiry
-            asset, chance = _within(x, drift, s, -math.inf, min(low, call))
-            alive = ndtr((call - x - drift) / s)
-            now = now + alive - chance + asset * c.X0 / c.K
-        else:
-            step = _density(nodes[None, :] - x[:, None] - drift, s) * weights
-            now = now + step @ (value + np.where(unpaid_there, unpaid, 0.0))
-            missed = missed + step @ np.where(unpaid_there, unpaid, 0.0)
-        return discount * now, discount * missed if product.memory else 0 * missed
-
-    value, unpaid = None, None
-    for _ in range(n - 1):
-        value, unpaid = carried(nodes, value, unpaid)
-    return float(product.nominal * carried(np.zeros(1), value, unpaid)[0][0] * math.exp(c.r * c.T))
-
-
-# --- early exercise ---------------------------------------------------------------------------------------
-
-
-def _bermudan(product: Any, c: Any) -> float:
-    """Exercised below a boundary, of a put, or above it, of a call; on each date it is found by its root.
-
-    Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature.
-    """
-    n, sign = product.dates, (1.0 if product.option == "call" else -1.0)
-    if c.T <= 0 or c.v <= 0:
-        times = np.arange(1, n + 1) / n * c.T
-        paid = np.exp(-c.r * times) * np.maximum(sign * (c.X0 * np.exp((c.r - c.d) * times) - c.K), 0.0)
-        return float(paid.max() * math.exp(c.r * c.T))
-    (drift, s), discount = _step_of(c, n), math.exp(-c.r * c.T / n)
-    reach = _REACH * c.v * math.sqrt(c.T) + abs(drift) * n
-    at = math.log(c.K / c.X0)
-    boundary, nodes, weighted = at, np.zeros(0), np.zeros(0)
-
-    def waiting(x: Array) -> Array:
-        """What is worth waiting for at x, a date before that of the boundary."""
-        low, high = (boundary, math.inf) if sign > 0 else (-math.inf, boundary)
-        asset, chance = _within(x, drift, s, low, high)
-        later = _density(nodes[None, :] - x[:, None] - drift, s) @ weighted
-        return np.asarray(discount * (sign * (c.X0 * asset - c.K * chance) + later))
-
-    for _ in range(n - 1):
-
-        def gain(x: float) -> float:
-            return float(sign * (c.X0 * math.exp(x) - c.K) - waiting(np.array([x]))[0])
-
-        far = at + sign * (reach + abs(at))
-        now = brentq(gain, at, far, xtol=1e-14) if gain(far) > 0 else sign * math.inf
-        low, high = min(-reach, at - s), max(reach, at + s)
-        low, high = (low, min(now, high)) if sign > 0 else (max(now, low), high)
-        new, weights = _panels(low, high, s)
-        # Both at once: what is waited for is still that of the later date.
-        boundary, nodes, weighted = now, new, weights * waiting(new)
-    return float(waiting(np.zeros(1))[0] * math.exp(c.r * c.T))
 
 
 RECURSIONS: tuple[tuple[type, Callable[[Any, Any], float]], ...] = (
@@ -385,7 +262,8 @@ RECURSIONS: tuple[tuple[type, Callable[[Any, Any], float]], ...] = (
     *((kind, _asian) for kind in (ArithmeticAsianPut, ArithmeticAsianCall)),
     *((kind, _floating_asian) for kind in (ArithmeticAsianFloatingCall, ArithmeticAsianFloatingPut)),
     *((kind, _lookback) for kind in LOOKBACKS),
-    (Autocallable, _autocallable),
-    *((kind, _bermudan) for kind in (BermudanPut, BermudanCall)),
+    (Autocallable, structured.autocallable),
+    (Cliquet, structured.cliquet),
+    *((kind, structured.bermudan) for kind in (BermudanPut, BermudanCall)),
 )
 """Expected payoffs, not discounted, of products and one contract each."""

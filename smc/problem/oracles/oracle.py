@@ -56,6 +56,8 @@ class Oracle:
     implied_volatility: Callable[[Array, Array], Array] | None = None
     dear: bool = False
     """Whether an answer takes milliseconds a contract."""
+    slow: bool = False
+    """Whether it takes a tenth of a second or more."""
 
 
 def oracle_of(problem: Problem) -> Oracle | None:
@@ -122,7 +124,8 @@ def _log_normal(problem: Problem) -> Oracle:
     greeks = partial(greeks_by_differences, problem, price)
     dear = not closed_forms.has_formula(problem.product)
     about = "recursion from date to date" if dear else "closed form"
-    return Oracle(about, (problem.product.option,), price, greeks, dear=dear)
+    slow = dear and log_normal.is_slow(problem.product)
+    return Oracle(about, (problem.product.option,), price, greeks, dear=dear, slow=slow)
 
 
 def _two_valued(problem: Problem) -> Oracle:

@@ -1,0 +1,170 @@
+"""Notes, cliquets and early exercise under geometric Brownian motion: recursions from date to date.
+
+Each function takes a product and one contract and gives the expected payoff, not discounted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import ndtr
+
+from smc.problem.oracles.quadrature import REACH, certain, normal_density, panels, step_of, within
+
+__all__ = ["autocallable", "bermudan", "cliquet"]
+
+Array = npt.NDArray[np.float64]
+
+# Of cliquets: terms of a cosine series, and nodes that resolve the last of them.
+_TERMS = 512
+_MANY = np.polynomial.legendre.leggauss(768)
+
+
+# --- autocallable notes -----------------------------------------------------------------------------------
+
+
+def autocallable(product: Any, c: Any) -> float:
+    """What a note is worth after each date is linear in the coupons that it has not paid.
+
+    Values are carried back on two intervals, below the level of coupons and from there to that of redemption, on each
+    of which they are smooth.
+    """
+    if (known := certain(product, c)) is not None:
+        return known
+    n, (drift, s) = product.dates, step_of(c, product.dates)
+    call, coupon_at, low = (math.log(level * c.K / c.X0) for level in (c.call_level, c.coupon_level, c.protection))
+    coupon, discount = c.coupon, math.exp(-c.r * c.T / n)
+    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * n
+    middle = min(coupon_at, call)
+    parts = [panels(min(-reach, middle - s), middle, s)]
+    if coupon_at < call:
+        parts.append(panels(middle, call, s))
+    nodes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
+    unpaid_there = nodes < middle
+
+    def carried(x: Array, value: Array | None, unpaid: Array | None) -> tuple[Array, Array]:
+        """The value at x one date before, and what each coupon adds that has not been paid."""
+        paid = coupon * ndtr((x + drift - coupon_at) / s)
+        now, missed = paid + ndtr((x + drift - call) / s), paid.copy()
+        if value is None or unpaid is None:  # expiry
+            asset, chance = within(x, drift, s, -math.inf, min(low, call))
+            alive = ndtr((call - x - drift) / s)
+            now = now + alive - chance + asset * c.X0 / c.K
+        else:
+            step = normal_density(nodes[None, :] - x[:, None] - drift, s) * weights
+            now = now + step @ (value + np.where(unpaid_there, unpaid, 0.0))
+            missed = missed + step @ np.where(unpaid_there, unpaid, 0.0)
+        return discount * now, discount * missed if product.memory else 0 * missed
+
+    value, unpaid = None, None
+    for _ in range(n - 1):
+        value, unpaid = carried(nodes, value, unpaid)
+    return float(product.nominal * carried(np.zeros(1), value, unpaid)[0][0] * math.exp(c.r * c.T))
+
+
+# --- early exercise ---------------------------------------------------------------------------------------
+
+
+def bermudan(product: Any, c: Any) -> float:
+    """Exercised below a boundary, of a put, or above it, of a call; on each date it is found by its root.
+
+    Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature.
+    """
+    n, sign = product.dates, (1.0 if product.option == "call" else -1.0)
+    if c.T <= 0 or c.v <= 0:
+        times = np.arange(1, n + 1) / n * c.T
+        paid = np.exp(-c.r * times) * np.maximum(sign * (c.X0 * np.exp((c.r - c.d) * times) - c.K), 0.0)
+        return float(paid.max() * math.exp(c.r * c.T))
+    (drift, s), discount = step_of(c, n), math.exp(-c.r * c.T / n)
+    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * n
+    at = math.log(c.K / c.X0)
+    boundary, nodes, weighted = at, np.zeros(0), np.zeros(0)
+
+    def waiting(x: Array) -> Array:
+        """What is worth waiting for at x, a date before that of the boundary."""
+        low, high = (boundary, math.inf) if sign > 0 else (-math.inf, boundary)
+        asset, chance = within(x, drift, s, low, high)
+        later = normal_density(nodes[None, :] - x[:, None] - drift, s) @ weighted
+        return np.asarray(discount * (sign * (c.X0 * asset - c.K * chance) + later))
+
+    for _ in range(n - 1):
+
+        def gain(x: float) -> float:
+            return float(sign * (c.X0 * math.exp(x) - c.K) - waiting(np.array([x]))[0])
+
+        far = at + sign * (reach + abs(at))
+        now = brentq(gain, at, far, xtol=1e-14) if gain(far) > 0 else sign * math.inf
+        low, high = min(-reach, at - s), max(reach, at + s)
+        low, high = (low, min(now, high)) if sign > 0 else (max(now, low), high)
+        new, weights = panels(low, high, s)
+        # Both at once: what is waited for is still that of the later date.
+        boundary, nodes, weighted = now, new, weights * waiting(new)
+    return float(waiting(np.zeros(1))[0] * math.exp(c.r * c.T))
+
+
+# --- cliquets ---------------------------------------------------------------------------------------------
+
+
+def cliquet(product: Any, c: Any) -> float:
+    """By how many returns are at the floor, and how many at the cap: the sum of the others has a density.
+
+    Its cosine series is known from the transform of one return.
+    Source: Fang and Oosterlee, "A novel pricing method for European options based on Fourier-cosine series expansions"
+    (2008).
+    """
+    if (known := certain(product, c)) is not None:
+        return known
+    n, (drift, s) = product.dates, step_of(c, product.dates)
+    low, high = math.log1p(max(c.floor, -1 + 1e-12)), math.log1p(c.cap)
+    at_floor, at_cap = float(ndtr((low - drift) / s)), float(ndtr((drift - high) / s))
+    # One return between its bounds, by quadrature over its normal.
+    left, right = max((low - drift) / s, -REACH), min((high - drift) / s, REACH)
+    if left < right:
+        z = (left + right) / 2 + (right - left) / 2 * _MANY[0]
+        weights = (right - left) / 2 * _MANY[1] * normal_density(z, 1.0)
+        returns = np.expm1(drift + s * z)
+    else:
+        weights, returns = np.zeros(1), np.zeros(1)
+    expected = 0.0
+    for between in range(n + 1):
+        series = _sum_of(returns, weights, between, c.floor, c.cap)
+        for floors in range(n - between + 1):
+            caps = n - between - floors
+            ways = math.comb(n, between) * math.comb(n - between, floors)
+            chance = ways * at_floor**floors * at_cap**caps
+            if chance > 0:
+                expected += chance * series(c.least - floors * c.floor - caps * c.cap)
+    return float(product.nominal * (c.least + expected))
+
+
+def _sum_of(returns: Array, weights: Array, count: int, floor: float, cap: float) -> Callable[[float], float]:
+    """Of so many returns between their bounds: the chance of that, times by how much their sum exceeds a level."""
+    if count == 0:
+        return lambda level: max(-level, 0.0)
+    mass, mean = float(weights.sum()), float(weights @ returns)
+    if count == 1:
+        return lambda level: float(weights @ np.maximum(returns - level, 0.0)) if level > floor else mean - mass * level
+    start, width = count * floor, count * (cap - floor)
+    u = np.arange(_TERMS) * math.pi / width
+    one = np.exp(1j * u[:, None] * (returns - floor)) @ weights
+    terms = 2.0 / width * np.real(one**count)
+    terms[0] /= 2
+
+    def exceeds(level: float) -> float:
+        if level <= start:
+            return float(count * mean * mass ** (count - 1) - level * mass**count)
+        if level >= start + width:
+            return 0.0
+        x = level - start
+        # Of max(y - x, 0) over [0, width], by the cosines.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_cosine = (np.cos(math.pi * np.arange(_TERMS)) - np.cos(u * x)) / u**2
+        of_cosine[0] = (width - x) ** 2 / 2
+        return float(max(terms @ of_cosine, 0.0))
+
+    return exceeds
