@@ -27,7 +27,7 @@ class ExperimentOutcome:
 
     `version`: its newest, where this job trained it and the trainer was lost before it could tell; `restarts`: how
     often its trainer was lost; `pruned`: it was given up; `value`: what was asked to be measured; `evaluated`: what it
-    was compared with, if that was asked.
+    was compared with, if that was asked, or why it could not be.
     """
 
     experiment: Experiment
@@ -37,7 +37,7 @@ class ExperimentOutcome:
     restarts: int = 0
     pruned: bool = False
     value: float | None = None
-    evaluated: Evaluated | None = None
+    evaluated: Evaluated | str | None = None
 
     @property
     def stopped(self) -> bool:

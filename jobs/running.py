@@ -227,7 +227,10 @@ class Runner:
             if self._options.measure is not None and whole:
                 value = await plain(trainer.measure.remote(self._options.measure))
             if self._options.evaluate and whole:
-                found_ = await plain(trainer.evaluate.remote(self._options.evaluate))
+                try:
+                    found_ = await plain(trainer.evaluate.remote(self._options.evaluate))
+                except SpectralMCError as error:  # what was trained is trained
+                    found_ = str(error).splitlines()[0]
             given_up = pruned and not whole
             return ExperimentOutcome(experiment, result, pruned=given_up, value=value, evaluated=found_)
         finally:

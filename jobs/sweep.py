@@ -260,6 +260,9 @@ def errors(outcomes: Sequence[ExperimentOutcome]) -> list[str]:
     for outcome in outcomes:
         if (found := outcome.evaluated) is None:
             continue
+        if isinstance(found, str):
+            rows.append((outcome.experiment.name, *("" for _ in _TOLD), "", f"could not be compared: {found}", ""))
+            continue
         cells = []
         for name, how in _TOLD:
             measure = next((m for key, m in found.measures.items() if key.partition(",")[0] == name), None)

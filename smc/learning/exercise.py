@@ -175,7 +175,7 @@ def _learned(problem: Problem, product: BermudanOption, domain: Mapping[str, Bou
     network = _Waiting(product.seen_count, len(policy.fields))
     exercised = torch.zeros_like(sample.paid, dtype=torch.bool)
     exercised[:, -1] = True
-    for round_ in range(_ROUNDS):
+    for round_ in range(_ROUNDS if product.dates > 1 else 0):
         value = _followed(sample, exercised)
         _regress(network, sample, value - sample.paid[:, :-1] - sample.certain[:, :-1], seed + round_)
         with torch.no_grad():

@@ -47,6 +47,8 @@ def upper_bound(
             f"there is no upper bound of {problem.name}: it takes an option with dates of exercise, and a process "
             "whose prices alone say how they go on"
         )
+    if paths % 2 or inner % 2 or min(paths, inner) < 2:
+        raise ConfigError(f"paths and inner must be even numbers, 2 at least, got {paths} and {inner}")
     table = torch.from_numpy(contract_array(contracts, problem.schema))
     found = np.array([_of_one(problem, product, row, paths, inner, seed + 2 * i) for i, row in enumerate(table)])
     return Estimate(found[:, 0], found[:, 1], paths)

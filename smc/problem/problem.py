@@ -139,12 +139,7 @@ class Problem:
         prices = (expected[:, :, 0] if self.process.assets == 1 else expected).tolist()
         paid = np.empty(len(table))
         for row, (contract, path) in enumerate(zip(table.tolist(), prices, strict=True)):
-            q = product.coefficients(self.schema.row(*contract))
-            seen = product.begin(q)
-            if product.dates:
-                for date, price in enumerate(path, 1):
-                    seen = product.observe(seen, price, float(date), q)
-            paid[row] = product.payoff(seen, path[-1], q)
+            paid[row] = product.certain_payoff(path, self.schema.row(*contract))
         return paid + 0.0  # what is worth nothing is 0, not -0
 
     def check_steps(self, steps: int) -> None:

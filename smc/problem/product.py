@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -104,7 +105,7 @@ class Product(BaseModel, ABC):
         self, seen: tuple[float, ...], spot: Any, variation: float, normals: tuple[float, ...], share: float,
         k: tuple[float, ...],
     ) -> tuple[float, ...]:  # fmt: skip
-        """What is known after a step that ends at the price `spot`, when this share of the time to expiry has passed.
+        """What is known after a step that ends at the price `spot`; `share` of the time to expiry is in its middle.
 
         `variation` is the quadratic variation of the price's logarithm over the step: between its ends the logarithm
         is taken for a Brownian bridge of that variance. `normals` are `draws` of them, nobody else's.
@@ -114,6 +115,15 @@ class Product(BaseModel, ABC):
     @abstractmethod
     def payoff(self, seen: tuple[float, ...], spot: Any, k: tuple[float, ...]) -> float:
         """What is paid, discounted to today. `spot` is the price at expiry. Units: currency."""
+
+    def certain_payoff(self, path: Sequence[Any], c: Any) -> float:
+        """What a contract pays whose prices on the dates are certain to be these, the last of them at expiry."""
+        k = self.coefficients(c)
+        seen = self.begin(k)
+        if self.dates:
+            for date, price in enumerate(path, 1):
+                seen = self.observe(seen, price, float(date), k)
+        return self.payoff(seen, path[-1], k)
 
     # --- for a whole table of contracts, in torch -----------------------------------------------------
 

@@ -91,7 +91,7 @@ struct Path {
         #pragma unroll
         for (int i = 0; i < STATE; ++i) before[i] = s[i];
         step_once(s, z, k);
-        if (BETWEEN) between(a, before, s, z, ++taken * per_step, k, q);
+        if (BETWEEN) between(a, before, s, z, (taken++ + (real)0.5) * per_step, k, q);
         if (DATES) {
             if (EVERY_STEP || --until == 0) {
                 until = stride;

@@ -168,7 +168,7 @@ def _walk(
         arrays=_indented([line for tag in tags for line in _arrays(sizes, real, tag)], 1),
         contract=_indented(contract, 2),
         start=_indented(start, 4),
-        share=_indented(["share = _real(at + 1) / _real(steps)\n"], 4) if product.continuous else "",
+        share=_indented(["share = (_real(at) + _real(0.5)) / _real(steps)\n"], 4) if product.continuous else "",
         step=_indented(step, 5),
         look=_LOOK + _indented(observed, 6) if observed else "",
         payoff=_indented(payoff, 4),

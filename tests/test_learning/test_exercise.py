@@ -22,6 +22,7 @@ from smc.prediction.duality import has_upper_bound, upper_bound
 from smc.prediction.soundness import evaluated
 from smc.problem.oracles.oracle import oracle_of
 from smc.problem.problem import Problem
+from smc.problem.processes.cev import ConstantElasticity
 from smc.problem.processes.correlated_gbm import CorrelatedGBM
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.processes.heston import Heston
@@ -143,6 +144,32 @@ def test_a_pricer_learns_its_policy_and_keeps_it(few: None) -> None:
     assert difference is None or "product" not in difference
     other = make_experiment("early", settings, {"simulation": {"product": {"dates": 2}}}, recipe="tiny")
     assert "simulation.product" in str(other.difference(metadata))
+
+
+@pytest.mark.slow
+def test_a_policy_answers_where_nothing_is_random_and_on_one_date(few: None) -> None:
+    pricer = GbmCVNNPricer(make_experiment("early", {"simulation": {"product": {"kind": "bermudan_put", "dates": 4}},
+                                                     "domain": NARROW}, recipe="tiny").fresh())  # fmt: skip
+    pricer.train(small_training(1))
+    for values in ({"T": 0.0, "K": 110.0}, {"v": 0.0, "K": 110.0}):
+        table = contract_of(pricer.problem, **values)
+        oracle = oracle_of(pricer.problem)
+        assert oracle is not None
+        assert pricer.predict_price(table)[0] == pytest.approx(oracle.price(table)[0], abs=1e-9)
+    once = with_policy(Problem(GeometricBrownianMotion(), BermudanPut(dates=1)), NARROW)
+    table = contract_of(once)
+    exact = oracle_of(once)
+    assert exact is not None
+    assert lower_bound(once, table).price[0] == pytest.approx(exact.price(table)[0], abs=0.02)
+
+
+@pytest.mark.slow
+def test_prices_that_may_be_absorbed_have_a_policy_and_an_upper_bound(few: None) -> None:
+    problem = with_policy(Problem(ConstantElasticity(), BermudanPut(dates=2)), seed=1)
+    table = contract_of(problem, v=0.6, T=2.0, beta=0.0)
+    assert np.isfinite(upper_bound(problem, table, paths=64, inner=32).price).all()
+    with pytest.raises(ConfigError, match="even numbers, 2 at least, got 511 and 256"):
+        upper_bound(problem, table, paths=511)
 
 
 @pytest.mark.slow

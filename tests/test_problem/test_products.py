@@ -449,3 +449,69 @@ def test_a_note_pays_what_its_terms_say() -> None:
     forgets = Autocallable(dates=3, memory=False).observe((1.0, 0.0, 0.0, 1.0), 70.0, 1.0, k)
     assert forgets[2] == 0
     assert note.observe((1.0, 0.0, 0.0, 1.0), 70.0, 1.0, k)[2] == 1
+
+
+# --- limits -------------------------------------------------------------------------------------------
+
+
+def one(problem: Problem, **values: float) -> np.ndarray:
+    usual = {"X0": 100, "K": 90, "T": 1, "r": 0.04, "d": 0.01, "v": 0.2, "H": 1.3, "L": 0.7, "M": 1.0} | values
+    row = [usual.get(field.name, (field.lower + field.upper) / 2) for field in problem.schema]
+    return np.array([row], dtype=np.float64)
+
+
+@pytest.mark.parametrize("product", products(), ids=named)
+def test_where_nothing_is_random_the_oracle_has_what_is_certain(product: Product) -> None:
+    problem = problem_of(product)
+    oracle = oracle_of(problem)
+    if oracle is None or (product.continuous and getattr(product, "rebate", 0.0)):
+        return
+    if getattr(product, "over", "") == "time":  # whose dates are an approximation
+        return
+    down = {"H": 0.8} if product.kind.startswith("down") else {}
+    for values in ({"T": 0.0}, {"v": 0.0, "v1": 0.0, "v2": 0.0}):
+        table = one(problem, **down, **values)
+        certain = problem.certain_payoffs(torch.from_numpy(table))
+        np.testing.assert_allclose(oracle.price(table), certain, atol=1e-6)
+
+
+def test_lookbacks_have_a_price_without_growth() -> None:
+    for kind in ("lookback_call", "lookback_put", "floating_lookback_call", "floating_lookback_put"):
+        problem = problem_of(product_of({"kind": kind, "monitoring": "continuous"}))
+        exact = log_normal.price(problem, one(problem, r=0.02, d=0.02))
+        near = log_normal.price(problem, one(problem, r=0.02 + 1e-5, d=0.02))
+        np.testing.assert_allclose(exact, near, atol=2e-3)
+
+
+def test_greeks_at_an_extreme_of_today_are_the_limit_of_those_before() -> None:
+    problem = problem_of(FloatingLookbackPut(monitoring="continuous"))
+    oracle = oracle_of(problem)
+    assert oracle is not None
+    assert oracle.greeks is not None
+    at, beside = (oracle.greeks(one(problem, M=extreme)) for extreme in (1.0, 1.004))
+    np.testing.assert_allclose(at.delta, beside.delta, atol=0.02)
+    np.testing.assert_allclose(at.gamma, beside.gamma, rtol=0.05)
+
+
+def test_what_is_absorbed_at_nothing_still_pays_a_number() -> None:
+    cliquet = Cliquet(dates=2)
+    k = (100.0, 0.05, -0.02, 0.0, 100.0)
+    assert cliquet.payoff(cliquet.observe(cliquet.observe((0.0, 100.0), 0.0, 1.0, k), 0.0, 2.0, k), 0.0, k) == 0.0
+    problem = Problem(ConstantElasticity(), Cliquet(dates=4))
+    table = one(problem, beta=0.0, v=0.6, T=2.0, r=0.0, d=0.04)
+    assert bool(simulation_of(problem, steps=32).payoffs(table).isfinite().all())
+
+
+def test_a_rebate_is_paid_when_the_barrier_is_passed_and_not_at_the_end_of_a_step() -> None:
+    problem = problem_of(UpAndOutCall(monitoring="continuous", rebate=10.0))
+    table = one(problem, r=0.08, d=0.0, T=2.0, v=0.3, H=1.2)
+    engine = simulation_of(problem, steps=16, paths=4096)
+    (found,) = engine.simulate_priced([torch.from_numpy(np.repeat(table, 64, axis=0))], torch.tensor(0))
+    assert float(found.prices.mean()) == pytest.approx(log_normal.price(problem, table)[0], abs=0.01)
+
+
+def test_a_note_pays_no_more_than_its_bound_says() -> None:
+    problem = problem_of(Autocallable(dates=4))
+    table = one(problem, call_level=1.1, coupon_level=0.5, protection=1.3, coupon=0.05, r=-0.02, v=0.4, K=100.0)
+    paid = simulation_of(problem, steps=4).payoffs(table)
+    assert float(paid.max()) <= float(problem.product.bounds(problem.law(torch.from_numpy(table))).payoff) + 1e-3

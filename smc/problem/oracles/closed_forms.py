@@ -184,13 +184,20 @@ def _barrier(product: Any, c: Any) -> Array:
 
 
 def _at_passage(product: Any, c: Any) -> Array:
-    """The value today of one unit of currency on the passage of a barrier, if that comes before expiry."""
+    """The value today of one unit of currency on the passage of a barrier, if that comes before expiry.
+
+    It is NaN where rates are so far below 0 that the formula's root is not real.
+    """
     w, away, way = c.v * np.sqrt(c.T), np.log(c.H), product.way
     drift = (c.r - c.d) / c.v**2 - 0.5
     power = np.sqrt(drift**2 + 2 * c.r / c.v**2)
     z = -away / w + power * w
     one, other = np.exp(away * (drift + power)), np.exp(away * (drift - power))
-    return np.asarray(one * ndtr(way * (-away / w - power * w)) + other * ndtr(way * z))
+    found = one * ndtr(way * (-away / w - power * w)) + other * ndtr(way * z)
+    # What is certain passes when growth has come so far.
+    when = away / (c.r - c.d)
+    certain = np.where((when > 0) & (when <= c.T), np.exp(-c.r * when), 0.0)
+    return np.asarray(np.where(w > 0, found, certain))
 
 
 def _lookback(product: Any, c: Any) -> Array:
@@ -201,6 +208,7 @@ def _lookback(product: Any, c: Any) -> Array:
         level = np.maximum(extreme, c.K) if product.highest else np.minimum(extreme, c.K)
     rate = c.r - c.d
     growth = np.where(np.abs(rate) < _LEAST_RATE, _LEAST_RATE, rate) * c.T
+    forward = c.X0 * np.exp(growth)
     d1 = np.log(forward / level) / w + w / 2
     power = np.exp(2 * growth / w**2 * np.log(level / c.X0))
     again = w**2 / (2 * growth) * (forward * ndtr(way * d1) - c.X0 * power * ndtr(way * (d1 - 2 * growth / w)))
@@ -221,9 +229,11 @@ def _corridor(product: Any, c: Any) -> Array:
     for count in range(-_IMAGES, _IMAGES + 1):
         for shift, counts in ((2 * count * width, 1.0), (2 * high - 2 * count * width, -1.0)):
             asset, cash = _within(mean + shift, w, bottom, top)
-            weight = np.exp(mean / w**2 * shift)
-            total = total + np.where(weight > 0, counts * weight * sign * (c.X0 * asset - c.K * cash), 0.0)
-    return np.maximum(total, 0.0)
+            found = sign * (c.X0 * asset - c.K * cash)
+            total = total + np.where(found != 0, counts * np.exp(mean / w**2 * shift) * found, 0.0)
+    end = (c.r - c.d) * c.T
+    certain = ((low < end) & (end < high)) * np.maximum(sign * (c.X0 * np.exp(end) - c.K), 0.0)
+    return np.asarray(np.where(w > 0, np.maximum(total, 0.0), certain))
 
 
 FORMULAS: tuple[tuple[type, Callable[[Any, Any], Array]], ...] = (

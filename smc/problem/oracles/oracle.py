@@ -164,8 +164,24 @@ def _of_terminal(problem: Problem) -> Oracle:
         less = asset - heston.price(c, option) if option == "call" else asset + heston.price(c, option)
         return np.asarray(amount * np.maximum(less / c.K, 0.0))
 
-    greeks = partial(greeks_by_differences, problem, price)
-    return Oracle("Fourier inversion", (product.option,), price, greeks, dear=True)
+    priced = _where_random(problem, price)
+    greeks = partial(greeks_by_differences, problem, priced)
+    return Oracle("Fourier inversion", (product.option,), priced, greeks, dear=True)
+
+
+def _where_random(problem: Problem, price: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """A formula where something is random; elsewhere what is certain."""
+
+    def priced(table: Array) -> Array:
+        contracts = torch.from_numpy(table)
+        random = problem.is_random(contracts).numpy()
+        found = np.empty(len(table))
+        if random.any():
+            found[random] = price(table[random])
+        found[~random] = problem.certain_payoffs(contracts[torch.from_numpy(~random)])
+        return found
+
+    return priced
 
 
 def _of_two(problem: Problem) -> Oracle:
@@ -179,7 +195,8 @@ def _of_two(problem: Problem) -> Oracle:
             return np.asarray(law.discount.numpy() * rainbow.best_or_worst(*given, best=product.best, sign=sign))
         return np.asarray(law.discount.numpy() * rainbow.spread(*given, sign=sign))
 
-    return Oracle("closed form" if isinstance(product, BestOfCall) else "quadrature", (own,), price)
+    about = "closed form" if isinstance(product, BestOfCall) else "quadrature"
+    return Oracle(about, (own,), _where_random(problem, price))
 
 
 def _of_basket(problem: Problem) -> Oracle:
@@ -232,24 +249,35 @@ def greeks_by_differences(problem: Problem, price: Callable[[Array], Array], tab
     schema, spot = problem.schema, problem.process.fields[0].name
     volatility = problem.process.volatility
     assert volatility is not None
-    base = price(table)
-    up, down = _moved(problem, price, table, spot, _SHARE), _moved(problem, price, table, spot, -_SHARE)
+    base, side = price(table), _side(problem, table)
+    near, far = (_moved(problem, price, table, spot, share * _SHARE) for share in
+                 (np.where(side == 0, 1, side), np.where(side == 0, -1, 2 * side)))  # fmt: skip
     step = _SHARE * table[:, schema.column(spot)]
+    delta = np.where(side == 0, near - far, side * (4 * near - far - 3 * base)) / (2 * step)
+    gamma = np.where(side == 0, near - 2 * base + far, base - 2 * near + far) / step**2
     rates = [_moved(problem, price, table, "r", step=way * _RATE_STEP) for way in (1, -1)]
     vega, theta = (_slope(problem, price, table, name) for name in (volatility, "T"))
-    return Greeks(
-        (up - down) / (2 * step),
-        (up - 2 * base + down) / step**2,
-        vega,
-        -theta,
-        (rates[0] - rates[1]) / (2 * _RATE_STEP),
-    )
+    return Greeks(delta, gamma, vega, -theta, (rates[0] - rates[1]) / (2 * _RATE_STEP))
+
+
+def _side(problem: Problem, table: Array) -> Array:
+    """To which side the spot may be moved, 0 where to both: a ratio that it takes along has its limits.
+
+    The highest price so far cannot be below today's. Shapes: -> (n,).
+    """
+    side = np.zeros(len(table))
+    for name in problem.product.ratios:
+        field = problem.schema[problem.schema.column(name)]
+        ratio = table[:, problem.schema.column(name)]
+        side = np.where(ratio / (1 + _SHARE) < field.least, -1.0, side)
+        side = np.where(ratio / (1 - _SHARE) > field.most, 1.0, side)
+    return side
 
 
 def _moved(
-    problem: Problem, price: Callable[[Array], Array], table: Array, name: str, share: float = 0.0, step: float = 0.0
+    problem: Problem, price: Callable[[Array], Array], table: Array, name: str, share: Any = 0.0, step: float = 0.0
 ) -> Array:
-    """Prices with one field moved by a share of itself, or by a step."""
+    """Prices with one field moved by a share of itself, one for all contracts or one for each, or by a step."""
     schema, other = problem.schema, table.copy()
     column = schema.column(name)
     other[:, column] = other[:, column] * (1 + share) + step

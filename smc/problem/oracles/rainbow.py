@@ -22,14 +22,16 @@ Array = npt.NDArray[np.float64]
 
 # Of the integral over the second price, which is smooth: nodes, and how many deviations they reach.
 _NODES, _REACH = 192, 9.5
+# Of a price that hardly moves, as one divides by its root.
+_LEAST_VARIANCE = 1e-14
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(_NODES)
 
 
 def best_or_worst(forwards: Array, covariances: Array, strike: Array, *, best: bool, sign: float) -> Array:
     """Expected max(sign (U - K), 0), U being the higher or the lower price. Shapes: (n, 2), (n, 2, 2), (n,) -> (n,)."""
-    deviations = np.sqrt(np.stack([covariances[:, 0, 0], covariances[:, 1, 1]], axis=1))
+    deviations = np.sqrt(np.maximum(np.stack([covariances[:, 0, 0], covariances[:, 1, 1]], axis=1), _LEAST_VARIANCE))
     between = covariances[:, 0, 1]
-    apart = np.sqrt(np.maximum(deviations[:, 0] ** 2 + deviations[:, 1] ** 2 - 2 * between, 1e-300))
+    apart = np.sqrt(np.maximum(deviations[:, 0] ** 2 + deviations[:, 1] ** 2 - 2 * between, _LEAST_VARIANCE))
     lower = np.zeros(len(forwards))
     for one, other in ((0, 1), (1, 0)):
         # With this price as the unit of account: that it is the lower one, and above the strike.
@@ -53,7 +55,7 @@ def spread(forwards: Array, covariances: Array, strike: Array, *, sign: float) -
     """Expected max(sign (S_1 - S_2 - K), 0), K at least 0. Shapes: (n, 2), (n, 2, 2), (n,) -> (n,)."""
     z, weights = _REACH * _ABSCISSAE, _REACH * _WEIGHTS * np.exp(-0.5 * (_REACH * _ABSCISSAE) ** 2)
     weights = weights / weights.sum()
-    second = np.sqrt(covariances[:, 1, 1])
+    second = np.sqrt(np.maximum(covariances[:, 1, 1], _LEAST_VARIANCE))
     shared = covariances[:, 0, 1] / second
     own = np.sqrt(np.maximum(covariances[:, 0, 0] - shared**2, 0.0))
     against = forwards[:, 1:] * np.exp(second[:, None] * z - second[:, None] ** 2 / 2) + strike[:, None]

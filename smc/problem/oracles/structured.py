@@ -22,6 +22,8 @@ Array = npt.NDArray[np.float64]
 
 # Of cliquets: terms of a cosine series, and nodes that resolve the last of them.
 _TERMS = 512
+# How far from its mean a sum is looked for, in deviations.
+_FAR = 12.0
 _MANY = np.polynomial.legendre.leggauss(768)
 
 
@@ -73,8 +75,11 @@ def autocallable(product: Any, c: Any) -> float:
 def bermudan(product: Any, c: Any) -> float:
     """Exercised below a boundary, of a put, or above it, of a call; on each date it is found by its root.
 
-    Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature.
+    Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature. It is NaN
+    where rate and dividend yield are both below 0, so that there may be two boundaries.
     """
+    if min(c.r, c.d) < 0 and max(c.r, c.d) <= 0:
+        return math.nan
     n, sign = product.dates, (1.0 if product.option == "call" else -1.0)
     if c.T <= 0 or c.v <= 0:
         times = np.arange(1, n + 1) / n * c.T
@@ -149,9 +154,12 @@ def _sum_of(returns: Array, weights: Array, count: int, floor: float, cap: float
     mass, mean = float(weights.sum()), float(weights @ returns)
     if count == 1:
         return lambda level: float(weights @ np.maximum(returns - level, 0.0)) if level > floor else mean - mass * level
-    start, width = count * floor, count * (cap - floor)
+    # The sum lies between so many floors and caps, and hardly ever far from its mean.
+    each, spread = mean / mass, math.sqrt(max(float(weights @ returns**2) / mass - (mean / mass) ** 2, 0.0) * count)
+    start = max(count * floor, count * each - _FAR * spread)
+    width = min(count * cap, count * each + _FAR * spread) - start
     u = np.arange(_TERMS) * math.pi / width
-    one = np.exp(1j * u[:, None] * (returns - floor)) @ weights
+    one = np.exp(1j * u[:, None] * (returns - start / count)) @ weights
     terms = 2.0 / width * np.real(one**count)
     terms[0] /= 2
 

@@ -36,6 +36,8 @@ _NEAR, _FAR = 0.05, 1.5
 _OF_SURVIVORS, _LEAST_LACKING = 0.785, 1e-3
 # The share of today's price below which a price is taken to be absorbed.
 _ABSORBED = 1e-5
+# The share from which a contract starts whose price was absorbed: it is so again at once.
+_LEAST_SHARE = 1e-3
 # The longest step in years, and the most variance of the logarithm of the price that a step may have.
 _LONGEST_STEP, _MOST_VARIANCE = 1 / 8, 0.0225
 
@@ -114,7 +116,8 @@ class ConstantElasticity(Process):
 
     def restarted(self, c: Any, prices: Any) -> Any:
         """From another spot, at which the volatility is another."""
-        return {"X0": prices[:, 0], "v": c.v * (prices[:, 0] / c.X0) ** (c.beta - 1)}
+        share = (prices[:, 0] / c.X0).clamp(min=_LEAST_SHARE)
+        return {"X0": c.X0 * share, "v": c.v * share ** (c.beta - 1)}
 
     def growth(self, c: Any, t: Any) -> Any:
         """At the rate less the dividend yield."""

@@ -156,8 +156,8 @@ class Autocallable(PricedOnBridge):
 
     def bounds(self, law: Law) -> Bounds:
         """Nothing; the nominal and all coupons, from the date on which they are worth most."""
-        most = self.nominal * (1 + self.dates * law.c.coupon) * torch.maximum(law.discount, 1 + 0 * law.discount)
-        most = torch.maximum(most, self.nominal * law.c.protection)
+        redeemed = law.c.protection.clamp(min=1.0)
+        most = self.nominal * (redeemed + self.dates * law.c.coupon) * law.discount.clamp(min=1.0)
         return Bounds(0 * most, most, most)
 
     def notionals(self, law: Law) -> Tensor:

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _UP = Field("H", "barrier", "a ratio to the spot, above 1", 1.1, 1.6, least=1.0, strict=True)
-_DOWN = Field("H", "barrier", "a ratio to the spot, below 1", 0.6, 0.95, least=0.0, strict=True)
+_DOWN = Field("H", "barrier", "a ratio to the spot, below 1", 0.6, 0.95, least=0.0, strict=True, most=1.0)
 # Of the spot: the least room between strike and barrier that a scale is made of.
 _LEAST_ROOM = 0.02
 # Before the first date nothing bounds the end of a bridge.
@@ -98,7 +98,7 @@ class BarrierOption(PricedOnBridge, ExpectedOnPath):
         self, seen: tuple[float, ...], spot: float, date: float, k: tuple[float, ...]
     ) -> tuple[float, ...]:  # fmt: skip
         """1 before the passage, then minus the rebate that was paid at it, discounted."""
-        passed = self.rebated(date / self.dates, k)
+        passed = self.rebated((date - 0.5 if self.continuous else date) / self.dates, k)
         alive = passed if seen[0] > 0.0 and self.way * (spot - k[2]) >= 0.0 else seen[0]
         return (alive, seen[1], seen[2], seen[3]) if self.continuous else (alive,)
 

@@ -9,6 +9,7 @@ Cheridito and Jentzen, "Deep optimal stopping" (2019).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,6 +29,8 @@ __all__ = ["BermudanCall", "BermudanMaxCall", "BermudanOption", "BermudanPut"]
 
 # Where the hidden units begin among the coefficients, and how wide the kink between two guesses is, in deviations.
 _UNITS, _SOFTNESS = 6, 0.1
+# What has a logarithm: of the contract's numbers, and of prices as a share of the strike, where they may be 0.
+_LEAST, _LEAST_RATIO = 1e-12, 1e-6
 
 
 class BermudanOption(Product):
@@ -89,7 +92,7 @@ class BermudanOption(Product):
         numbers = tuple(
             (
                 (
-                    math.log(getattr(c, self.known.fields[i]))
+                    math.log(max(getattr(c, self.known.fields[i]), _LEAST))
                     if self.known.logarithms[i]
                     else getattr(c, self.known.fields[i])
                 )
@@ -146,7 +149,7 @@ class BermudanOption(Product):
 
     def seen_prices(self, spot: Any, k: tuple[float, ...]) -> tuple[float, ...]:
         """What the policy sees of prices: logarithms of ratios to the strike, over their scale."""
-        return ((math.log(spot) - k[1]) * k[2],)
+        return ((math.log(max(spot, _LEAST_RATIO * k[0])) - k[1]) * k[2],)
 
     def begin(self, k: tuple[float, ...]) -> tuple[float, ...]:
         """1 until it is exercised; what was paid, and the discount factor."""
@@ -166,6 +169,14 @@ class BermudanOption(Product):
         """What was paid, discounted."""
         return seen[1]
 
+    def certain_payoff(self, path: Sequence[Any], c: Any) -> float:
+        """That of the best date, which whoever knows the prices knows."""
+        paid = (
+            math.exp(-c.r * c.T * (date + 1) / self.dates) * self.sign * (self.underlying(price) - c.K)
+            for date, price in enumerate(path)
+        )
+        return max(0.0, *paid)
+
     # --- for learning a policy, in torch -------------------------------------------------------------
 
     def underlyings(self, prices: Tensor) -> Tensor:
@@ -174,7 +185,7 @@ class BermudanOption(Product):
 
     def logs_seen(self, prices: Tensor, strike: Tensor) -> Tensor:
         """Logarithms of what `seen_prices` sees, not scaled. Shapes: (..., assets), (...) -> (..., seen_count)."""
-        return torch.log(prices / strike[..., None])
+        return torch.log((prices / strike[..., None]).clamp(min=_LEAST_RATIO))
 
     def certain(self, prices: Tensor, strike: Tensor, rate: Tensor, growth: Tensor, dates: Tensor) -> Tensor:
         """What waiting is certain to be worth more than exercise, as in `waiting`, over the strike.
@@ -219,7 +230,7 @@ class BermudanOption(Product):
         return rate / (rate.abs() + w), law.growth / (law.growth.abs() + w), torch.log1p(self.anchor(law).clamp(min=0))
 
     def bounds(self, law: Law) -> Bounds:
-        """What exercise on the first date or the last is certain to be worth, and the strike; a call has no bound."""
+        """Nothing, and the strike of a put; a call has no bound."""
         nothing, endless = 0 * law.spot, torch.full_like(law.spot, math.inf)
         strike = law.c.K * torch.maximum(law.discount, law.discount ** (1 / self.dates))
         most = strike if self.option == "put" else endless

@@ -20,6 +20,9 @@ from smc.problem.schema import Field
 
 __all__ = ["Cliquet"]
 
+# A price that is divided by is at least this: what was absorbed at 0 has a return of -1, and so the floor.
+_LEAST = 1e-30
+
 _FIELDS = (
     Field("cap", "most that a return counts", "a share, so that 3 % is 0.03", 0.02, 0.12, least=0.0, strict=True),
     Field("floor", "least that a return counts", "a share, 0 or below", -0.1, 0.0, least=-1.0, most=0.0),
@@ -51,7 +54,7 @@ class Cliquet(Product):
         self, seen: tuple[float, ...], spot: float, date: float, k: tuple[float, ...]
     ) -> tuple[float, ...]:  # fmt: skip
         """One return more."""
-        return seen[0] + min(max(spot / seen[1] - 1.0, k[2]), k[1]), spot
+        return seen[0] + min(max(spot / max(seen[1], _LEAST) - 1.0, k[2]), k[1]), spot
 
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
