@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def measure(report: Report, options: argparse.Namespace) -> None:
         contract = sample[away.ranks["median"]]
         levels = pricer.predict_distribution(contract[None]).host_levels[0]
         draw_quantiles(axes, contract, levels, pricer.problem)
-        axes.set_title(f"{pricer.problem.title}\n{axes.get_title()}", fontsize=8)
+        told = "\n".join(wrap(axes.get_title(), 64))
+        axes.set_title(f"{pricer.problem.title}\n{told}", fontsize=8)
     drawn.savefig(options.out, dpi=70)
     print(f"picture: {options.out}")
 

@@ -87,7 +87,10 @@ class Product(BaseModel, ABC):
     @property
     def title(self) -> str:
         """Its kind, as people write it."""
-        return self.kind.replace("_", " ").replace("european", "European").replace("asian", "Asian")
+        title = self.kind.replace("_", " ")
+        for name in ("european", "asian", "bermudan"):
+            title = title.replace(name, name.capitalize())
+        return title
 
     @abstractmethod
     def coefficients(self, c: Any) -> tuple[float, ...]:
