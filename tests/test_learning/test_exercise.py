@@ -74,7 +74,7 @@ def test_a_policy_is_a_function_of_problem_domain_and_seed(few: None) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lower_and_upper_bound_hold_the_value_and_are_near_it() -> None:
     problem, oracle = learned(), oracle_of(learned())
     assert oracle is not None
@@ -87,7 +87,7 @@ def test_lower_and_upper_bound_hold_the_value_and_are_near_it() -> None:
         assert above.price[0] - 4 * above.standard_error[0] < exact + 0.15
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_call_without_dividends_is_kept_and_a_put_deep_in_the_money_is_not() -> None:
     call = with_policy(Problem(GeometricBrownianMotion(), BermudanCall(dates=4)), NARROW)
     table = contract_of(call, d=0.0)
@@ -172,7 +172,7 @@ def test_prices_that_may_be_absorbed_have_a_policy_and_an_upper_bound(few: None)
         upper_bound(problem, table, paths=511)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_tells_how_far_each_is_off_and_whether_all_holds(few: None) -> None:
     settings = {"simulation": {"product": {"kind": "bermudan_put", "dates": 4}}, "domain": NARROW}
     experiment = make_experiment("early", settings, {"training": {"num_batches": 20}}, recipe="tiny")
