@@ -21,6 +21,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from smc.errors import ConfigError
 from smc.problem.process import Process
 from smc.problem.product import Product
 
@@ -85,8 +86,9 @@ class ConditionallyLogNormal(Process):
         """Mean and variance of the logarithm of the price `left` steps before expiry, given the outer path so far.
 
         The price's own part has independent increments. A process may leave it out, where it has no such law.
+        Raises: ConfigError where it does.
         """
-        raise NotImplementedError
+        raise ConfigError(f"{self.kind} does not say the law of the price before expiry")
 
 
 class PricedOnLogNormal(Product):

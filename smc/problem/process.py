@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
+from smc.errors import ConfigError
 from smc.problem.schema import Field
 
 __all__ = ["Process"]
@@ -81,8 +82,11 @@ class Process(BaseModel, ABC):
         """The price that a state means, or a tuple of as many as there are assets. Units: currency."""
 
     def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
-        """The quadratic variation of the logarithm of the price over a step, of the states at its ends; no units."""
-        raise NotImplementedError
+        """The quadratic variation of the logarithm of the price over a step, of the states at its ends; no units.
+
+        Raises: ConfigError where a process does not say it.
+        """
+        raise ConfigError(f"{self.kind} does not say the quadratic variation of a step")
 
     def restarted(self, c: Any, prices: Any) -> Any:
         """A contract's fields that differ once its prices are these; None if prices alone do not say how it goes on.
