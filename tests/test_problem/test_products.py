@@ -221,12 +221,14 @@ def test_many_dates_come_near_all_the_time() -> None:
 
 
 def check_against_oracle(product: Product, count: int, paths: int) -> None:
+    if getattr(product, "over", "") == "time":  # the oracle has the integral, to which dates are an approximation
+        product = product.model_copy(update={"dates": 64})
     problem = problem_of(product)
     oracle = oracle_of(problem)
     if oracle is None or isinstance(product, BermudanOption):
         return
     table = sample(problem, count)
-    steps = 64 if product.continuous else 8
+    steps = 64 if product.continuous or product.dates == 64 else 8
     found = simulation_of(problem, steps=steps).price(table, paths)
     away = np.abs(found.price - oracle.price(table)) / (found.standard_error + 2e-4)
     assert away.max() < 6, named(product)
