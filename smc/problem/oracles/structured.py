@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Array = npt.NDArray[np.float64]
 _TERMS = 512
 # How far from its mean a sum is looked for, in deviations.
 _FAR = 12.0
-_MANY = np.polynomial.legendre.leggauss(768)
+_NODES = 768
 
 
 # --- autocallable notes -----------------------------------------------------------------------------------
@@ -130,8 +131,9 @@ def cliquet(product: Any, c: Any) -> float:
     # One return between its bounds, by quadrature over its normal.
     left, right = max((low - drift) / s, -REACH), min((high - drift) / s, REACH)
     if left < right:
-        z = (left + right) / 2 + (right - left) / 2 * _MANY[0]
-        weights = (right - left) / 2 * _MANY[1] * normal_density(z, 1.0)
+        abscissae, of_each = _gauss_legendre()
+        z = (left + right) / 2 + (right - left) / 2 * abscissae
+        weights = (right - left) / 2 * of_each * normal_density(z, 1.0)
         returns = np.expm1(drift + s * z)
     else:
         weights, returns = np.zeros(1), np.zeros(1)
@@ -145,6 +147,12 @@ def cliquet(product: Any, c: Any) -> float:
             if chance > 0:
                 expected += chance * series(c.least - floors * c.floor - caps * c.cap)
     return float(product.nominal * (c.least + expected))
+
+
+@cache
+def _gauss_legendre() -> tuple[Array, Array]:
+    """Nodes and weights on [-1, 1]; they take a while, and only cliquets need so many. Shapes: -> two of (_NODES,)."""
+    return np.polynomial.legendre.leggauss(_NODES)
 
 
 def _sum_of(returns: Array, weights: Array, count: int, floor: float, cap: float) -> Callable[[float], float]:
