@@ -43,12 +43,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> DevServer:  # type: igno
                 r"  v2: \[large_batch\] lr=0.001, batch=128, loss=0\.\d{4}\n$"
             ],
         ),
-        (
+        pytest.param(
             "training_resume",
             [
                 r"No previous checkpoint, starting fresh\n✓ Training resumed, now at v1\n$",
                 r"Resuming from checkpoint v1\n✓ Training resumed, now at v3\n$",
             ],
+            marks=pytest.mark.long,
         ),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 
 from smc.storage.dev_server import DevServer
 
+pytestmark = pytest.mark.long
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ENDS = re.compile(
     r"2 of 2 experiments done\n(.*\n)*1 of 1 experiments done\n"

@@ -231,6 +231,7 @@ def test_a_search_on_the_cluster_ends_at_its_number_of_trials(
     assert len({v.parameters["training.learning_rate"] for v in found.values()}) == 2  # type: ignore[type-var]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_cluster")
 def test_parameters_that_do_not_go_together_fail_their_trial_alone(
     tmp_path: Path, on_seaweed: str, capfd: pytest.CaptureFixture[str]

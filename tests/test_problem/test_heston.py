@@ -104,7 +104,7 @@ def test_the_tail_of_the_normal_is_right_to_single_precision() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", [pytest.param(Precision.float64, marks=pytest.mark.long), Precision.float32])
 def test_simulated_prices_are_the_oracles(precision: Precision) -> None:
     table = SobolSampler({}, seed=5, schema=PUT.schema).sample(24)
     params = small_simulation(

@@ -344,7 +344,7 @@ class Beside(FaultStore):
         return await super()._do(operation, key, *arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_verification_beside_a_writer_finds_nothing() -> None:
     objects, requests = MemoryObjectStore(), 0
     async with AsyncBlockchainModelStore("memory", objects=objects) as writer:
