@@ -1,4 +1,4 @@
-"""Accuracy of trained pricers on fresh contracts of the default domain, one problem after the other, Monte Carlo labels.
+"""Accuracy of trained pricers on fresh contracts of the default domain, problem by problem, Monte Carlo labels alone.
 
 .venv/bin/python -m benchmarks.accuracy [--problem heston/european_put correlated_gbm:assets=5/basket_put ...]
     [--seeds 3] [--seconds 60 600] [--recipe gpu] [--json FILE]

@@ -148,7 +148,9 @@ def _fitted(settings: dict[str, Any], layers: Sequence[Mapping[str, Any]]) -> di
         )
         steps = problem.default_steps(resolve_domain(settings.get("domain") or {}, problem.schema))
         if problem.process.exact:
-            steps = simulation["sim_params"]["timesteps"]
+            known = simulation["sim_params"]["timesteps"]
+            dates = 1 if problem.product.continuous else max(1, problem.product.dates)
+            steps = dates * -(-known // dates)
         if not any("timesteps" in ((layer.get("simulation") or {}).get("sim_params") or {}) for layer in layers):
             settings = overlaid(settings, {"simulation": {"sim_params": {"timesteps": steps}}})
         smooth = problem.process.lipschitz and (

@@ -133,8 +133,8 @@ class Measure:
 
     @property
     def relative(self) -> float | None:
-        """The RMSE as a share of the quantity's mean magnitude."""
-        return None if self.size is None else self.rmse / self.size
+        """The RMSE as a share of the quantity's mean magnitude; None of a quantity that is always 0."""
+        return self.rmse / self.size if self.size else None
 
 
 QUANTITIES: Final = (
@@ -195,7 +195,9 @@ def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
     if oracle is not None and oracle.greeks is not None and len(few):
         greeks, known = pricer.predict_greeks(few), oracle.greeks(few)
         for name, ours, theirs in zip(known._fields, greeks, known, strict=True):
-            yield Measure(name, "", _padded(ours - theirs, len(contracts)), float(np.abs(theirs).mean()), oracle.about)
+            yield Measure(
+                name, "", _padded(ours - theirs, len(contracts)), float(np.nanmean(np.abs(theirs))), oracle.about
+            )
     if has_upper_bound(problem):
         bound = upper_bound(problem, contracts[:_BOUNDED])
         apart = (bound.price - learnt[:_BOUNDED]) * basis[:_BOUNDED]
@@ -232,7 +234,7 @@ def _of_distributions(pricer: Predicts, contracts: Array, basis: Array, unit: st
         away = _padded(apart * basis[:count], len(contracts))
         yield Measure(f"W2{suffix}", unit, away, None, known.about, noise)
         exact = Known(tail, None, known.about)
-        size_of = None if kind == "put" else float((tail * basis[:count]).mean())
+        size_of = None if kind == "put" else float(np.nanmean(tail * basis[:count]))
         yield _compared(f"CVaR97.5{suffix}", unit, distribution.cvar(_TAIL), exact, basis, size_of)
 
 
@@ -250,4 +252,4 @@ def _padded(errors: Array, count: int) -> Array:
 
 
 def _root_mean_square(values: Array) -> float:
-    return float(np.sqrt(np.square(values).mean()))
+    return float(np.sqrt(np.nanmean(np.square(values))))

@@ -29,8 +29,8 @@ Array = npt.NDArray[np.float64]
 _PATH_STEPS = {"cpu": 1 << 29, "cuda": 1 << 38}
 _PRICES, _DISTRIBUTIONS = 128, 64
 _LEAST_PATHS, _MOST_PATHS = 1 << 14, 1 << 22
-# Time steps of a process whose steps have a bias, at least.
-_STEPS = 128
+# Time steps of a process whose steps have a bias, at least; and where the product looks at prices between them.
+_STEPS, _STEPS_BETWEEN = 128, 384
 # Paths that are simulated together, a power of two as Sobol points like them.
 _SAMPLE = 1 << 13
 # Contracts that a recursion is asked for where each takes many of its answers.
@@ -112,8 +112,11 @@ class Reference:
         return f"simulated, 2^{self._paths(contracts).bit_length() - 1} paths"
 
     def _steps(self) -> int:
-        dates = self.problem.product.dates
-        if self.problem.process.exact and not self.problem.product.continuous:
+        product = self.problem.product
+        dates = 0 if product.continuous else product.dates
+        if product.continuous and not self.problem.process.exact:
+            return _STEPS_BETWEEN
+        if self.problem.process.exact and not product.continuous:
             return max(1, dates)
         return dates * -(-_STEPS // dates) if dates else _STEPS
 

@@ -14,8 +14,6 @@ from smc.problem.sobol_sampler import SobolSampler
 
 __all__ = ["Evaluated", "Soundness", "evaluated", "soundness"]
 
-# Corners of a domain that are looked at, at most: of more fields than there are corners of, some.
-_CORNERS = 4096
 # What a bound may be broken by, in basis points: rounding.
 _ROUNDING = 1e-6
 # Of the sample that what was learnt is compared on.
@@ -43,19 +41,26 @@ class Soundness:
 
 
 def soundness(pricer: Predicts, count: int = 20_000) -> Soundness:
-    """Over so many contracts of its domain, corners among them: no NaN, no bound broken, levels in order."""
+    """Over so many contracts of its domain, corners among them: all numbers finite, no bound broken, levels in order.
+
+    Every corner is looked at, if they are no more than half of the contracts. What follows by parity and reflection is
+    looked at, too.
+    """
     contracts = _contracts(pricer, count)
     law = pricer.problem.law(torch.from_numpy(contracts))
     limits, basis = pricer.problem.product.bounds(law), 1e4 / pricer.problem.product.notionals(law).numpy()
-    price, levels = np.asarray(pricer.predict_price(contracts)), pricer.predict_distribution(contracts).host_levels
     slopes = pricer.predict_sensitivities(contracts)
-    wrong = np.isnan(price).sum() + np.isnan(levels).sum() + sum(int(np.isnan(slope).sum()) for slope in slopes)
-    beyond = np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis
-    above = (levels.max(axis=1) - limits.payoff.numpy()) * basis
-    return Soundness(
-        count, int(wrong), max(0.0, float(beyond.max())), max(0.0, float(above.max()), float(-levels.min())),
-        max(0.0, float(-np.diff(levels, axis=1).min())),
-    )  # fmt: skip
+    wrong, beyond, outside, disorder = sum(int((~np.isfinite(slope)).sum()) for slope in slopes), 0.0, 0.0, 0.0
+    for kind in pricer.distribution_kinds:
+        price = np.asarray(pricer.predict_price(contracts, kind))
+        levels = pricer.predict_distribution(contracts, kind).host_levels
+        wrong += sum(int((~np.isfinite(values)).sum()) for values in (price, levels))
+        if kind == pricer.distribution_kinds[0]:  # what was learnt
+            beyond = float((np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis).max())
+            outside = float(((levels.max(axis=1) - limits.payoff.numpy()) * basis).max())
+        outside = max(outside, float((-levels.min(axis=1) * basis).max()))
+        disorder = max(disorder, float(-np.diff(levels, axis=1).min()))
+    return Soundness(count, wrong, max(0.0, beyond), max(0.0, outside), max(0.0, disorder))
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,10 @@ def _contracts(pricer: Predicts, count: int) -> np.ndarray:
     schema: Schema = pricer.problem.schema
     bounds = np.array([[pricer.domain[name].lower, pricer.domain[name].upper] for name in schema.names])
     generator = np.random.default_rng(1)
-    if 2 ** len(schema) <= min(_CORNERS, count // 2):
+    if 2 ** len(schema) <= count // 2:
         corners = np.array(np.meshgrid(*bounds)).reshape(len(schema), -1).T
     else:
-        sides = generator.integers(0, 2, (min(_CORNERS, count // 2), len(schema)))
+        sides = generator.integers(0, 2, (count // 2, len(schema)))
         corners = np.where(sides == 0, bounds[:, 0], bounds[:, 1])
     inside = generator.uniform(bounds[:, 0], bounds[:, 1], (count - len(corners), len(schema)))
     return np.concatenate([corners, inside])

@@ -19,6 +19,7 @@ variates and bridges, Glasserman, "Monte Carlo Methods in Financial Engineering"
 from __future__ import annotations
 
 from abc import abstractmethod
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from smc.errors import ConfigError
@@ -139,22 +140,20 @@ class ExpectedOnPath(Product):
 def estimator_of(problem: Problem) -> Estimator:
     """The best price that there is of a path of a problem.
 
-    A class that changes how a path moves or what it pays, and not the other half of it, is taken to have no such half.
+    A class that changes a method of a path, and not the half that tells what is expected of it, is taken to have no
+    such half.
     """
     process, product = problem.process, problem.product
     if product.continuous:
-        keeps = isinstance(product, ExpectedOnPath) and _keeps_up(product, "expected_payoff", "payoff", "between")
+        keeps = isinstance(product, ExpectedOnPath) and _keeps_up(product, "expected_payoff")
         return "path" if keeps else "payoff"
-    if not (isinstance(process, ConditionallyLogNormal) and process.conditional):
-        return "payoff"
-    if not _keeps_up(process, "given", "step", "coefficients"):
+    if not (isinstance(process, ConditionallyLogNormal) and process.conditional and _keeps_up(process, "given")):
         return "payoff"
     if isinstance(product, PricedOnLogNormal):
-        keeps = product.dates == 0 and process.outer > 0
-        return "outer" if keeps and _keeps_up(product, "on_log_normal", "payoff", "coefficients") else "payoff"
+        keeps = product.dates == 0 and process.outer > 0 and _keeps_up(product, "on_log_normal")
+        return "outer" if keeps else "payoff"
     if isinstance(product, PricedOnBridge) and product.bridged and product.dates > 0 and process.finals == 0:
-        keeps = _keeps_up(process, "along", "given", "outer_coefficients")
-        keeps = keeps and _keeps_up(product, "on_bridge", "payoff", "observe", "coefficients")
+        keeps = _keeps_up(process, "along") and _keeps_up(product, "on_bridge")
         return "bridge" if keeps and type(process).along is not ConditionallyLogNormal.along else "payoff"
     return "payoff"
 
@@ -164,11 +163,23 @@ def is_conditional(problem: Problem) -> bool:
     return estimator_of(problem) != "payoff"
 
 
-def _keeps_up(part: Process | Product, half: str, *others: str) -> bool:
-    """Whether no class changes the others below the one that defines the half."""
-    order = type(part).__mro__
+# What a class may say anew without a path of it moving, or paying, otherwise.
+_OF_NO_PATH = frozenset(
+    {
+        "title", "largest", "exact", "longest_step", "restarted", "growth", "deviation", "growths", "covariances",
+        "features", "discount", "check_ready", "as_asked", "shortfall", "unit", "anchor", "distances", "width",
+        "bounds", "parity", "notionals",
+    }
+)  # fmt: skip
 
-    def depth(name: str) -> int:
-        return next(depth for depth, holder in enumerate(order) if name in vars(holder))
 
-    return all(depth(half) <= depth(other) for other in others)
+def _keeps_up(part: Process | Product, half: str) -> bool:
+    """Whether no class below the one that defines the half has a method, or a property, that a path may go through."""
+    for holder in type(part).__mro__:
+        own = vars(holder)
+        if half in own:
+            return True
+        changed = (name for name, value in own.items() if isinstance(value, FunctionType | property))
+        if any(name not in _OF_NO_PATH and not name.startswith("__") for name in changed):
+            return False
+    return False

@@ -8,7 +8,7 @@ need not be the best one: applied to paths that it was not learned on it gives a
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, StrictBool, model_validator
 
 from smc.numeric_fields import RealNumber
 
@@ -26,10 +26,10 @@ class Policy(BaseModel):
     ratios: scale and growth (1 + 2 f,), of_ratios (u p,), of_time (u,), of_fields (u f,), biases (u,), output (u + 1,).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     fields: tuple[str, ...]
-    logarithms: tuple[bool, ...]
+    logarithms: tuple[StrictBool, ...]
     centres: Numbers
     spreads: Numbers
     scale: Numbers
@@ -39,6 +39,22 @@ class Policy(BaseModel):
     of_fields: Numbers
     biases: Numbers
     output: Numbers
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Policy:
+        f, u = len(self.fields), len(self.biases)
+        counts = {
+            "logarithms": f, "centres": f, "spreads": f, "scale": 1 + 2 * f, "growth": 1 + 2 * f, "of_time": u,
+            "of_fields": u * f, "output": u + 1,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if len(getattr(self, name)) != count:
+                raise ValueError(
+                    f"of {f} fields and {u} units {name} has {count} numbers, got {len(getattr(self, name))}"
+                )
+        if u == 0 or not self.of_ratios or len(self.of_ratios) % u:
+            raise ValueError(f"of_ratios has a number for each of {u} units and each ratio, got {len(self.of_ratios)}")
+        return self
 
     @property
     def units(self) -> int:

@@ -63,6 +63,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EUROPEAN_PUT", "Problem", "known_fields", "process_of", "product_of", "register"]
 
+# What looks at prices between steps takes the variance in between for constant: its bias falls with the step, and is
+# larger than that of prices on the steps.
+_FINER_BETWEEN, _LEAST_BETWEEN = 3, 16
+
 Kind = TypeVar("Kind", bound=type[Process] | type[Product])
 
 _PROCESSES: dict[str, type[Process]] = {}
@@ -96,7 +100,7 @@ class Problem:
             )
         names = self.schema.names
         for part in (self.process, self.product):
-            for attribute in ("inputs", "still", "ratios"):
+            for attribute in ("inputs", "still", "ratios", "reads"):
                 wrong = [name for name in getattr(part, attribute, None) or () if name not in names]
                 if wrong:
                     raise ConfigError(
@@ -144,7 +148,7 @@ class Problem:
 
     def check_steps(self, steps: int) -> None:
         """Raises: ConfigError for a number of time steps that has no step at some date of the product."""
-        if self.product.dates and steps % self.product.dates:
+        if self.product.dates and not self.product.continuous and steps % self.product.dates:
             raise ConfigError(
                 f"timesteps is {steps}, and {self.product.kind} looks at the price on {self.product.dates} dates: give "
                 f"a multiple of {self.product.dates}"
@@ -164,6 +168,9 @@ class Problem:
             other = contract | {field.name: float(domain[field.name].lower)}
             if needed(other) > needed(contract):
                 contract = other
+        if self.product.continuous:  # which uses no dates
+            finer = 1 if self.process.exact else _FINER_BETWEEN
+            return max(_LEAST_BETWEEN, math.ceil(finer * needed(contract) - 1e-9))
         dates = max(1, self.product.dates)
         return dates * max(1, math.ceil(needed(contract) / dates - 1e-9))
 
@@ -215,7 +222,9 @@ def _made(what: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> P
         setting = ".".join(str(part) for part in wrong["loc"])
         if not setting:  # of settings that do not go together
             raise ConfigError(f"{what} {name}: {wrong['msg'].removeprefix('Value error, ')}") from None
-        settings_of = ", ".join(table[name].model_fields) or "none"
+        kind = table[name]
+        dateless = issubclass(kind, Product) and not kind.looks_at_dates()
+        settings_of = ", ".join(key for key in kind.model_fields if not (dateless and key == "dates")) or "none"
         allowed = f"; its settings: {settings_of}" if wrong["type"] == "extra_forbidden" else ""
         raise ConfigError(f"{what} {name}: {setting}: {wrong['msg']}, got {wrong['input']!r}{allowed}") from None
     return made

@@ -28,7 +28,7 @@ class Process(BaseModel, ABC):
     network sees as they are, beside what the deviation says of them; None, which is always right, all but the spots.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]

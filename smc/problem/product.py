@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from smc.problem.schema import Field
 
@@ -43,7 +43,7 @@ class Product(BaseModel, ABC):
     matters. `notional` names what errors of prices are told in basis points of.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]
@@ -66,6 +66,22 @@ class Product(BaseModel, ABC):
     """Settings that earlier versions did not know: a checkpoint names them where they are not the default."""
 
     dates: int = 0
+
+    @model_validator(mode="after")
+    def _has_dates_of_its_own(self) -> Product:
+        if self.dates and not type(self).looks_at_dates():
+            raise ValueError(f"it pays by the price at expiry alone, and has no dates, got {self.dates}")
+        return self
+
+    @classmethod
+    def looks_at_dates(cls) -> bool:
+        """Whether this kind looks at prices on dates, whose number it then gives by default."""
+        return bool(cls.model_fields["dates"].default)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields of a contract that the settings name."""
+        return ()
 
     @property
     def continuous(self) -> bool:

@@ -25,7 +25,7 @@ from smc.problem.conditional import Estimator, estimator_of
 from smc.problem.problem import Problem
 from smc.simulation.cuda import Kernel
 from smc.simulation.normals import bridge_increments, expiry_last, sobol_points
-from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
+from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods, tuple_text
 from smc.simulation.sizes import KernelSizes, Sampling, Sizes, sizes_of, time_grid
 from smc.simulation.skeleton import MOST_ROWS, NORMALS_SOURCE, PATHS_SOURCE, sobol_normals
 from smc.simulation.walk import Calls, cache_folder, keep, numba_error
@@ -280,7 +280,7 @@ def _wrappers(
     call = Calls(names, sizes, estimator)
 
     def values(name: str, count: int) -> str:
-        return "(" + "".join(f"{name}[{i}], " for i in range(count)) + ")"
+        return tuple_text([f"{name}[{i}]" for i in range(count)])
 
     def stored(name: str, count: int, what: str) -> str:
         lines = [f"_{name} = {what}", *(f"{name}[{i}] = _real(_{name}[{i}])" for i in range(count))]
@@ -357,7 +357,7 @@ def _compiled_wrappers(
             )[0]
             for name, signature in signatures.items()
         ]
-    except core.errors.NumbaError as error:
+    except (core.errors.NumbaError, AssertionError) as error:  # it asserts what it has not thought of
         raise numba_error(error, text, source) from None
 
 

@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 import textwrap
+from collections.abc import Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -136,6 +137,24 @@ def scalar_methods(problem: Problem, estimator: Estimator = "payoff") -> tuple[S
     return source, names
 
 
+# Python builds a tuple written out with more than thirty elements as a list, which Numba cannot read.
+_MOST_WRITTEN_OUT = 24
+
+
+def tuple_text(elements: Sequence[str]) -> str:
+    """A tuple of so many expressions, as text that Numba compiles however many they are."""
+    pieces = [elements[at : at + _MOST_WRITTEN_OUT] for at in range(0, len(elements), _MOST_WRITTEN_OUT)] or [()]
+    return "(" + " + ".join("(" + "".join(f"{one}, " for one in piece) + ")" for piece in pieces) + ")"
+
+
+def _tuple(elements: list[ast.expr]) -> ast.expr:
+    """The same, as a tree."""
+    joined: ast.expr = ast.Tuple(elements[:_MOST_WRITTEN_OUT], ast.Load())
+    for at in range(_MOST_WRITTEN_OUT, len(elements), _MOST_WRITTEN_OUT):
+        joined = ast.BinOp(joined, ast.Add(), ast.Tuple(elements[at : at + _MOST_WRITTEN_OUT], ast.Load()))
+    return joined
+
+
 # What may be taken of `... for i in range(n)`.
 _OF_MANY = ("tuple", "sum", "min", "max")
 
@@ -152,7 +171,7 @@ class _Numbered(ast.NodeTransformer):
 
 def _combined(how: str, elements: list[ast.expr]) -> ast.expr:
     if how == "tuple":
-        return ast.Tuple(elements, ast.Load())
+        return _tuple(elements)
     if how == "sum":
         total: ast.expr = elements[0] if elements else ast.Constant(0.0)
         for element in elements[1:]:
@@ -272,12 +291,14 @@ class _Rewriting(KnownBeforehand, ast.NodeTransformer):
 
     def visit_Tuple(self, node: ast.Tuple) -> ast.AST:
         if not any(isinstance(element, ast.Starred) for element in node.elts):
+            if len(node.elts) > _MOST_WRITTEN_OUT:
+                return self.visit(ast.copy_location(_tuple(node.elts), node))
             return self.generic_visit(node)
         parts: list[ast.expr] = []  # tuples that are joined, one for each element with a star and each row without
         row: list[ast.expr] = []
         for element in [*node.elts, None]:
             if row and (element is None or isinstance(element, ast.Starred)):
-                parts.append(ast.Tuple(row, ast.Load()))
+                parts.append(_tuple(row))
                 row = []
             if isinstance(element, ast.Starred):
                 parts.append(element.value)
@@ -304,7 +325,7 @@ class _Rewriting(KnownBeforehand, ast.NodeTransformer):
         if isinstance(value, bool | int | float):
             made = ast.Constant(value)
         elif isinstance(value, tuple) and all(isinstance(v, _Number) for v in value):
-            made = ast.Tuple([self._wrapped(ast.Constant(v)) for v in value], ast.Load())
+            made = _tuple([self._wrapped(ast.Constant(v)) for v in value])
         elif isinstance(value, FunctionType):
             made = ast.Name(self._source._add(value, None, self._narrow), ast.Load())
         elif getattr(math, getattr(value, "__name__", ""), None) is value and callable(value):

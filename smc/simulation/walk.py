@@ -26,7 +26,7 @@ from smc.models.numerical import Precision
 from smc.problem.conditional import LEAST_VARIANCE, Estimator
 from smc.problem.problem import Problem
 from smc.simulation import elementary, lanes
-from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods
+from smc.simulation.scalar import FUNCTIONS, ScalarSource, scalar_methods, tuple_text
 from smc.simulation.sizes import Sizes, sizes_of
 
 __all__ = ["Calls", "cache_folder", "compiled_walk", "keep", "numba_error", "walk_source"]
@@ -204,7 +204,7 @@ class Calls:
     def step(self, state: str, z: Sequence[str], k: str) -> str:
         """The state one step later."""
         own = z[: self._sizes.normals - self._sizes.draws]
-        return f"{'_bridge_step' if self._bridge else self._names['step']}({state}, {_joined(own)}, {k})"
+        return f"{'_bridge_step' if self._bridge else self._names['step']}({state}, {tuple_text(own)}, {k})"
 
     def look(self, state: str, seen: str, k: str, q: str) -> str:
         """What is known of a path after a date."""
@@ -215,7 +215,7 @@ class Calls:
     def between(self, state: str, seen: str, k: str, q: str, *, z: Sequence[str], before: str) -> str:
         """What is known of a path after a step, of a product that looks between."""
         spot, variation = f"{self._names['spot']}({state}, {k})", f"{self._names['variation']}({before}, {state}, {k})"
-        draws = _joined(z[self._sizes.normals - self._sizes.draws :])
+        draws = tuple_text(z[self._sizes.normals - self._sizes.draws :])
         return f"{self._names['between']}({seen}, {spot}, {variation}, {draws}, share, {q})"
 
     def gives(self, state: str, seen: str, k: str, q: str, *, drawn: Sequence[str]) -> Given:
@@ -237,7 +237,7 @@ class Calls:
             expected = f"{names['on_bridge']}({kept}, _log_price, {own}, max(_given[1], {_LEAST}), {q})"
             return Given(lines, [payoff, expected, *controls])
         if self._estimator == "outer":
-            finals = _joined(drawn[1:])
+            finals = tuple_text(drawn[1:])
             lines = [
                 f"_given = {names['given']}({state}, {finals}, {k})",
                 f"_spot = _exp(_given[0] + math.sqrt(_given[1]) * {drawn[0]})",
@@ -292,15 +292,11 @@ def _bridge_look(_s, _a, date, k, q):
 
 
 def _part(name: str, start: int, stop: int) -> str:
-    return "(" + "".join(f"_{name}[{i}], " for i in range(start, stop)) + ")"
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return "(" + "".join(f"{part}, " for part in parts) + ")"
+    return tuple_text([f"_{name}[{i}]" for i in range(start, stop)])
 
 
 def _tuple(name: str, count: int, index: str = "") -> str:
-    return "(" + "".join(f"{name}{i}{index}, " for i in range(count)) + ")"
+    return tuple_text([f"{name}{i}{index}" for i in range(count)])
 
 
 def _unpacked(name: str, count: int, call: str) -> list[str]:
@@ -385,7 +381,7 @@ def _typed(
     arguments = (*tables, stream, stream, whole, whole, whole, points, plan, real[:, ::1], *outs)
     try:
         walk.compile(arguments)
-    except numba.core.errors.NumbaError as error:
+    except (numba.core.errors.NumbaError, AssertionError) as error:  # it asserts what it has not thought of
         raise numba_error(error, text, source) from None
     compiled: Callable[..., None] = walk
     return compiled

@@ -9,6 +9,7 @@ options" (Journal of Futures Markets, 2018).
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -29,18 +30,23 @@ _LEAST_SIZE = 0.25
 # Along the main direction every price rises at least by this share of the steepest, in case one of them would fall.
 _LEAST_SLOPE, _ROUNDING = 0.01, 1e-12
 _NEWTON = 40
+# How much another direction may move prices, in units of the main one, if nodes are to resolve where it is exercised.
+_MOST_OF_OTHERS = 3.0
 
 
 def price(forwards: Array, covariance: Array, strike: float, option: Literal["put", "call"]) -> float:
-    """The expected payoff on the sum of log-normal prices, not discounted. Units: currency.
+    """The expected payoff on the sum of log-normal prices, not discounted; NaN if assets all but cancel each other.
 
     Shapes: forwards (assets,), weights included; covariance (assets, assets) of the logarithms at expiry.
+    Units: currency.
     """
     certain = float(forwards.sum())
     if not covariance.any():
         return max(certain - strike if option == "call" else strike - certain, 0.0)
     values, vectors = np.linalg.eigh(covariance)
     main, others = _directions(forwards, vectors * np.sqrt(np.maximum(values, 0.0)))
+    if np.linalg.norm(others, axis=0).max() > _MOST_OF_OTHERS * np.linalg.norm(main):
+        return math.nan
     points, weights = _product_rule(np.linalg.norm(others, axis=0))
     # Given the other directions, the prices that are expected along the main one.
     expected = forwards * np.exp(points @ others.T - 0.5 * np.square(others).sum(axis=1))

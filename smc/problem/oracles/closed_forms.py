@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import log_ndtr, ndtr
 
 from smc.problem.problem import Problem
 from smc.problem.product import Product
@@ -32,6 +32,8 @@ Array = npt.NDArray[np.float64]
 
 # Images of a double barrier on either side, beside the first: each is a corridor's width further off.
 _IMAGES = 12
+# The rounding of a double, and what all of it may be of the spot: what is less well known is none, NaN.
+_ROUNDING, _MOST_ROUNDING = 2e-16, 1e-9
 # The growth rate below which there is none, where one divides by it.
 _LEAST_RATE = 1e-7
 
@@ -147,31 +149,54 @@ def _alive(product: Any, c: Any, payoff: str) -> Array:
     """
     way, (forward, w), sign = product.way, _terms(c), _sign(product)
     away, mean = np.log(c.H), (c.r - c.d) * c.T - w**2 / 2
-    weight = np.exp(2 * mean / w**2 * away)
 
-    def part(shift: Any) -> Array:
-        """Of a price that starts so far from the spot: what it pays on this side of the barrier."""
+    def part(shift: Any, weight: Any) -> tuple[Array, Array]:
+        """Of a price that starts so far from the spot: what it pays on this side of the barrier, times exp(weight)."""
         low = np.full_like(c.T, -np.inf) if product.up else away
         high = away if product.up else np.full_like(c.T, np.inf)
         if payoff == "one":
-            return _within(shift + mean, w, low, high)[1]
+            return _within(shift + mean, w, low, high, weight)[1]
         at = np.log(c.K / c.X0)
         low, high = (np.maximum(low, at), high) if sign > 0 else (low, np.minimum(high, at))
-        asset, cash = _within(shift + mean, w, low, high)
-        return np.asarray(sign * (c.X0 * asset - c.K * cash))
+        return _option_within(c, sign, shift + mean, w, low, high, weight)
 
-    images = part(2 * away)
-    found = part(0.0) - np.where(images != 0, weight * images, 0.0)
+    (own, _), (images, rounding) = part(0.0, 0.0 * w), part(2 * away, 2 * mean / w**2 * away)
+    found = np.where(rounding < _MOST_ROUNDING * c.X0, own - images, np.nan)
     still = way * np.log(forward / c.X0) < way * away
     certain = 1.0 if payoff == "one" else np.maximum(sign * (forward - c.K), 0.0)
     return np.asarray(np.where(w > 0, np.maximum(found, 0.0), still * certain))
 
 
-def _within(mean: Any, w: Any, low: Any, high: Any) -> tuple[Array, Array]:
-    """Expected exp(X), and the chance, of a normal X between two bounds; none where they cross."""
+def _option_within(
+    c: Any, sign: float, mean: Any, w: Any, low: Any, high: Any, weight: Any
+) -> tuple[Array, Array]:  # fmt: skip
+    """What an option pays on X0 exp(X), of a normal X between two bounds, times exp(weight); and its rounding."""
+    (asset, more), (cash, less) = _within(mean, w, low, high, weight)
+    return np.asarray(sign * (c.X0 * asset - c.K * cash)), np.asarray(c.X0 * more + c.K * less)
+
+
+def _within(
+    mean: Any, w: Any, low: Any, high: Any, weight: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:  # fmt: skip
+    """Expected exp(X), and the chance, of a normal X between two bounds, times exp(weight); each with its rounding.
+
+    It is none where the bounds cross.
+    """
     high = np.maximum(low, high)
-    asset = np.exp(mean + w**2 / 2) * (ndtr((high - mean) / w - w) - ndtr((low - mean) / w - w))
-    return asset, ndtr((high - mean) / w) - ndtr((low - mean) / w)
+    a, b = (low - mean) / w, (high - mean) / w
+    return _between(a - w, b - w, weight + mean + w**2 / 2), _between(a, b, weight)
+
+
+def _between(a: Any, b: Any, weight: Any) -> tuple[Array, Array]:
+    """exp(weight) times the chance of a normal number between two others, to all digits in either tail.
+
+    Beside it how much it may be off: the rounding of its exponents, which are large where an image weighs much.
+    """
+    tail = a > 0
+    more, less = log_ndtr(np.where(tail, -a, b)), log_ndtr(np.where(tail, -b, a))
+    most = np.exp(weight + more)
+    size = 1 + np.abs(weight) + np.where(np.isfinite(more), np.abs(more), 0.0)
+    return most - np.exp(weight + less), _ROUNDING * size * most
 
 
 def _barrier(product: Any, c: Any) -> Array:
@@ -192,8 +217,8 @@ def _at_passage(product: Any, c: Any) -> Array:
     drift = (c.r - c.d) / c.v**2 - 0.5
     power = np.sqrt(drift**2 + 2 * c.r / c.v**2)
     z = -away / w + power * w
-    one, other = np.exp(away * (drift + power)), np.exp(away * (drift - power))
-    found = one * ndtr(way * (-away / w - power * w)) + other * ndtr(way * z)
+    found = np.exp(away * (drift + power) + log_ndtr(way * (-away / w - power * w)))
+    found = found + np.exp(away * (drift - power) + log_ndtr(way * z))
     # What is certain passes when growth has come so far.
     when = away / (c.r - c.d)
     certain = np.where((when > 0) & (when <= c.T), np.exp(-c.r * when), 0.0)
@@ -210,8 +235,8 @@ def _lookback(product: Any, c: Any) -> Array:
     growth = np.where(np.abs(rate) < _LEAST_RATE, _LEAST_RATE, rate) * c.T
     forward = c.X0 * np.exp(growth)
     d1 = np.log(forward / level) / w + w / 2
-    power = np.exp(2 * growth / w**2 * np.log(level / c.X0))
-    again = w**2 / (2 * growth) * (forward * ndtr(way * d1) - c.X0 * power * ndtr(way * (d1 - 2 * growth / w)))
+    image = c.X0 * np.exp(2 * growth / w**2 * np.log(level / c.X0) + log_ndtr(way * (d1 - 2 * growth / w)))
+    again = w**2 / (2 * growth) * (forward * ndtr(way * d1) - image)
     beyond = way * (forward * ndtr(way * d1) - level * ndtr(way * (d1 - w)) + again)
     reached = np.maximum(way * (forward - level), 0.0)
     beyond = np.where(w > 0, beyond, reached)
@@ -225,12 +250,12 @@ def _corridor(product: Any, c: Any) -> Array:
     low, high, at = np.log(c.L), np.log(c.H), np.log(c.K / c.X0)
     mean, width = (c.r - c.d) * c.T - w**2 / 2, high - low
     bottom, top = (np.maximum(low, at), high) if sign > 0 else (low, np.minimum(high, at))
-    total = np.zeros_like(c.T)
+    total, rounding = np.zeros_like(c.T), np.zeros_like(c.T)
     for count in range(-_IMAGES, _IMAGES + 1):
         for shift, counts in ((2 * count * width, 1.0), (2 * high - 2 * count * width, -1.0)):
-            asset, cash = _within(mean + shift, w, bottom, top)
-            found = sign * (c.X0 * asset - c.K * cash)
-            total = total + np.where(found != 0, counts * np.exp(mean / w**2 * shift) * found, 0.0)
+            found, more = _option_within(c, sign, mean + shift, w, bottom, top, mean / w**2 * shift)
+            total, rounding = total + counts * found, rounding + more
+    total = np.where(rounding < _MOST_ROUNDING * c.X0, total, np.nan)
     end = (c.r - c.d) * c.T
     certain = ((low < end) & (end < high)) * np.maximum(sign * (c.X0 * np.exp(end) - c.K), 0.0)
     return np.asarray(np.where(w > 0, np.maximum(total, 0.0), certain))

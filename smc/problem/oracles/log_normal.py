@@ -26,7 +26,16 @@ from smc.errors import ConfigError
 from smc.problem.contracts import ContractsLike, contract_array
 from smc.problem.oracles import closed_forms, structured
 from smc.problem.oracles.closed_forms import black
-from smc.problem.oracles.quadrature import REACH, certain, normal_density, panels, step_of, within
+from smc.problem.oracles.quadrature import (
+    REACH,
+    Unresolved,
+    certain,
+    normal_density,
+    panels,
+    reached,
+    step_of,
+    within,
+)
 from smc.problem.problem import Problem
 from smc.problem.processes.gbm import GeometricBrownianMotion
 from smc.problem.product import Product
@@ -51,7 +60,7 @@ _MANY_DATES = 128
 
 
 def price(problem: Problem, contracts: ContractsLike) -> Array:
-    """Present values. Shapes: n contracts -> (n,). Units: currency.
+    """Present values; NaN where the formula loses its digits. Shapes: n contracts -> (n,). Units: currency.
 
     Raises: ConfigError for a problem that has no formula here.
     """
@@ -62,7 +71,14 @@ def price(problem: Problem, contracts: ContractsLike) -> Array:
         recursion = next((of for kind, of in RECURSIONS if type(product) is kind), None)
         if recursion is not None:
             rows = (problem.schema.row(*row) for row in table.tolist())
-            return np.array([math.exp(-c.r * c.T) * recursion(product, c) for c in rows])
+
+            def of(c: Any) -> float:
+                try:
+                    return math.exp(-c.r * c.T) * recursion(product, c)
+                except Unresolved:
+                    return math.nan
+
+            return np.array([of(c) for c in rows])
     raise ConfigError(f"there is no formula here for {problem.name}")
 
 
@@ -112,8 +128,10 @@ def _in_corridor(product: Any, c: Any, low: float, high: float, payoff: str, reb
 
     if product.dates == 1:
         return float(last(np.zeros(1))[0])
-    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * product.dates
-    nodes, weights = panels(max(low, -reach), min(high, reach), s)
+    least, most = reached(c, product.dates)
+    if low >= most or high <= least:  # nothing is left in the corridor to speak of
+        least, most = low, high
+    nodes, weights = panels(max(low, least), min(high, most), s)
     step = normal_density(nodes[None, :] - nodes[:, None] - drift, s) * weights
     leaves = 1 - within(nodes, drift, s, low, high)[1]
     value, worth = last(nodes), rebate

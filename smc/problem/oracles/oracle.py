@@ -207,9 +207,14 @@ def _of_basket(problem: Problem) -> Oracle:
         law = problem.law(torch.from_numpy(table))
         forwards = law.forwards.numpy() * product.shares
         covariances, discounts = law.covariances.numpy(), law.discount.numpy()
+        if problem.process.assets == 2:
+            sign = 1.0 if own == "call" else -1.0
+            return np.asarray(discounts * rainbow.sum_of_two(forwards, covariances, law.c.K.numpy(), sign=sign))
         rows = zip(forwards, covariances, law.c.K.numpy(), strict=True)
         return np.asarray(discounts * [basket.price(*row, own) for row in rows])
 
+    if problem.process.assets == 2:
+        return Oracle("quadrature", (own,), _where_random(problem, price))
     return Oracle("quadrature", (own,), price, dear=True)
 
 

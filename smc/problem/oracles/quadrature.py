@@ -11,7 +11,7 @@ from scipy.special import ndtr
 
 from smc.problem.product import Product
 
-__all__ = ["REACH", "certain", "normal_density", "panels", "step_of", "within"]
+__all__ = ["REACH", "Unresolved", "certain", "normal_density", "panels", "reached", "step_of", "within"]
 
 Array = npt.NDArray[np.float64]
 
@@ -20,11 +20,19 @@ _NODES, _WIDTH = 10, 2.0
 REACH = 9.0
 """How far out a normal number is looked for, in deviations."""
 _ABSCISSAE, _WEIGHTS = np.polynomial.legendre.leggauss(_NODES)
+# More nodes than that take a matrix of a quarter of a gigabyte for a step.
+_MOST_NODES = 6000
+
+
+class Unresolved(ArithmeticError):
+    """A step's deviation is so small beside the distances of the contract that too many nodes would be needed."""
 
 
 def panels(low: float, high: float, deviation: float) -> tuple[Array, Array]:
-    """Nodes and weights on [low, high], in panels of so many deviations. Shapes: -> two of (m,)."""
+    """Nodes and weights on [low, high], in panels of so many deviations. Shapes: -> two of (m,). Raises: Unresolved."""
     count = max(1, math.ceil((high - low) / (_WIDTH * deviation)))
+    if count * _NODES > _MOST_NODES:
+        raise Unresolved
     edges = np.linspace(low, high, count + 1)
     half = np.diff(edges)[:, None] / 2
     nodes = (edges[:-1, None] + half) + half * _ABSCISSAE
@@ -34,6 +42,12 @@ def panels(low: float, high: float, deviation: float) -> tuple[Array, Array]:
 def normal_density(z: Array, deviation: float) -> Array:
     """Of a normal number with the mean 0. Shapes: (...) -> the same."""
     return np.exp(-0.5 * np.square(z / deviation)) / (deviation * math.sqrt(2 * math.pi))
+
+
+def reached(c: Any, dates: int) -> tuple[float, float]:
+    """Between which logarithms of the price over the spot all that counts is on all dates."""
+    (drift, _), spread = step_of(c, dates), REACH * c.v * math.sqrt(c.T)
+    return min(0.0, drift * dates) - spread, max(0.0, drift * dates) + spread
 
 
 def step_of(c: Any, dates: int) -> tuple[float, float]:

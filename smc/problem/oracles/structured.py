@@ -15,7 +15,7 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from smc.problem.oracles.quadrature import REACH, certain, normal_density, panels, step_of, within
+from smc.problem.oracles.quadrature import REACH, certain, normal_density, panels, reached, step_of, within
 
 __all__ = ["autocallable", "bermudan", "cliquet"]
 
@@ -26,6 +26,8 @@ _TERMS = 512
 # How far from its mean a sum is looked for, in deviations.
 _FAR = 12.0
 _NODES = 768
+# The chance of a return between floor and cap below which there is none.
+_LEAST_MASS = 1e-30
 
 
 # --- autocallable notes -----------------------------------------------------------------------------------
@@ -42,13 +44,13 @@ def autocallable(product: Any, c: Any) -> float:
     n, (drift, s) = product.dates, step_of(c, product.dates)
     call, coupon_at, low = (math.log(level * c.K / c.X0) for level in (c.call_level, c.coupon_level, c.protection))
     coupon, discount = c.coupon, math.exp(-c.r * c.T / n)
-    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * n
-    middle = min(coupon_at, call)
-    parts = [panels(min(-reach, middle - s), middle, s)]
-    if coupon_at < call:
-        parts.append(panels(middle, call, s))
+    least, most = reached(c, n)
+    middle, top = min(max(coupon_at, least), call, most), min(call, most)
+    parts = [panels(min(least, middle - s), middle, s)]
+    if middle < top:
+        parts.append(panels(middle, top, s))
     nodes, weights = (np.concatenate(part) for part in zip(*parts, strict=True))
-    unpaid_there = nodes < middle
+    unpaid_there = nodes < coupon_at
 
     def carried(x: Array, value: Array | None, unpaid: Array | None) -> tuple[Array, Array]:
         """The value at x one date before, and what each coupon adds that has not been paid."""
@@ -77,7 +79,7 @@ def bermudan(product: Any, c: Any) -> float:
     """Exercised below a boundary, of a put, or above it, of a call; on each date it is found by its root.
 
     Beyond the boundary the payoff is integrated in closed form, before it the value of waiting by quadrature. It is NaN
-    where rate and dividend yield are both below 0, so that there may be two boundaries.
+    where rate and dividend yield are both below 0, or one is and the other 0, so that there may be two boundaries.
     """
     if min(c.r, c.d) < 0 and max(c.r, c.d) <= 0:
         return math.nan
@@ -87,7 +89,7 @@ def bermudan(product: Any, c: Any) -> float:
         paid = np.exp(-c.r * times) * np.maximum(sign * (c.X0 * np.exp((c.r - c.d) * times) - c.K), 0.0)
         return float(paid.max() * math.exp(c.r * c.T))
     (drift, s), discount = step_of(c, n), math.exp(-c.r * c.T / n)
-    reach = REACH * c.v * math.sqrt(c.T) + abs(drift) * n
+    least, most = reached(c, n)
     at = math.log(c.K / c.X0)
     boundary, nodes, weighted = at, np.zeros(0), np.zeros(0)
 
@@ -103,14 +105,16 @@ def bermudan(product: Any, c: Any) -> float:
         def gain(x: float) -> float:
             return float(sign * (c.X0 * math.exp(x) - c.K) - waiting(np.array([x]))[0])
 
-        far = at + sign * (reach + abs(at))
-        now = brentq(gain, at, far, xtol=1e-14) if gain(far) > 0 else sign * math.inf
-        low, high = min(-reach, at - s), max(reach, at + s)
+        far = at + sign * (max(most, -least) + abs(at))
+        now = at  # where to wait is worth nothing that a number could tell
+        if gain(at) < 0:
+            now = brentq(gain, at, far, xtol=1e-14) if gain(far) > 0 else sign * math.inf
+        low, high = min(least, at - s), max(most, at + s)
         low, high = (low, min(now, high)) if sign > 0 else (max(now, low), high)
         new, weights = panels(low, high, s)
         # Both at once: what is waited for is still that of the later date.
         boundary, nodes, weighted = now, new, weights * waiting(new)
-    return float(waiting(np.zeros(1))[0] * math.exp(c.r * c.T))
+    return float(max(waiting(np.zeros(1))[0], 0.0) * math.exp(c.r * c.T))
 
 
 # --- cliquets ---------------------------------------------------------------------------------------------
@@ -160,6 +164,8 @@ def _sum_of(returns: Array, weights: Array, count: int, floor: float, cap: float
     if count == 0:
         return lambda level: max(-level, 0.0)
     mass, mean = float(weights.sum()), float(weights @ returns)
+    if mass <= _LEAST_MASS:
+        return lambda level: 0.0
     if count == 1:
         return lambda level: float(weights @ np.maximum(returns - level, 0.0)) if level > floor else mean - mass * level
     # The sum lies between so many floors and caps, and hardly ever far from its mean.

@@ -47,11 +47,11 @@ class ConstantElasticity(Process):
 
     The price over today's price is a quadratic function of a normal, whose three coefficients match three moments. Near
     0, where a quadratic would be negative, it is the square of a normal or, where the price may be absorbed, 0 or an
-    exponential number, as in Andersen's scheme for a variance. Forwards are exact.
+    exponential number, as in Andersen's scheme for a variance. Forwards are exact. What the price does between steps is
+    not known: near 0 its logarithm is nothing like a Brownian bridge.
     """
 
     kind: ClassVar[str] = "cev"
-    continuous: ClassVar[bool] = True
     lipschitz: ClassVar[bool] = False  # a step may be drawn in the one way or in the other
     fields: ClassVar[tuple[Field, ...]] = _FIELDS
     inputs: ClassVar[tuple[str, ...] | None] = ("r", "d", "beta")
@@ -105,10 +105,6 @@ class ConstantElasticity(Process):
         half = 0.5 * psi + 0.5
         drawn = half * max(-math.log(half * upper_tail(z)), 0.0)
         return max(quadratic, 0.0) if psi < _FAR else drawn
-
-    def variation(self, before: tuple[float, ...], after: tuple[float, ...], k: tuple[float, ...]) -> float:
-        """That of the step's beginning, where the price was."""
-        return k[1] * math.exp(k[2] * math.log(max(before[0], _ABSORBED)))
 
     def spot(self, state: tuple[float, ...], k: tuple[float, ...]) -> float:
         """The price."""

@@ -87,7 +87,8 @@ class Heston(ConditionallyLogNormal):
     """A step is one of the quadratic-exponential scheme, its martingale corrected: forwards are exact.
 
     The variance at the end of a step has the right mean and variance. The bias falls with the step: 4 steps for each
-    unit of kappa T, and 16 a year, keep it below 1e-4 of spot.
+    unit of kappa T, and 16 a year, keep it below 1e-4 of spot. What is looked at between steps needs three times as
+    many: the variance there is taken for constant.
 
     Source: Andersen, "Simple and efficient simulation of the Heston stochastic volatility model" (Journal of
     Computational Finance, 2008), sections 3.2.4 and 4.2, with gamma_1 = gamma_2 = 1/2.

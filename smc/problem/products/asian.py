@@ -16,7 +16,10 @@ from smc.problem.law import Law
 from smc.problem.product import Product
 from smc.problem.products.struck import StruckOption
 
-__all__ = ["ArithmeticAsianCall", "ArithmeticAsianPut", "Averaging", "FixedStrikeAverage"]
+__all__ = ["LEAST_PRICE", "ArithmeticAsianCall", "ArithmeticAsianPut", "Averaging", "FixedStrikeAverage"]
+
+LEAST_PRICE = 1e-30
+"""What a price is taken to be at least, where one needs its logarithm: one that was absorbed is 0."""
 
 
 class Averaging(Product):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field as Setting
+from pydantic import StrictBool
 from torch import Tensor
 
 from smc.numeric_fields import RealNumber, WholeNumber
@@ -54,7 +55,7 @@ class Autocallable(PricedOnBridge):
     notional: ClassVar[str] = "nominal"
 
     dates: WholeNumber = Setting(default=4, ge=1)
-    memory: bool = True
+    memory: StrictBool = True
     nominal: RealNumber = Setting(default=100.0, gt=0)
 
     def coefficients(self, c: Any) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field as Setting
+from pydantic import model_validator
 from torch import Tensor
 
 from smc.errors import ConfigError
@@ -47,6 +48,18 @@ class BermudanOption(Product):
 
     dates: WholeNumber = Setting(default=8, ge=1)
     policy: Policy | None = None
+
+    @model_validator(mode="after")
+    def _policy_fits(self) -> BermudanOption:
+        if self.policy is not None and len(self.policy.of_ratios) != self.policy.units * self.seen_count:
+            ratios = len(self.policy.of_ratios) // self.policy.units
+            raise ValueError(f"its policy sees {self.seen_count} ratios of prices, and the one given sees {ratios}")
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields that the policy reads."""
+        return () if self.policy is None else self.policy.fields
 
     @property
     def sign(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from smc.problem.anchors import exchange, geometric_average, matched_average
 from smc.problem.law import Law
 from smc.problem.product import Bounds
-from smc.problem.products.asian import Averaging
+from smc.problem.products.asian import LEAST_PRICE, Averaging
 from smc.problem.schema import Field
 
 __all__ = [
@@ -126,11 +126,11 @@ class GeometricAsianFloatingCall(FloatingStrike):
         self, seen: tuple[float, ...], spot: float, date: float, k: tuple[float, ...]
     ) -> tuple[float, ...]:  # fmt: skip
         """The sum of the logarithms so far."""
-        return (seen[0] + math.log(spot),)
+        return (seen[0] + math.log(max(spot, LEAST_PRICE)),)
 
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
-        average = math.exp(self.each * seen[0] + k[1] - self.excess * math.log(spot))
+        average = math.exp(self.each * seen[0] + k[1] - self.excess * math.log(max(spot, LEAST_PRICE)))
         return k[0] * max(self.sign * (spot - average), 0.0)
 
     def average(self, law: Law) -> tuple[Tensor, Tensor, Tensor]:

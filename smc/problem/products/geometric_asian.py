@@ -11,7 +11,7 @@ from torch import Tensor
 from smc.problem.anchors import geometric_average
 from smc.problem.law import Law
 from smc.problem.product import Bounds
-from smc.problem.products.asian import FixedStrikeAverage
+from smc.problem.products.asian import LEAST_PRICE, FixedStrikeAverage
 
 __all__ = ["GeometricAsianCall", "GeometricAsianPut"]
 
@@ -30,11 +30,11 @@ class GeometricAsianPut(FixedStrikeAverage):
         self, seen: tuple[float, ...], spot: float, date: float, k: tuple[float, ...]
     ) -> tuple[float, ...]:  # fmt: skip
         """The sum of the logarithms so far."""
-        return (seen[0] + math.log(spot),)
+        return (seen[0] + math.log(max(spot, LEAST_PRICE)),)
 
     def payoff(self, seen: tuple[float, ...], spot: float, k: tuple[float, ...]) -> float:
         """The discounted payoff."""
-        average = math.exp(self.each * seen[0] + k[2] - self.excess * math.log(spot))
+        average = math.exp(self.each * seen[0] + k[2] - self.excess * math.log(max(spot, LEAST_PRICE)))
         return k[1] * max(self.sign * (average - k[0]), 0.0)
 
     def matched(self, law: Law) -> tuple[Tensor, Tensor]:
