@@ -1,6 +1,8 @@
 """How far a scheme's steps put prices off, over contracts of the default domain, against the problem's oracle.
 
-.venv/bin/python -m benchmarks.bias [--processes KIND ...] [--contracts N] [--paths N] [--json OUT]
+.venv/bin/python -m benchmarks.bias [--processes KIND ...] [--contracts N] [--paths N] [--between] [--json OUT]
+
+With --between it is what looks at prices between the steps, against four times as many steps.
 
 What is told is the root mean square of the error without the share that simulation noise has in it: of the mean payoff,
 and, where process and product allow it, of the conditional estimator, each of whose calls takes 2^14 paths.
@@ -19,14 +21,17 @@ from smc.models.numerical import Precision
 from smc.problem.conditional import is_conditional
 from smc.problem.contracts import resolve_domain
 from smc.problem.oracles.oracle import oracle_of
-from smc.problem.problem import Problem, process_of
+from smc.problem.problem import Problem, process_of, product_of
 from smc.problem.products.european import EuropeanPut
 from smc.problem.sobol_sampler import SobolSampler
 from smc.simulation.config import SimulationParams
 from smc.simulation.engine import Simulation
 
 KINDS = ("heston", "bates", "cev")
+BETWEEN = ("heston", "lifted_rough_heston")
+LOOKING = ("floating_lookback_put", "up_and_out_call")
 STEPS = (8, 16, 32, 64, 128)
+ALL_THE_TIME = {"monitoring": "continuous"}
 # So many payoffs are held at a time, and so many paths share the coefficients of a regression.
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 REGRESSED = 1 << 14
@@ -37,7 +42,10 @@ PLAIN, CONDITIONAL = 1.0, 0.25
 
 
 def measure(report: Report, options: argparse.Namespace) -> None:
-    for kind in options.processes:
+    for kind in BETWEEN if options.between else ():
+        for product in LOOKING:
+            looking(report, Problem(process_of({"kind": kind}), product_of(ALL_THE_TIME | {"kind": product})), options)
+    for kind in () if options.between else options.processes:
         of_process(report, Problem(process_of({"kind": kind}), EuropeanPut()), options)
 
 
@@ -69,6 +77,23 @@ def of_process(report: Report, problem: Problem, options: argparse.Namespace) ->
     if is_conditional(problem) and device == "cpu":
         of_labels(report, problem, table, exact)
     report.add(f"{problem.process.kind}: noise of a mean payoff", float(np.sqrt(np.square(basis * noise).mean())), "bp")
+
+
+def looking(report: Report, problem: Problem, options: argparse.Namespace) -> None:
+    """What is looked at all the time: the default number of steps and a third of it against four times as many."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    paths = options.paths or (1 << 22 if device == "cuda" else 1 << 16)
+    table = SobolSampler({}, seed=11, schema=problem.schema).sample(options.contracts or (512 if paths > 1e6 else 24))
+    usual = problem.default_steps(resolve_domain({}, problem.schema))
+    found = {}
+    for steps in (4 * usual, usual // 3, usual):
+        sizes: dict[str, Any] = {"timesteps": steps, "network_size": 2, "mc_seed": steps, "sampling": "pseudorandom"}
+        mean, noise = conditional(problem, table, paths, sizes, device) or plain(problem, table, paths, sizes, device)
+        found[steps] = 1e4 * mean / table[:, 0], 1e4 * noise / table[:, 0]
+    exact, own = found.pop(4 * usual)
+    for steps, (mean, noise) in found.items():
+        name = f"{problem.name}, all the time, {steps} steps" + (" (default)" if steps == usual else "")
+        report.add(name, rms(mean - exact, np.hypot(noise, own)), "bp of spot")
 
 
 def of_labels(report: Report, problem: Problem, table: np.ndarray, exact: np.ndarray) -> None:
@@ -127,4 +152,5 @@ if __name__ == "__main__":
         ),
         ("--contracts", {"type": int, "help": "4096 on a GPU and 64 on a CPU if left out"}),
         ("--paths", {"type": int, "help": "of each contract, a power of two"}),
+        ("--between", {"action": "store_true", "help": "what looks at prices between the steps"}),
     )

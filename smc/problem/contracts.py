@@ -100,10 +100,11 @@ def resolve_domain(
                 f"domain_bounds[{field.name!r}]: lower bound must be {'above' if above else 'at least'} "
                 f"{field.least:g}, got {domain[field.name].lower}{exactly if field.certain else ''}"
             )
-        if domain[field.name].upper > field.most:
+        upper = domain[field.name].upper
+        if upper > field.most or (field.below and upper == field.most):
             raise ConfigError(
-                f"domain_bounds[{field.name!r}]: upper bound must be at most {field.most:g}, got "
-                f"{domain[field.name].upper}"
+                f"domain_bounds[{field.name!r}]: upper bound must be {'below' if field.below else 'at most'} "
+                f"{field.most:g}, got {upper}"
             )
     return domain
 
@@ -288,7 +289,7 @@ def _check_values(array: npt.NDArray[np.float64], schema: Schema) -> None:
     for column, field in enumerate(schema):
         values = array[:, column]
         bad = ~np.isfinite(values) | ((values <= field.least) if field.strict else (values < field.least))
-        bad |= values > field.most
+        bad |= (values >= field.most) if field.below else (values > field.most)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             raise ConfigError(

@@ -18,9 +18,9 @@ class Field:
     """One parameter of a contract.
 
     `lower` and `upper` bound the default domain. A contract itself needs only to be at least `least`, or above it
-    where `strict`, and at most `most`. `unit` completes "K is ...". Bounds beyond `doubtful` are taken for another
-    unit, and questioned.
-    Where `certain`, nothing is random at the least value, which is then no part of a domain.
+    where `strict`, and at most `most`, or under it where `below`. `unit` completes "K is ...". Bounds beyond `doubtful`
+    are taken for another unit, and questioned. Where `certain`, nothing is random at the least value, which is then no
+    part of a domain.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Field:
     doubtful: float = float("inf")
     certain: bool = False
     most: float = float("inf")
+    below: bool = False
 
     @property
     def allowed(self) -> str:
@@ -41,7 +42,7 @@ class Field:
         if self.least > float("-inf"):
             allowed += f" and {'above' if self.strict else 'at least'} {self.least:g}"
         if self.most < float("inf"):
-            allowed += f" and at most {self.most:g}"
+            allowed += f" and {'below' if self.below else 'at most'} {self.most:g}"
         return allowed
 
     def of(self, name: str, whose: str) -> Field:

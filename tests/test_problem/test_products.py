@@ -254,7 +254,7 @@ def test_the_best_estimator_follows_from_process_and_product() -> None:
         (Bates(), note, "payoff"), (ConstantElasticity(), note, "payoff"), (GBM, EuropeanPut(), "payoff"),
         (GeometricBrownianMotion(scheme="euler"), barrier, "payoff"), (Heston(), EuropeanPut(), "outer"),
         (GBM, UpAndOutCall(dates=4, rebate=1.0), "payoff"), (GBM, UpAndInCall(dates=4, rebate=1.0), "bridge"),
-        (ConstantElasticity(), UpAndOutCall(dates=4, monitoring="continuous"), "path"),
+        (Heston(), UpAndOutCall(dates=4, monitoring="continuous"), "path"),
         (GBM, LookbackCall(dates=4, monitoring="continuous"), "payoff"), (GBM, LookbackCall(dates=4), "payoff"),
     ):  # fmt: skip
         assert estimator_of(Problem(process, product)) == estimator, (process.kind, named(product))

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 _UP = Field("H", "barrier", "a ratio to the spot, above 1", 1.1, 1.6, least=1.0, strict=True)
-_DOWN = Field("H", "barrier", "a ratio to the spot, below 1", 0.6, 0.95, least=0.0, strict=True, most=1.0)
+_DOWN = Field("H", "barrier", "a ratio to the spot, below 1", 0.6, 0.95, least=0.0, strict=True, most=1.0, below=True)
 # Of the spot: the least room between strike and barrier that a scale is made of.
 _LEAST_ROOM = 0.02
 # Before the first date nothing bounds the end of a bridge.

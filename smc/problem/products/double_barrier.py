@@ -26,7 +26,7 @@ __all__ = ["DoubleKnockOutCall", "DoubleKnockOutPut"]
 
 _HIGH = Field("H", "upper barrier", "a ratio to the spot, above 1", 1.15, 1.6, least=1.0, strict=True)
 _LOW = Field("L", "lower barrier", "a ratio to the spot, above 0 and below 1", 0.5, 0.85, least=0.0, strict=True,
-             most=1.0)  # fmt: skip
+             most=1.0, below=True)  # fmt: skip
 # Of the spot: the least room between strike and barrier that a scale is made of.
 _LEAST_ROOM = 0.02
 # Before the first date nothing bounds the end of a bridge.
