@@ -198,7 +198,7 @@ def _blank(problem: Problem, domain: Mapping[str, BoundSpec], table: Tensor) -> 
     logarithms = tuple(field.least == 0 and domain[field.name].lower > 0 for field in fields)
     columns = [table[:, names.index(field.name)] for field in fields]
     taken = [c.log() if logarithm else c for c, logarithm in zip(columns, logarithms, strict=True)]
-    policy = Policy(
+    policy = Policy.model_construct(  # what has no network yet
         fields=tuple(field.name for field in fields), logarithms=logarithms,
         centres=_rounded(float(c.mean()) for c in taken), spreads=_rounded(float(c.std()) for c in taken),
         scale=(), growth=(), of_ratios=(), of_time=(), of_fields=(), biases=(), output=(),

@@ -55,11 +55,12 @@ def soundness(pricer: Predicts, count: int = 20_000) -> Soundness:
         price = np.asarray(pricer.predict_price(contracts, kind))
         levels = pricer.predict_distribution(contracts, kind).host_levels
         wrong += sum(int((~np.isfinite(values)).sum()) for values in (price, levels))
-        if kind == pricer.distribution_kinds[0]:  # what was learnt
-            beyond = float((np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis).max())
-            outside = float(((levels.max(axis=1) - limits.payoff.numpy()) * basis).max())
-        outside = max(outside, float((-levels.min(axis=1) * basis).max()))
-        disorder = max(disorder, float(-np.diff(levels, axis=1).min()))
+        with np.errstate(invalid="ignore"):  # what is endless has been counted
+            if kind == pricer.distribution_kinds[0]:  # what was learnt
+                beyond = float((np.maximum(limits.lower.numpy() - price, price - limits.upper.numpy()) * basis).max())
+                outside = float(((levels.max(axis=1) - limits.payoff.numpy()) * basis).max())
+            outside = max(outside, float((-levels.min(axis=1) * basis).max()))
+            disorder = max(disorder, float(-np.diff(levels, axis=1).min()))
     return Soundness(count, wrong, max(0.0, beyond), max(0.0, outside), max(0.0, disorder))
 
 

@@ -75,8 +75,8 @@ class Product(BaseModel, ABC):
 
     @classmethod
     def looks_at_dates(cls) -> bool:
-        """Whether this kind looks at prices on dates, whose number it then gives by default."""
-        return bool(cls.model_fields["dates"].default)
+        """Whether this kind looks at prices on dates: it gives their number, or what it observes on them."""
+        return bool(cls.model_fields["dates"].default) or cls.observe is not Product.observe
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -413,7 +413,10 @@ def test_an_experiment_names_its_problem() -> None:
         ),
         ({"product": {"kind": "digital_put", "cash": 2}}, r"digital_put: cash: Extra inputs are not permitted, got 2"),
         ({"product": {"kind": "up_and_out_call", "dates": 0}}, "dates: Input should be greater than or equal to 1"),
-        ({"product": {"kind": "up_and_out_call", "dates": 3}}, "timesteps is 16, .* looks at the price on 3 dates"),
+        (
+            {"product": {"kind": "up_and_out_call", "dates": 3}, "sim_params": {"timesteps": 16}},
+            "timesteps is 16, .* looks at the price on 3 dates",
+        ),
         ({"process": {"kind": "gbm"}}, "simulation.product: Field required"),
         ({"process": {"kind": "hull"}, "product": {"kind": "digital_put"}}, "no process of the kind 'hull'"),
     ],

@@ -263,6 +263,9 @@ class Shrinking(Heston):
     ) -> tuple[float, ...]:
         return (state[0], state[1])
 
+    def given(self, state: tuple[float, ...], finals: tuple[float, ...], k: tuple[float, ...]) -> tuple[float, ...]:
+        return super().given(state, finals, k)
+
 
 @pytest.mark.parametrize(
     ("process", "message"),
