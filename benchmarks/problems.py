@@ -1,6 +1,6 @@
 """Paths of every process and product: rates on a GPU and on a CPU, beside a textbook's loop, and both engines compared.
 
-.venv/bin/python -m benchmarks.problems [--json FILE]
+.venv/bin/python -m benchmarks.problems [--rates-only] [--json FILE]
 """
 
 from __future__ import annotations
@@ -245,10 +245,15 @@ def median(work: Callable[[], object], repeats: int) -> float:
 def measure(report: Report, options: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         on_gpu(report)
-        both(report)
+        if not options.rates_only:
+            both(report)
     else:
         on_cpu(report)
 
 
 if __name__ == "__main__":
-    run("Paths of problems, float32", measure)
+    run(
+        "Paths of problems, float32",
+        measure,
+        ("--rates-only", {"action": "store_true", "help": "on a GPU do not compile for the CPU, to compare"}),
+    )

@@ -77,6 +77,17 @@ def test_a_product_pays_on_a_gpu_what_it_pays_on_a_cpu(name: str) -> None:
                 np.testing.assert_allclose(*prices, atol=2 * tolerance * float(table[:, 0].max()))
 
 
+def test_a_note_of_many_dates_is_compiled_for_a_gpu_too() -> None:
+    problem = Problem(GeometricBrownianMotion(), Autocallable(dates=26))
+    table = table_of(problem)
+    sizes: dict[str, Any] = {
+        "seed": 7, "paths": 2048, "steps": 26, "precision": Precision.float64, "sampling": "sobol",
+    }  # fmt: skip
+    (ours,) = paths.simulate_priced(problem, [table], 5, **sizes)
+    (theirs,) = linking.simulate_priced(problem, [torch.from_numpy(table).cuda()], first_of(5), **sizes)
+    np.testing.assert_allclose(theirs[:, 1].cpu().numpy(), ours[:, 1], rtol=1e-9)
+
+
 def test_the_usual_products_use_registers_alone() -> None:
     for name, problem in problems().items():
         try:
