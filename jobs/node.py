@@ -36,6 +36,8 @@ _NOTICE_SECONDS: Final = 5.0
 # Of the 30 s that a spot instance or a container has after SIGTERM: for commits, and for Ray to end.
 _COMMIT_SECONDS: Final = 15.0
 _END_SECONDS: Final = 5.0
+# How long trainers wait for the node to be kept from new work before they are stopped anyway.
+_DRAIN_SECONDS: Final = 4.0
 # A trainer that has not begun does not answer.
 _ANSWER_SECONDS: Final = 3.0
 
@@ -95,8 +97,10 @@ async def _commit_everything(node_id: str) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address="auto", namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    drained = asyncio.ensure_future(asyncio.to_thread(_drain, node_id))
     try:
-        await asyncio.to_thread(_drain, node_id)
+        # A command of Ray's takes seconds to start where all is busy; commits are what must not wait for it.
+        await asyncio.wait({drained}, timeout=_DRAIN_SECONDS)
         # By name and not through the dashboard's state API, which answers on the head's loopback alone.
         asked = (_on_node(name, node_id) for name in names_of_actors("trainer:"))
         trainers = [trainer for trainer in await asyncio.gather(*asked) if trainer is not None]
@@ -104,6 +108,7 @@ async def _commit_everything(node_id: str) -> None:
         stops = (plain(trainer.stop.remote(_COMMIT_SECONDS)) for trainer in trainers)
         await asyncio.gather(*stops, return_exceptions=True)
         await asyncio.gather(*(_is_done(trainer) for trainer in trainers), return_exceptions=True)
+        await drained
     finally:
         ray.shutdown()
 
@@ -141,7 +146,11 @@ def _drain(node_id: str) -> None:
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it is taken away"]
     until = ["--deadline-remaining-seconds", str(int(_COMMIT_SECONDS + _END_SECONDS))]
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--node-id", node_id, *why, *until]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMIT_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        logger.warning("the node could not be drained within %g s", _COMMIT_SECONDS)
+        return
     if done.returncode:
         logger.warning("the node could not be drained: %s", done.stderr.strip().splitlines()[-1:])
 
