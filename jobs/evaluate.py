@@ -15,7 +15,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from jobs.session import run_job, use_models
 from smc.learning.pricer import GbmCVNNPricer
-from smc.prediction.evaluation import Measure, distance, evaluate, price_error
+from smc.prediction.evaluation import Coverage, Measure, coverage, distance, evaluate, price_error
 from smc.problem.contracts import columns
 from smc.problem.oracles.quantlib import quantlib_values
 from smc.problem.problem import EUROPEAN_PUT
@@ -68,6 +68,7 @@ class Evaluation:
     quantlib: Mapping[str, float]  # RMSE by name; empty where it is not installed
     history: Sequence[ModelVersion]
     curve: Sequence[tuple[int, float]]  # step and price RMSE of some of them
+    coverage: Coverage | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             evaluation = await _evaluation(store, options)
         rows = _rows(evaluation)
         _print_table(rows)
+        if evaluation.coverage is not None:
+            print(evaluation.coverage.line)
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = _pictures(evaluation)
         for name, (_, image) in pictures.items():
@@ -135,7 +138,8 @@ async def _evaluation(store: AsyncBlockchainModelStore, options: argparse.Namesp
             curve.append((earlier.step, price_error(then, inside).rmse))
     known = importlib.util.find_spec("QuantLib") and pricer.problem == EUROPEAN_PUT
     quantlib = _against_quantlib(pricer, contracts) if known else {}
-    return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve)
+    held = coverage(pricer, contracts)
+    return Evaluation(store.uri, version, pricer, contracts, measures, quantlib, history, curve, held)
 
 
 def _against_quantlib(pricer: GbmCVNNPricer, contracts: Array) -> Mapping[str, float]:
@@ -242,7 +246,8 @@ def _page(evaluation: Evaluation, rows: Sequence[Sequence[str]], pictures: Mappi
     title = f"{version.version_id}: {version.experiment}, step {version.step}"
     styles = dict.fromkeys(_COLUMNS, "") | {"quantity": "text", "unit": "text", "worst contract": "text small"}
     figures = [figure(name, caption, image) for name, (caption, image) in pictures.items()]
-    return page(title, facts(about), f"<h2>Learnt minus known</h2><p>{legend}</p>", table(styles, rows), *figures)
+    bars = "" if evaluation.coverage is None else f"<p>{html.escape(evaluation.coverage.line.capitalize())}.</p>"
+    return page(title, facts(about), f"<h2>Learnt minus known</h2><p>{legend}</p>", table(styles, rows), bars, *figures)
 
 
 def _as_json(evaluation: Evaluation) -> dict[str, object]:
@@ -268,6 +273,7 @@ def _as_json(evaluation: Evaluation) -> dict[str, object]:
             }
             for m in evaluation.measures.values()
         },
+        "error_bars": None if evaluation.coverage is None else asdict(evaluation.coverage),
         "curve": [{"step": step, "price_rmse": rmse} for step, rmse in evaluation.curve],
     }
 

@@ -255,13 +255,13 @@ _TOLD = (
 
 def errors(outcomes: Sequence[ExperimentOutcome]) -> list[str]:
     """A table of what was evaluated, a line each; empty if nothing was."""
-    rows = [("experiment", *(name if how != "maximum" else "at most" for name, how in _TOLD), "unit", "compared with",
-             "sound")]  # fmt: skip
+    rows = [("experiment", *(name if how != "maximum" else "at most" for name, how in _TOLD), "within bars", "unit",
+             "compared with", "sound")]  # fmt: skip
     for outcome in outcomes:
         if (found := outcome.evaluated) is None:
             continue
         if isinstance(found, str):
-            rows.append((outcome.experiment.name, *("" for _ in _TOLD), "", f"could not be compared: {found}", ""))
+            rows.append((outcome.experiment.name, *("" for _ in _TOLD), "", "", f"could not be compared: {found}", ""))
             continue
         cells = []
         for name, how in _TOLD:
@@ -271,7 +271,8 @@ def errors(outcomes: Sequence[ExperimentOutcome]) -> list[str]:
             cells.append("" if value is None else f"{100 * value:.3g} %" if percent else f"{value:.3g}")
         price = found.measures["price"]
         sound = "yes" if found.soundness.holds else f"NO: {found.soundness}"
-        rows.append((outcome.experiment.name, *cells, price.unit, price.compared, sound))
+        within = "" if found.coverage is None else f"{100 * found.coverage.share:.1f} %"
+        rows.append((outcome.experiment.name, *cells, within, price.unit, price.compared, sound))
     if len(rows) == 1:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -1,6 +1,6 @@
 """A checkpoint: a pricer's whole state as one safetensors file, and back. No pickle anywhere.
 
-Tensors are named `model.*`, `optimizer.KIND.*`, `scaling.*`, `rng.cpu`, `rng.cuda.N`;
+Tensors are named `model.*`, `optimizer.KIND.*`, `scaling.*`, `scaling.errors.*`, `rng.cpu`, `rng.cuda.N`;
 everything else is JSON in the file's metadata. The bytes depend on the state alone, so equal states have
 equal content hashes.
 """
@@ -27,6 +27,7 @@ from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.checkpoint.tensor_file import tensor_from
 from smc.checkpoint.tensor_header import TensorHeader, parse_header
 from smc.errors import ConfigError, Corrupt
+from smc.learning.error_bars import ErrorBars
 from smc.learning.modules import check_copyable, is_made_like, unwrapped
 from smc.learning.network import CVNN, CVNNConfig, RealNetwork, build_cvnn
 from smc.learning.optimizer import OptimizerName, OptimizerState
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 _METADATA_KEY = "spectralmc"
+_ERRORS = "scaling.errors."
 
 
 class CheckpointMetadata(BaseModel):
@@ -93,6 +95,8 @@ def tensors_of(config: GbmCVNNPricerConfig) -> dict[str, Tensor]:
         tensors |= {f"optimizer.{name}": value for name, value in optimizer.tensors.items()}
     if config.scaling is not None:
         tensors |= {f"scaling.{name}": value for name, value in vars(config.scaling).items()}
+    if config.error_bars is not None:  # under a name that a served model's hash has always been taken over
+        tensors |= {f"{_ERRORS}{name}": value for name, value in vars(config.error_bars).items()}
     if config.torch_cpu_rng_state is not None:
         tensors["rng.cpu"] = _bytes_tensor(config.torch_cpu_rng_state)
     for index, state in enumerate(config.torch_cuda_rng_states):
@@ -230,6 +234,7 @@ def restore(
         torch_cpu_rng_state=_tensor_bytes(tensors["rng.cpu"]) if "rng.cpu" in tensors else None,
         torch_cuda_rng_states=[_tensor_bytes(tensors[name]) for name in cuda_states],
         scaling=scaling,
+        error_bars=_error_bars(snapshot, device),
         plan=metadata.plan,
     )
 
@@ -237,11 +242,23 @@ def restore(
 def _scaling(snapshot: Snapshot, device: torch.device) -> Scaling | None:
     bins = snapshot.metadata.simulation.sim_params.bins
     found = _named(snapshot.tensors, "scaling.", device)
+    found = {name: value for name, value in found.items() if not f"scaling.{name}".startswith(_ERRORS)}
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     # What a prediction allocates for each contract follows from the number of bins.
     if found and shapes != {"mean": (bins, 2), "spread": (bins,)}:
         raise Corrupt(f"the checkpoint contradicts itself: its spectrum has {bins} bins, its scaling is {shapes}")
     return Scaling(**found) if found else None
+
+
+def _error_bars(snapshot: Snapshot, device: torch.device) -> ErrorBars | None:
+    found = _named(snapshot.tensors, _ERRORS, device)
+    if not found:
+        return None
+    inputs = input_count(snapshot.metadata.simulation.problem)
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    if shapes != ErrorBars.shapes(inputs) or any(tensor.dtype != torch.float64 for tensor in found.values()):
+        raise Corrupt(f"the checkpoint contradicts itself: its network sees {inputs} features, its error bars {shapes}")
+    return ErrorBars(**found)
 
 
 def _without_wrapper(snapshot: Snapshot) -> Snapshot:

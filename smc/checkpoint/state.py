@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from smc.learning.error_bars import ErrorBars
 from smc.learning.optimizer import OptimizerState
 from smc.learning.plan import TrainingPlan
 from smc.learning.scale import Scaling
@@ -21,7 +22,8 @@ class GbmCVNNPricerConfig:
     """A pricer's whole state: what it is built from, and what `snapshot()` returns.
 
     `cfg.sim_params.skip` and `sobol_skip` count the contracts simulated and drawn so far. RNG states are
-    torch's own, as bytes; where they are left out, mc_seed seeds them. `scaling` is measured when first needed.
+    torch's own, as bytes; where they are left out, mc_seed seeds them. `scaling` is measured when first needed,
+    `error_bars` after the last step of a plan that asks for them: until then they are NaN.
     `resumed_from` is the version this state was loaded from, for the ledger; it is not part of the state.
     """
 
@@ -34,5 +36,6 @@ class GbmCVNNPricerConfig:
     torch_cpu_rng_state: bytes | None = None
     torch_cuda_rng_states: list[bytes] = field(default_factory=list)
     scaling: Scaling | None = None
+    error_bars: ErrorBars | None = None
     plan: TrainingPlan | None = None
     resumed_from: str | None = None

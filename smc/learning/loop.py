@@ -70,6 +70,8 @@ def run(
                 if commits and orders.interval and (at.step - first) % orders.interval == 0 and not last:
                     commits.submit(train_one_batch, at.step - first)
             loss = reports.finish(commits.pending if commits else 0)
+            if config.held_back and at.step == plan.end:
+                state.measure_error_bars(config.held_back)
             trained, batch = time.perf_counter(), at.step - first
             if commits and batch:
                 commits.submit(train_one_batch, batch, control.ending)

@@ -16,6 +16,7 @@ from smc.errors import ConfigError
 from smc.learning import loop
 from smc.learning.commits import CommitOrders, Ending
 from smc.learning.control import TrainingControl
+from smc.learning.error_bars import ErrorBars
 from smc.learning.guarded import Logger, only_training, stopped_by_signals
 from smc.learning.plan import Progress, StepReport, TrainingConfig
 from smc.learning.result import TrainingResult
@@ -176,6 +177,11 @@ class GbmCVNNPricer(Predicting):
         return Predictor(state.model, state.scaling, state.domain, state.params.network_size, state.problem)
 
     @property
+    def error_bars(self) -> ErrorBars | None:
+        """How far off answers are likely to be, if the last training measured it."""
+        return self._state.error_bars
+
+    @property
     def distribution_kinds(self) -> tuple[Kind, ...]:
         """What there are distributions of: what was learnt, first, and the other option where that follows."""
         return self.predictor.distribution_kinds
@@ -187,4 +193,5 @@ class GbmCVNNPricer(Predicting):
                 "this pricer has not been trained: what it predicts is its network's random start; call train first",
                 stacklevel=3,
             )
+        self.predictor.error_bars = self._state.error_bars  # which training may have measured since
         return self.predictor

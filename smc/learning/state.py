@@ -9,11 +9,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from smc.checkpoint.state import GbmCVNNPricerConfig
+from smc.learning.error_bars import ErrorBars
 from smc.learning.exercise import with_policy
 from smc.learning.labels import Examples, ExampleSource
-from smc.learning.modules import unwrapped
+from smc.learning.modules import evaluating, unwrapped
 from smc.learning.network import check_model
 from smc.learning.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.learning.plan import TrainingConfig, TrainingPlan
@@ -33,6 +35,9 @@ _SCALING_CONTRACTS = 512
 _CHECKED_CONTRACTS = 64
 # Weight of bin 0, the price, against its share of the Wasserstein distance.
 _PRICE_WEIGHT = 10.0
+# Of held-back contracts: what their seeds differ by, and how many more paths they have each time. On a GPU so many are
+# simulated together.
+_HELD_BACK, _FINER, _HELD_BACK_ROWS = 0x48454C44, 8, 64
 
 
 class TrainingState:
@@ -56,6 +61,7 @@ class TrainingState:
         self._engine = engine_of(self._cfg, self.device)
         self._plan = config.plan
         self._scaling = config.scaling.to(self.device) if config.scaling else None
+        self.error_bars = config.error_bars.to(self.device) if config.error_bars else None
         self._resumed_from = config.resumed_from
         self._optimizer = make_optimizer("soap", self.model)
         self._optimizer_offset = -config.global_step  # from the global step to the optimiser's own
@@ -97,6 +103,7 @@ class TrainingState:
             torch_cpu_rng_state=self._cpu_rng,
             torch_cuda_rng_states=self._cuda_rng,
             scaling=self._scaling,
+            error_bars=self.error_bars,
             plan=self._plan,
             resumed_from=self._resumed_from,
         )
@@ -132,7 +139,41 @@ class TrainingState:
         step = self.position.step
         if self._plan is None or not self._plan.covers(step, config):
             self._plan = TrainingPlan(config=config, start=step)
+        inputs = self.probe.shape[1]
+        self.error_bars = ErrorBars.unknown(inputs, self.device) if config.held_back else None
         return self._plan
+
+    def measure_error_bars(self, count: int) -> None:
+        """Simulate so many contracts that training has not seen, and tell from them how far off answers are."""
+        params = self.params.model_copy(
+            update={
+                "mc_seed": self.params.mc_seed ^ _HELD_BACK, "skip": 0,
+                "batches_per_mc_run": self.params.batches_per_mc_run * _FINER,
+            }
+        )  # fmt: skip
+        engine = engine_of(self._cfg.model_copy(update={"sim_params": params}), self.device)
+        source = ExampleSource(engine, self.domain)
+        # Twice, on other random numbers: half of the difference is the noise of the mean.
+        one, other = (self._held_back_prices(source, count, start) for start in (0, 1 << 40))
+        held = source.contracts(0, count)
+        with torch.no_grad(), evaluating(self.model):
+            inputs = held.inputs[:, 0]
+            real, _ = self.scaling.restore(*self.model(inputs, torch.zeros_like(inputs)))
+            unit, bounds = source.view.unit(held.table), source.view.bounds(held.table)
+            anchor = source.view.anchor(held.table)
+            price = torch.clamp((real[:, 0].double() + anchor) * unit, bounds.lower, bounds.upper) / unit - anchor
+        errors, noise = (one + other) / 2 - price, (one - other) / 2
+        self.error_bars = ErrorBars.of(inputs, errors, noise).to(self.device)
+
+    def _held_back_prices(self, source: ExampleSource, count: int, start: int) -> Tensor:
+        """Simulated prices as labels have them, in pieces that fit into memory. Shapes: -> (count,) float64."""
+        rows = source.engine.rows_at_once if self.device.type == "cpu" else _HELD_BACK_ROWS
+        held, found = source.contracts(0, count), []
+        for at in range(0, count, rows):
+            part = held.select(torch.arange(at, min(at + rows, count), device=self.device))
+            simulated = source.simulate(part, torch.tensor(start + at, device=self.device))
+            found.append(simulated.targets[:, 0, 0, 0].double())
+        return torch.cat(found)
 
     @contextlib.contextmanager
     def training_step(self, config: TrainingConfig, plan: TrainingPlan) -> Iterator[TrainingStep]:

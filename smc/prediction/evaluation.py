@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smc.errors import ConfigError
+from smc.learning.error_bars import LEVEL, ErrorBars
 from smc.prediction.distribution import PayoffDistribution
 from smc.prediction.duality import has_upper_bound, upper_bound
 from smc.prediction.predictor import Kind
@@ -22,7 +23,17 @@ from smc.problem.oracles.black_scholes import Greeks
 from smc.problem.problem import Problem
 from smc.problem.sobol_sampler import SobolSampler
 
-__all__ = ["QUANTITIES", "Measure", "Predicts", "distance", "evaluate", "objective_value", "price_error"]
+__all__ = [
+    "QUANTITIES",
+    "Coverage",
+    "Measure",
+    "Predicts",
+    "coverage",
+    "distance",
+    "evaluate",
+    "objective_value",
+    "price_error",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -47,6 +58,15 @@ class Predicts(Protocol):
     @property
     def domain(self) -> Mapping[str, BoundSpec]:
         """The contracts that it was trained on."""
+        ...
+
+    @property
+    def error_bars(self) -> ErrorBars | None:
+        """How far off answers are likely to be, if that was measured."""
+        ...
+
+    def predict_error_bar(self, contracts: ContractsLike | Tensor) -> Array | Tensor:
+        """Half-widths of the intervals around prices. Shapes: -> (n,)."""
         ...
 
     @property
@@ -154,6 +174,40 @@ def evaluate(pricer: Predicts, contracts: Array) -> dict[str, Measure]:
     return {measure.name: measure for measure in _measures(pricer, contracts)}
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """How many of the contracts that were compared have their price within its error bars.
+
+    `width` is the median of the half-widths, in `unit`.
+    """
+
+    share: float
+    count: int
+    width: float
+    unit: str
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        return (
+            f"error bars of {LEVEL:.0%}: {self.share:.1%} of {self.count:,} contracts lie within; in the median they "
+            f"reach {self.width:.2g} {self.unit} to either side"
+        )
+
+
+def coverage(pricer: Predicts, contracts: Array) -> Coverage | None:
+    """Whether error bars hold what they promise; None of a pricer that has none. Shapes: (n, fields)."""
+    if pricer.error_bars is None or not pricer.error_bars.known:
+        return None
+    known, law = reference_of(pricer.problem).price(contracts), pricer.problem.law(torch.from_numpy(contracts))
+    count = len(known.values)
+    apart = np.abs(np.asarray(pricer.predict_price(contracts[:count])) - known.values)
+    bars = np.asarray(pricer.predict_error_bar(contracts[:count]))
+    told = ~np.isnan(apart)
+    width = float(np.median(bars * 1e4 / pricer.problem.product.notionals(law).numpy()[:count]))
+    return Coverage(float((apart <= bars)[told].mean()), int(told.sum()), width, _unit(pricer))
+
+
 def distance(measures: Mapping[str, Measure]) -> Measure:
     """How far the distributions are of what was learnt."""
     return next(measure for name, measure in measures.items() if name.startswith("W2"))
@@ -182,7 +236,7 @@ def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
     problem, reference = pricer.problem, reference_of(pricer.problem)
     law = problem.law(torch.from_numpy(contracts))
     basis = 1e4 / problem.product.notionals(law).numpy()
-    unit = f"bp of {problem.product.notional}"
+    unit = _unit(pricer)
     learnt = np.asarray(pricer.predict_price(contracts))
     yield _compared("price", unit, learnt, reference.price(contracts), basis)
     oracle = reference.oracle
@@ -204,6 +258,10 @@ def _measures(pricer: Predicts, contracts: Array) -> Iterator[Measure]:
         noise = _root_mean_square(bound.standard_error * basis[:_BOUNDED])
         yield Measure("gap to the upper bound", unit, _padded(apart, len(contracts)), None, "duality", noise)
     yield from _of_distributions(pricer, contracts, basis, unit)
+
+
+def _unit(pricer: Predicts) -> str:
+    return f"bp of {pricer.problem.product.notional}"
 
 
 def _vega(law: Law, volatility: Array) -> Array:

@@ -34,6 +34,17 @@ class Predicting(ABC):
         """
         return self.asked().predict_price(contracts, kind, outside=outside)
 
+    def predict_error_bar(
+        self, contracts: ContractsLike | Tensor, *, outside: Outside = "refuse"
+    ) -> Array | Tensor:  # fmt: skip
+        """Half-widths of the intervals around prices that hold the exact price for 95 % of contracts of the domain.
+
+        They come from contracts that training held back (`TrainingConfig.held_back`), and are those of what follows by
+        parity, too. What is certain has none. Shapes: n contracts -> (n,) float64. Units: currency.
+        Raises: ConfigError for a pricer without them.
+        """
+        return self.asked().predict_error_bar(contracts, outside=outside)
+
     def predict_distribution(
         self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"
     ) -> PayoffDistribution:

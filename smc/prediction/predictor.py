@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smc.errors import ConfigError
+from smc.learning.error_bars import ErrorBars
 from smc.learning.modules import evaluating
 from smc.learning.scale import Scaling, View
 from smc.prediction.distribution import PayoffDistribution
@@ -83,9 +84,10 @@ class Predictor:
         domain: Mapping[str, BoundSpec],
         network_size: int,
         problem: Problem = EUROPEAN_PUT,
+        error_bars: ErrorBars | None = None,
     ) -> None:
         self._model, self._scaling, self.domain, self._size = model, scaling, domain, network_size
-        self.problem = problem
+        self.problem, self.error_bars = problem, error_bars
         self._view = View(problem, domain)
         self._device = scaling.spread.device
         self._graphs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
@@ -120,6 +122,21 @@ class Predictor:
         if other:
             value = (value + self._parity(asked.table)).clamp_(min=0)
         return asked.returned(value)
+
+    def predict_error_bar(
+        self, contracts: ContractsLike | Tensor, *, outside: Outside = "refuse"
+    ) -> Array | Tensor:  # fmt: skip
+        """Half-widths of intervals around prices. Shapes: -> (n,)."""
+        bars = self.error_bars
+        if bars is None or not bars.known:
+            why = "its training has not ended" if bars is not None else "it was trained with held_back=0"
+            raise ConfigError(f"this pricer has no error bars: {why}")
+        asked = self._asked(contracts, outside)
+        with torch.no_grad():
+            inputs = self._view.features(asked.learnt).to(self._scaling.spread.dtype)
+            widths = bars.half_width(inputs) * self._view.unit(asked.learnt)
+        widths[asked.certain] = 0.0
+        return asked.returned(widths)
 
     def predict_distribution(
         self, contracts: ContractsLike | Tensor, kind: Kinds = LEARNT, *, outside: Outside = "refuse"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from smc.prediction.evaluation import Measure, Predicts, evaluate
+from smc.prediction.evaluation import Coverage, Measure, Predicts, coverage, evaluate
 from smc.problem.schema import Schema
 from smc.problem.sobol_sampler import SobolSampler
 
@@ -70,12 +70,13 @@ class Evaluated:
 
     measures: Mapping[str, Measure]
     soundness: Soundness
+    coverage: Coverage | None = None
 
 
 def evaluated(pricer: Predicts, contracts: int) -> Evaluated:
     """Every quantity over a sample of so many contracts of its domain, and what must hold."""
     sample = SobolSampler(pricer.domain, seed=_SEED, schema=pricer.problem.schema).sample(contracts)
-    return Evaluated(evaluate(pricer, sample), soundness(pricer))
+    return Evaluated(evaluate(pricer, sample), soundness(pricer), coverage(pricer, sample))
 
 
 def _contracts(pricer: Predicts, count: int) -> np.ndarray:

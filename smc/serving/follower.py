@@ -111,7 +111,10 @@ def _built(
     model = state.cvnn.to(device).eval().requires_grad_(False)
     problem = state.cfg.problem
     domain = resolve_domain(state.domain_bounds, problem.schema)
-    predictor = Predictor(model, state.scaling.to(device), domain, state.cfg.sim_params.network_size, problem)
+    size, bars = state.cfg.sim_params.network_size, state.error_bars
+    predictor = Predictor(
+        model, state.scaling.to(device), domain, size, problem, bars.to(device) if bars is not None else None
+    )
     # A first call sets up what later ones use, on a GPU the graphs; and a model that cannot predict is not served.
     middle = np.array([[(domain[name].lower + domain[name].upper) / 2 for name in problem.schema.names]])
     prices = [predictor.predict_price(middle, kind) for kind in predictor.price_kinds]
