@@ -129,14 +129,13 @@ def measure(report: Report, options: argparse.Namespace) -> None:
                 worst: dict[str, tuple[float, str]] = {}
                 for seed in range(options.seeds):
                     pricer, batches, took = trained(settings, seconds, seed, options.recipe)
-                    rows = {**dict(shown(pricer)), f"training, {batches} batches": (took, "s")}
+                    rows = {**dict(shown(pricer)), "training": (took, f"s, {batches:,} batches")}
                     if not ablation:
                         rows |= dict(must_hold(pricer))
                     if options.each and options.seeds > 1:
                         for row, (value, unit) in rows.items():
                             report.add(f"{title}seed {seed}: {row}", value, unit)
                     for row, found in rows.items():
-                        row = "training" if row.startswith("training") else row
                         worst[row] = max(worst.get(row, found), found, key=lambda each: badness(row, each[0]))
                 limits = {**bars, "training": float(seconds)} if bars else {}
                 for row, (value, unit) in worst.items():
