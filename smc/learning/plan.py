@@ -34,7 +34,7 @@ class TrainingConfig(BaseModel):
     Greeks; a step costs about three.
     `optimizer`: SOAP by default (`smc.learning.soap`), or Adam, three times cheaper a step and ten times less accurate
     after it.
-    `held_back`: so many contracts, simulated with sixteen times the paths, tell after the last step how far off answers
+    `held_back`: so many contracts, simulated with eight times the paths, tell after the last step how far off answers
     are: `predict_error_bar` gives that. 0 for none; a few hundred take as long as some thousand labels.
     `schedule`: 'cosine' warms up over the first `warmup` steps and decays to zero at the last one.
     """

@@ -37,7 +37,7 @@ _CHECKED_CONTRACTS = 64
 _PRICE_WEIGHT = 10.0
 # Of held-back contracts: what their seeds differ by, and how many more paths they have each time. On a GPU so many are
 # simulated together.
-_HELD_BACK, _FINER, _HELD_BACK_ROWS = 0x48454C44, 8, 64
+_HELD_BACK, _FINER, _HELD_BACK_ROWS = 0x48454C44, 4, 64
 
 
 class TrainingState:
@@ -168,12 +168,17 @@ class TrainingState:
     def _held_back_prices(self, source: ExampleSource, count: int, start: int) -> Tensor:
         """Simulated prices as labels have them, in pieces that fit into memory. Shapes: -> (count,) float64."""
         rows = source.engine.rows_at_once if self.device.type == "cpu" else _HELD_BACK_ROWS
-        held, found = source.contracts(0, count), []
-        for at in range(0, count, rows):
+        held = source.contracts(0, count)
+
+        def simulated(at: int) -> Tensor:
             part = held.select(torch.arange(at, min(at + rows, count), device=self.device))
-            simulated = source.simulate(part, torch.tensor(start + at, device=self.device))
-            found.append(simulated.targets[:, 0, 0, 0].double())
-        return torch.cat(found)
+            return source.simulate(part, torch.tensor(start + at, device=self.device)).targets[:, 0, 0, 0].double()
+
+        with _half_the_threads(self.device) as executor:
+            pieces = list(range(0, count, rows))
+            beside = {at: executor.submit(simulated, at) for at in pieces[::2]} if executor else {}
+            here = {at: simulated(at) for at in pieces if at not in beside}
+            return torch.cat([here[at] if at in here else beside[at].result() for at in pieces])
 
     @contextlib.contextmanager
     def training_step(self, config: TrainingConfig, plan: TrainingPlan) -> Iterator[TrainingStep]:
