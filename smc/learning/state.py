@@ -14,14 +14,15 @@ from torch import Tensor
 from smc.checkpoint.state import GbmCVNNPricerConfig
 from smc.learning.error_bars import ErrorBars
 from smc.learning.exercise import with_policy
-from smc.learning.labels import Examples, ExampleSource
-from smc.learning.modules import evaluating, unwrapped
+from smc.learning.labels import Contracts, Examples, ExampleSource
+from smc.learning.modules import unwrapped
 from smc.learning.network import check_model
 from smc.learning.optimizer import OptimizerName, load_optimizer, make_optimizer, optimizer_name, optimizer_state
 from smc.learning.plan import TrainingConfig, TrainingPlan
 from smc.learning.replay import ReplayBuffer
 from smc.learning.scale import Scaling, View, input_count
 from smc.learning.step import Position, TrainingStep
+from smc.prediction.predictor import Predictor
 from smc.problem.contracts import question_units, resolve_domain
 from smc.simulation.config import BlackScholesConfig, ProblemConfig
 from smc.simulation.engine import engine_of
@@ -153,22 +154,18 @@ class TrainingState:
         )  # fmt: skip
         engine = engine_of(self._cfg.model_copy(update={"sim_params": params}), self.device)
         source = ExampleSource(engine, self.domain)
-        # Twice, on other random numbers: half of the difference is the noise of the mean.
-        one, other = (self._held_back_prices(source, count, start) for start in (0, 1 << 40))
         held = source.contracts(0, count)
-        with torch.no_grad(), evaluating(self.model):
-            inputs = held.inputs[:, 0]
-            real, _ = self.scaling.restore(*self.model(inputs, torch.zeros_like(inputs)))
-            unit, bounds = source.view.unit(held.table), source.view.bounds(held.table)
-            anchor = source.view.anchor(held.table)
-            price = torch.clamp((real[:, 0].double() + anchor) * unit, bounds.lower, bounds.upper) / unit - anchor
-        errors, noise = (one + other) / 2 - price, (one - other) / 2
-        self.error_bars = ErrorBars.of(inputs, errors, noise).to(self.device)
+        # Each contract is simulated twice, on other random numbers: half of the difference is the noise of the mean.
+        one, other = (self._held_back_prices(source, held, start) for start in (0, 1 << 40))
+        predictor = Predictor(self.model, self.scaling, self.domain, self.params.network_size, self.problem)
+        price = torch.as_tensor(predictor.predict_price(held.table))
+        learnt = price / source.view.unit(held.table) - source.view.anchor(held.table)
+        self.error_bars = ErrorBars.of(held.inputs[:, 0], (one + other) / 2 - learnt, (one - other) / 2).to(self.device)
 
-    def _held_back_prices(self, source: ExampleSource, count: int, start: int) -> Tensor:
-        """Simulated prices as labels have them, in pieces that fit into memory. Shapes: -> (count,) float64."""
+    def _held_back_prices(self, source: ExampleSource, held: Contracts, start: int) -> Tensor:
+        """Simulated prices as labels have them, in pieces that fit into memory. Shapes: -> (n,) float64."""
+        count = len(held.table)
         rows = source.engine.rows_at_once if self.device.type == "cpu" else _HELD_BACK_ROWS
-        held = source.contracts(0, count)
 
         def simulated(at: int) -> Tensor:
             part = held.select(torch.arange(at, min(at + rows, count), device=self.device))

@@ -57,6 +57,14 @@ def test_the_noise_of_what_is_simulated_is_taken_off() -> None:
     assert 0.8 < float((noisy / plain).log().mean().exp()) < 1.25
 
 
+def test_noise_that_drowns_the_error_leaves_a_share_of_the_interval() -> None:
+    features, _ = samples(512, 0)
+    noises = torch.randn(2, 512, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    nothing = torch.zeros_like(noises[0])
+    blind, told = (ErrorBars.of(features, noises[0], noise).half_width(features) for noise in (nothing, 5 * noises[1]))
+    torch.testing.assert_close(told, 0.3 * blind)
+
+
 def test_an_error_of_nothing_is_an_interval_of_nothing_and_no_failure() -> None:
     features, _ = samples(128, 0)
     bars = ErrorBars.of(features, torch.zeros(128), torch.zeros(128))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from jobs.recipes import make_experiment
 from smc.errors import ConfigError
 from smc.models.numerical import Precision
 from smc.prediction.evaluation import Measure
+from smc.prediction.reference import Reference
 from smc.prediction.soundness import soundness
 from smc.problem.conditional import estimator_of
 from smc.problem.contracts import contract_array, resolve_domain
@@ -121,6 +123,33 @@ def test_two_assets_are_integrated_up_to_their_kinks(kind: str, contract: dict[s
     assert oracle is not None
     found = oracle.price(np.array([[float(usual[name]) for name in problem.schema.names]]))[0]
     assert found == pytest.approx(value, abs=1e-4 if kind == "basket_put" else 1e-10)
+
+
+def test_a_basket_whose_assets_all_but_cancel_is_no_number() -> None:
+    problem = Problem(CorrelatedGBM(n_assets=3), product_of({"kind": "basket_put", "n_assets": 3}))
+    usual = {name: {"X": 100.0, "v": 0.4, "d": 0.0, "p": -0.4}.get(name[0], 0.03) for name in problem.schema.names}
+    oracle = oracle_of(problem)
+    assert oracle is not None
+
+    def priced(**fields: float) -> float:
+        contract = usual | {"K": 100.0, "T": 1.0} | fields
+        return float(oracle.price(np.array([[contract[name] for name in problem.schema.names]]))[0])
+
+    assert priced() > 0
+    assert np.isnan(priced(p1_2=-0.99, p1_3=-0.99, v3=1e-3))
+
+
+def test_of_a_slow_oracle_so_many_are_asked_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(GBM, EuropeanCall())
+    oracle = oracle_of(problem)
+    assert oracle is not None
+    reference = Reference(problem)
+    table = np.repeat(one(problem), 300, axis=0)
+    assert len(reference.price(table).values) == 300
+    slow = Reference(problem)
+    monkeypatch.setattr(slow, "oracle", replace(oracle, slow=True))
+    assert len(slow.price(table).values) == 128
+    assert slow.greeks_of == 16
 
 
 # --- what is compiled ---------------------------------------------------------------------------------
